@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# A short front for meson. BUILD is where it builds; O holds further meson options.
+BUILD ?= build
+O ?=
+
+all: $(BUILD)/build.ninja
+	@ninja -C $(BUILD) --quiet
+
+$(BUILD)/build.ninja:
+	@tests/deps build
+	@meson setup $(BUILD) $(O) >/dev/null || { cat $(BUILD)/meson-logs/meson-log.txt; exit 1; }
+
+demo: all
+	@BUILD=$(BUILD) tests/demo
+
+check:
+	@tests/run check
+
+check-long:
+	@tests/run check-long
+
+bench: all
+	@BUILD=$(BUILD) bench/run
+
+install: all
+	@DESTDIR="$(DESTDIR)" meson install -C $(BUILD) --quiet --no-rebuild
+
+clean:
+	rm -rf build build-*
+
+.PHONY: all demo check check-long bench install clean

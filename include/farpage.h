@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * farpage: memory and storage that is somewhere else, as a file, a device or a pointer here.
+ *
+ * This is the only installed header. Everything in it keeps these rules:
+ *
+ *  - Functions return 0 or -errno. Set-up calls also fill a struct far_error (which may be NULL) with one sentence:
+ *    what was tried, on what, why it failed, what to do.
+ *  - Offsets are uint64_t, lengths size_t, both in bytes. A region's size is 0 <= size < 2^63 and never changes.
+ *  - Public structs of options and operations begin with `size_t size`, set to sizeof the struct by their INIT macro:
+ *    a program built against an older header keeps working.
+ *  - Any function may be called from any thread unless its comment says otherwise. Threads that the library starts
+ *    block all signals.
+ *  - close/free of NULL does nothing.
+ */
+#ifndef FARPAGE_H
+#define FARPAGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FAR_API __attribute__((visibility("default")))
+
+#define FAR_VERSION_MAJOR 0
+#define FAR_VERSION_MINOR 1
+#define FAR_VERSION_PATCH 0
+
+/* "0.1.0", of the library that is loaded. */
+FAR_API const char *far_version(void);
+
+/* ------------------------------------------------------------------------------------------------ errors */
+
+struct far_error {
+	int code;        /* positive errno; 0: no error was set */
+	char text[500];  /* one sentence, no final newline; always terminated */
+};
+
+/* Data calls return these codes; what each means is the same everywhere:
+ *  -EINVAL     offset, length or alignment outside the backend's contract
+ *  -EROFS      the backend or mount is read-only
+ *  -EAGAIN     FAR_NOWAIT was given and the call would have blocked; nothing was transferred
+ *  -ETIMEDOUT  the deadline passed
+ *  -ESHUTDOWN  stopped while or before the call ran
+ *  -EPROTO     the peer broke the rules of its protocol
+ *  -ESTALE     fenced: somebody else owns the region now
+ *  -ENOSPC     no room left in the store
+ *  -EOPNOTSUPP an optional operation that this backend does not have
+ *  -EIO        everything else */
+
+/* ---------------------------------------------------------------------------------------------- backends */
+
+struct far_backend;
+
+enum far_flags {
+	FAR_NOWAIT = 1 << 0, /* answer -EAGAIN rather than block; a backend that never blocks may ignore it */
+	FAR_BULK = 1 << 1,   /* nobody waits for this call now: background traffic (the bulk lane) */
+};
+
+enum far_caps {
+	FAR_CAP_WRITE = 1 << 0,   /* write, discard and zero are allowed */
+	FAR_CAP_DURABLE = 1 << 1, /* flush makes data survive a power cut */
+	FAR_CAP_SHARE = 1 << 2,   /* far_share() works */
+	FAR_CAP_REMOTE = 1 << 3,  /* calls cross a network: round trips matter */
+};
+
+/* What kind of run an extent is. */
+enum far_extent_kind {
+	FAR_EXTENT_DATA = 0,
+	FAR_EXTENT_ZERO = 1, /* reads as zeros: a hole, or known to be zero */
+};
+
+struct far_extent {
+	uint64_t off;
+	uint64_t len;
+	enum far_extent_kind kind;
+};
+
+/* Facts that are fixed once a backend is open. */
+struct far_facts {
+	size_t size;         /* sizeof(struct far_facts) */
+	uint64_t bytes;      /* the region's size */
+	uint64_t chunk;      /* 0: any offset and length; else only whole aligned chunks (the last one may be short) */
+	uint64_t max_io;     /* longest single read or write; 0: no limit */
+	uint32_t caps;       /* enum far_caps */
+	uint32_t reserved;
+	char identity[64];   /* which content this is, where the store knows; "" otherwise */
+	char version[64];    /* which version of it; "" otherwise */
+};
+#define FAR_FACTS_INIT { .size = sizeof(struct far_facts) }
+
+/*
+ * The operations of a backend. read, write and flush are required (write may be NULL without FAR_CAP_WRITE); the rest
+ * are optional. Rules for all of them:
+ *
+ *  - Full transfers only: 0 or -errno, never a short count. After a failed read the buffer's content is undefined
+ *    and the caller does not use it.
+ *  - Bytes never written read as zeros. "Not found" in a store is zeros; any other failure is an error.
+ *  - They run on any thread, many at once, and may block. Nothing is kept of a buffer after return.
+ *  - They see only checked arguments: inside the region, len > 0, len <= max_io, aligned to chunk if there is one,
+ *    no write without FAR_CAP_WRITE.
+ *  - Data is durable only after flush returned 0: everything whose write was answered before flush was called.
+ */
+struct far_ops {
+	size_t size; /* sizeof(struct far_ops) */
+	int (*read)(void *self, uint64_t off, void *buf, size_t len, unsigned flags);
+	int (*write)(void *self, uint64_t off, const void *buf, size_t len, unsigned flags);
+	int (*flush)(void *self);
+	/* Discard: the bytes read as zeros afterwards and their room is given back if the store can.
+	 * Zero: the bytes read as zeros afterwards. Without them far_discard() and far_zero() write zeros. */
+	int (*discard)(void *self, uint64_t off, uint64_t len, unsigned flags);
+	int (*zero)(void *self, uint64_t off, uint64_t len, unsigned flags);
+	/* Fill at most max extents that cover [off, off+len) from its start, in order, without gaps; *n >= 1 on success.
+	 * The cover may end early. Without it everything is data. */
+	int (*extents)(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n);
+	/* A descriptor whose pages are the region (mmap with MAP_SHARED shows and changes it). Owned by the backend. */
+	int (*share)(void *self, int *fd);
+	/* Make blocked and later calls return -ESHUTDOWN. Does not flush. May be called more than once. */
+	void (*stop)(void *self);
+	/* Free everything. No other call runs or follows. Does not flush. */
+	void (*close)(void *self);
+};
+#define FAR_OPS_INIT .size = sizeof(struct far_ops)
+
+/* Make a backend of operations and an object of yours. Both structs are copied; `self` is yours until close(self)
+ * is called by far_close(). -EINVAL: a required operation is missing or the facts contradict each other. */
+FAR_API int far_backend_new(const struct far_ops *ops, void *self, const struct far_facts *facts,
+			    struct far_backend **out);
+
+/* The same from four functions. write == NULL makes it read-only, flush == NULL does nothing. opaque stays yours. */
+FAR_API int far_backend_from(int (*read)(void *opaque, uint64_t off, void *buf, size_t len),
+			     int (*write)(void *opaque, uint64_t off, const void *buf, size_t len),
+			     uint64_t size, int (*flush)(void *opaque), void *opaque, struct far_backend **out);
+
+struct far_open_opts {
+	size_t size;
+	bool read_only;       /* open for reading; FAR_CAP_WRITE is not set */
+	bool insecure;        /* reserved for listeners; dialling needs no permission */
+	uint32_t deadline_ms; /* for opening, connecting included; 0: 30 s */
+	uint64_t bytes;       /* size that a remote which cannot tell its own is taken to have; 0: unknown */
+	uint32_t demand_connections, bulk_connections; /* network schemes; 0: 2 */
+};
+#define FAR_OPEN_OPTS_INIT { .size = sizeof(struct far_open_opts) }
+
+/* Open a URI (farpage(1) lists the schemes). opts may be NULL. */
+FAR_API int far_open(const char *uri, const struct far_open_opts *opts, struct far_backend **out,
+		     struct far_error *err);
+
+/* Stop and destroy a backend, and everything it wraps. Does not flush. No call may be running in it. */
+FAR_API void far_close(struct far_backend *b);
+
+/* Make blocked and later calls return -ESHUTDOWN; far_close() is still needed. */
+FAR_API void far_stop(struct far_backend *b);
+
+FAR_API const struct far_facts *far_facts(const struct far_backend *b); /* valid as long as b */
+FAR_API uint64_t far_size(const struct far_backend *b);
+
+/* Checked calls: range, alignment, caps. len == 0 is 0 at any offset up to the size. flags: enum far_flags. Requests
+ * longer than max_io are cut into several. Outside the region: reads -EINVAL, writes -ENOSPC. */
+FAR_API int far_read(struct far_backend *b, uint64_t off, void *buf, size_t len, unsigned flags);
+FAR_API int far_write(struct far_backend *b, uint64_t off, const void *buf, size_t len, unsigned flags);
+FAR_API int far_flush(struct far_backend *b);
+FAR_API int far_discard(struct far_backend *b, uint64_t off, uint64_t len, unsigned flags);
+FAR_API int far_zero(struct far_backend *b, uint64_t off, uint64_t len, unsigned flags);
+FAR_API int far_extents(struct far_backend *b, uint64_t off, uint64_t len, struct far_extent *out, size_t max,
+			size_t *n);
+FAR_API int far_share(struct far_backend *b, int *fd);
+
+/* Wrap `inner` in the layer that `spec` names: "NAME" or "NAME:key=value,...". inner changes owner only on success. */
+FAR_API int far_layer_open(const char *spec, struct far_backend *inner, struct far_backend **out,
+			   struct far_error *err);
+
+/* Make far_open() know "scheme:rest" or "scheme://rest". `open` gets the whole URI. The table is copied; at most 32
+ * may be registered, before other threads use far_open(). -EEXIST: the name is taken. */
+struct far_scheme {
+	size_t size;
+	const char *name; /* lower-case letters, digits, '+', '-' */
+	const char *help; /* one line, for `farpage` */
+	int (*open)(void *opaque, const char *uri, const struct far_open_opts *opts, struct far_backend **out,
+		    struct far_error *err);
+	void *opaque;
+};
+FAR_API int far_scheme_register(const struct far_scheme *scheme);
+
+/* ------------------------------------------------------------------------------------------------ mounts */
+
+struct far_mount;
+
+enum far_mode { FAR_MODE_AUTO, FAR_MODE_DIRECT, FAR_MODE_MANAGED };
+enum far_on_fail { FAR_ON_FAIL_ERROR, FAR_ON_FAIL_WAIT };
+enum far_durable { FAR_DURABLE_REMOTE, FAR_DURABLE_LOCAL };
+
+struct far_status {
+	size_t size;
+	enum far_mode mode;          /* DIRECT or MANAGED */
+	uint64_t bytes;              /* the region's size */
+	uint64_t local;              /* bytes that are here */
+	uint64_t dirty;              /* bytes that are newer here than on the remote */
+	uint64_t pulled, pushed;     /* bytes moved since open */
+	uint64_t inflight;           /* bytes on their way, both directions */
+	uint64_t demand_reads;       /* fetches somebody waited for */
+	uint64_t blocked;            /* calls that wait for the remote now */
+	uint64_t errors;             /* remote calls that failed, retried ones included */
+	double pull_rate;            /* bytes a second, over the last second */
+	int last_error;              /* positive errno of the last failed remote call; 0: none */
+	uint32_t reserved;
+	uint64_t window;             /* bytes that may be in flight */
+};
+#define FAR_STATUS_INIT { .size = sizeof(struct far_status) }
+
+struct far_mount_opts {
+	size_t size;
+	enum far_mode mode;           /* AUTO: managed if `local` or a pull or push option is set, or if the remote is more
+	                               * than 1 ms away; else direct */
+	bool read_only;
+	uint64_t chunk;               /* power of two, 4 KiB to 32 MiB; 0: 64 KiB */
+	const char *local;            /* URI of the local store; NULL: "mem:" of the region's size */
+	struct far_backend *local_backend; /* instead of a URI; owned by the mount from success on */
+	uint64_t local_max;           /* keep at most this many bytes local; 0: no limit */
+	uint64_t dirty_max;           /* slow writers down past this many dirty bytes; 0: 1 GiB */
+	int pull_workers;             /* -1: grow with the window, at most 32; 0: no background pull */
+	int push_workers;             /* -1: 8; 0: push only in flush and close */
+	uint32_t push_interval_ms;    /* 0: 1000 */
+	uint64_t pull_first;          /* pull this many bytes of the order before the mount is usable */
+	uint64_t window;              /* bytes in flight; 0: grows to what the path carries */
+	const char *order;            /* NULL: "sequential"; "ranges:0-1M,900M-", "trace:FILE" */
+	int64_t (*priority)(void *opaque, uint64_t off); /* instead: chunks are pulled by falling priority */
+	const char *record_order;     /* write the order of first touches to this file at close */
+	enum far_durable durable;     /* what far_mount_flush() promises */
+	uint32_t deadline_ms;         /* how long a call may wait for the remote; 0: 30 s */
+	enum far_on_fail on_fail;     /* WAIT: for ever */
+	uint32_t max_blocked;         /* threads that may wait for the remote; 0: 256 */
+	uint32_t max_partial;         /* half-written absent chunks that are kept track of; 0: 65536 */
+
+	/* Hooks: each gets `opaque`, runs on a thread of the library and must not call back into the mount. A non-zero
+	 * return of before_flush or before_close is that call's error. */
+	void *opaque;
+	int (*before_flush)(void *opaque);
+	int (*before_close)(void *opaque);
+	void (*chunk_local)(void *opaque, uint64_t off, uint64_t len);
+	void (*progress)(void *opaque, const struct far_status *st); /* about 10 a second while something moves */
+};
+#define FAR_MOUNT_OPTS_INIT { .size = sizeof(struct far_mount_opts), .pull_workers = -1, .push_workers = -1 }
+
+/* Show a region as a file. `target` is an existing directory (the region appears in it as `region`) or an existing
+ * file (the region appears as that file). The file is served by a child process, farpage-serve, so that this process
+ * may use it freely; threads that serve a caller's own backend or hooks must not touch the mount.
+ * far_mount_open_uri() lets the child open the URI; far_mount_open() takes ownership of `b` on success. */
+FAR_API int far_mount_open_uri(const char *uri, const char *target, const struct far_mount_opts *opts,
+			       struct far_mount **out, struct far_error *err);
+FAR_API int far_mount_open(struct far_backend *b, const char *target, const struct far_mount_opts *opts,
+			   struct far_mount **out, struct far_error *err);
+FAR_API const char *far_path(const struct far_mount *m); /* of the file; valid until far_mount_close() */
+FAR_API int far_fd(struct far_mount *m);                 /* an open read-write descriptor of it, owned by m; or -errno */
+/* After 0 every byte acknowledged before the call is on the remote and the remote's own flush succeeded (or, with
+ * FAR_DURABLE_LOCAL, in the local store). After a failure it fails again until that is so. */
+FAR_API int far_mount_flush(struct far_mount *m);
+/* Wait until `percent` of the region is local, or the range is. 0, -ETIMEDOUT, or the pull's error. */
+FAR_API int far_mount_wait(struct far_mount *m, unsigned percent, int timeout_ms);
+FAR_API int far_mount_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int timeout_ms);
+FAR_API int far_mount_status(struct far_mount *m, struct far_status *st);
+/* Flush, unmount, end the child. The flush's error is returned, and everything is closed all the same. */
+FAR_API int far_mount_close(struct far_mount *m);
+
+/* ------------------------------------------------------------------------------------------------ server */
+
+struct far_server;
+
+struct far_server_opts {
+	size_t size;
+	bool insecure;        /* allow listeners beyond loopback without TLS */
+	uint64_t max_request; /* longest read or write that is answered; 0: 32 MiB */
+	uint32_t max_threads; /* that may block in backends; 0: 64 */
+};
+#define FAR_SERVER_OPTS_INIT { .size = sizeof(struct far_server_opts) }
+
+FAR_API int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err);
+/* The first export is the default one: also reached as "default", "" and by services without names. The backend stays
+ * the caller's and outlives the server. Before the first listen only. -EEXIST: the name is taken. */
+FAR_API int far_server_export(struct far_server *s, const char *name, struct far_backend *b, struct far_error *err);
+/* Accept connections on a URI such as grpc://127.0.0.1:0. *bound, if not NULL, gets the URI with the real port, to be
+ * freed by the caller. */
+FAR_API int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err);
+/* Serve one connected stream socket; fd is owned by the server from success on. */
+FAR_API int far_server_serve(struct far_server *s, int fd, struct far_error *err);
+/* End all listeners and connections; calls that run are waited for. */
+FAR_API void far_server_stop(struct far_server *s);
+FAR_API void far_server_free(struct far_server *s);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

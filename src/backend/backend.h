@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * What farpage's own backends and layers share beyond the public contract in farpage.h. A leaf or a layer is made just
+ * as a stranger's: an object, a table of operations, far_backend_new(). One contract, one way in.
+ */
+#ifndef FAR_BACKEND_H
+#define FAR_BACKEND_H
+
+#include "base/base.h"
+
+struct far_uri;
+
+/* Leaves. opts is never NULL here. Each takes the parsed URI and checks its own query keys. */
+typedef int far_leaf_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out,
+			  struct far_error *err);
+far_leaf_open far_mem_open;  /* mem:SIZE */
+far_leaf_open far_file_open; /* file:PATH?size=N&direct=1 */
+far_leaf_open far_dir_open;  /* dir:PATH?size=N&chunk=N&max-open=N */
+far_leaf_open far_null_open; /* null: or null:SIZE  reads zeros, forgets writes */
+
+/* The kernel's error numbers of a failed call worth another try: connection lost, refused, timed out, EIO. */
+bool far_error_is_transient(int code);
+
+#endif

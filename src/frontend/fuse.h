@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* The file frontend: one file whose content is a backend's, served through FUSE. */
+#ifndef FAR_FUSE_H
+#define FAR_FUSE_H
+
+#include "base/base.h"
+
+struct far_fuse;
+
+struct far_fuse_conf {
+	struct far_backend *b;   /* stays the caller's; read with FAR_NOWAIT first, see crew.h */
+	const char *target;      /* an existing directory or file */
+	const char *name;        /* of the file inside a directory; no '/' */
+	const char *source;      /* what `mount` shows */
+	bool read_only;
+	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open */
+	unsigned max_blocked;    /* threads; also max_background and congestion_threshold */
+	uint64_t deadline;       /* ns a request may take; FAR_NEVER: no limit */
+};
+
+/* Mounted and served by threads of its own when it returns 0. -ENOENT: /dev/fuse or the target is missing; -EPERM,
+ * -EBUSY ...: the sentence says what to do. */
+int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struct far_error *err);
+const char *far_fuse_path(const struct far_fuse *f); /* absolute, of the file */
+/* Drop what the page cache holds of [off, off+len); len 0: to the end. From a thread that serves nothing. */
+int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len);
+/* Calls that are being answered now. */
+unsigned far_fuse_blocked(const struct far_fuse *f);
+/* Unmount: 0, or -EBUSY while a program holds the file (nothing has changed then). */
+int far_fuse_unmount(struct far_fuse *f);
+/* Detach lazily: the path is free at once, open handles are served until they close. */
+int far_fuse_detach(struct far_fuse *f);
+/* Wait until it is unmounted by whomever and the last handle is closed, at most until `until`. False: not yet. */
+bool far_fuse_wait(struct far_fuse *f, uint64_t until);
+/* Abort what is left (programs get errors), unmount, end the threads, free. */
+void far_fuse_close(struct far_fuse *f);
+
+#endif

@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* Layers wrap a backend and look like one. Each has one file, an option table, and an entry in far_layers. */
+#ifndef FAR_LAYER_H
+#define FAR_LAYER_H
+
+#include "backend/backend.h"
+
+struct far_opt;
+
+struct far_layer {
+	const char *name;
+	const char *help;                /* one line */
+	const struct far_opt *options;   /* of `conf` */
+	size_t conf_size;
+	/* conf is filled with defaults by `defaults` (may be NULL: zeros), then parsed, then given here. inner changes
+	 * owner only on success. */
+	void (*defaults)(void *conf);
+	int (*open)(const void *conf, struct far_backend *inner, struct far_backend **out, struct far_error *err);
+};
+
+extern const struct far_layer *const far_layers[]; /* ended by NULL */
+
+extern const struct far_layer far_layer_chunked; /* any I/O over a backend that takes whole chunks only */
+extern const struct far_layer far_layer_strict;  /* refuses what is not a whole aligned chunk */
+extern const struct far_layer far_layer_tracked; /* remembers which chunks were written */
+extern const struct far_layer far_layer_gated;   /* calls wait until it is opened */
+extern const struct far_layer far_layer_delay;   /* round trip, jitter, rate */
+extern const struct far_layer far_layer_fault;   /* errors, disconnects, wrong bytes, on purpose */
+extern const struct far_layer far_layer_retry;   /* tries again, with back-off and a deadline */
+
+/* gated: closed at first when the option `closed` was given. b must be what the gated layer's open returned. */
+void far_gated_open(struct far_backend *b);
+void far_gated_close(struct far_backend *b);
+
+/* tracked: start recording; take the offsets of the chunks written since (sorted, malloc'd) and stop or go on. */
+void far_tracked_start(struct far_backend *b);
+int far_tracked_take(struct far_backend *b, bool go_on, uint64_t **offsets, size_t *n);
+
+#endif

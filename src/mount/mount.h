@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * A mount served by this process: what `farpage mount` and the child farpage-serve run. A program that wants to use the
+ * file itself goes through far_mount_open() in farpage.h, which puts this into a child.
+ */
+#ifndef FAR_MNT_H
+#define FAR_MNT_H
+
+#include "backend/backend.h"
+
+struct far_mnt;
+
+struct far_mnt_conf {
+	struct far_backend *remote;       /* layers already around it; owned from success on */
+	const char *source;               /* its URI, for messages and `mount` */
+	const char *name;                 /* of the file inside a directory */
+	const char *target;
+	bool network;                     /* the URI names a network peer: AUTO measures the round trip */
+	bool asked_managed;               /* an option that only a managed mount has was given */
+	char *const *local_layers;        /* --local-layer, outermost first */
+	size_t n_local_layers;
+	struct far_mount_opts opts;       /* chunk and the rest; strings are borrowed until open returns */
+};
+
+/* Opens the region (pulling starts), then the frontend, in parallel with the pull. */
+int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct far_error *err);
+const char *far_mnt_path(const struct far_mnt *m);
+enum far_mode far_mnt_mode(const struct far_mnt *m);
+const char *far_mnt_why(const struct far_mnt *m); /* "managed (round trip 40 ms)", "direct (round trip 0.1 ms)" ... */
+/* What fsync does, for a thread of this process (which must never fsync its own mount). Honours the deadline. */
+int far_mnt_flush(struct far_mnt *m);
+int far_mnt_wait(struct far_mnt *m, uint64_t off, uint64_t len);
+int far_mnt_wait_percent(struct far_mnt *m, unsigned percent);
+int far_mnt_prefetch(struct far_mnt *m, uint64_t off, uint64_t len);
+int far_mnt_evict(struct far_mnt *m, uint64_t off, uint64_t len);
+void far_mnt_status(struct far_mnt *m, struct far_status *st);
+/* True once somebody else has unmounted it. Waits until `until`. */
+bool far_mnt_ended(struct far_mnt *m, uint64_t until);
+/*
+ * The orderly end: before_flush, flush, before_close, unmount. If a program still holds the file: flush, write the
+ * holders ("sqlite3 (4711)") to holders, detach, serve open handles until they close or `until` passes, flush again.
+ * 0, or the flush's error: then dirty bytes are left (far_mnt_status) and the mount still stands, to be tried again or
+ * far_mnt_close()d.
+ */
+int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len);
+/* Give up: blocked calls end, nothing is flushed, everything is freed. After far_mnt_finish() it only frees. */
+void far_mnt_close(struct far_mnt *m);
+
+#endif

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * A managed region: a remote backend, a local store, and who has each chunk. It looks like a backend itself (the cached
+ * layer), so any frontend can stand on it. Pulling starts when it is opened.
+ */
+#ifndef FAR_REGION_H
+#define FAR_REGION_H
+
+#include "backend/backend.h"
+
+struct far_region;
+
+struct far_region_conf {
+	struct far_backend *remote;  /* owned from success on */
+	struct far_backend *local;   /* same size, any I/O; owned from success on */
+	const struct far_mount_opts *opts; /* everything but mode, local, local_backend; copied */
+};
+
+/* -EINVAL: chunk no power of two in range, sizes differ, order cannot be read. */
+int far_region_open(const struct far_region_conf *conf, struct far_region **out, struct far_error *err);
+
+/* The region as a backend, for a frontend; owned by the region: never far_close() it. far_flush() on it is
+ * far_region_flush(). */
+struct far_backend *far_region_backend(struct far_region *r);
+
+/* Flush stamps: see DESIGN.md 5. Bounded under endless writes; honours the thread's deadline. */
+int far_region_flush(struct far_region *r);
+/* Wait until [off, off+len) is local, fetching it before the rest. Honours the thread's deadline. */
+int far_region_wait(struct far_region *r, uint64_t off, uint64_t len);
+/* Wait until `percent` of the bytes are local. */
+int far_region_wait_percent(struct far_region *r, unsigned percent);
+/* Give local clean chunks inside [off, off+len) back; busy and dirty ones stay. */
+int far_region_evict(struct far_region *r, uint64_t off, uint64_t len);
+/* Ask the puller to take [off, off+len) next. */
+void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
+void far_region_status(struct far_region *r, struct far_status *st);
+/* Blocked and later calls return -ESHUTDOWN. Does not flush. */
+void far_region_stop(struct far_region *r);
+/* Stop, then free, remote and local included. Does not flush. */
+void far_region_close(struct far_region *r);
+
+#endif
