@@ -19,6 +19,12 @@ far_leaf_open far_file_open; /* file:PATH?size=N&direct=1 */
 far_leaf_open far_dir_open;  /* dir:PATH?size=N&chunk=N&max-open=N */
 far_leaf_open far_null_open; /* null: or null:SIZE  reads zeros, forgets writes */
 
+/* The object that was given to far_backend_new(). `read` is the operation it was given with: an assert that b really is
+ * of the caller's kind. */
+void *far_backend_self(const struct far_backend *b, int (*read)(void *, uint64_t, void *, size_t, unsigned));
+/* Take FAR_CAP_WRITE away; before anyone else sees b. */
+void far_backend_set_read_only(struct far_backend *b);
+
 /* The kernel's error numbers of a failed call worth another try: connection lost, refused, timed out, EIO. */
 bool far_error_is_transient(int code);
 

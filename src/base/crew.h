@@ -14,7 +14,8 @@
 struct far_crew;
 struct far_seat;
 
-/* At most max_threads threads in all, sitting ones included; spares beyond a few end after a second idle. */
+/* At most max_threads (at least 2) threads in all, sitting ones included; spares beyond a few end after a second
+ * idle. */
 int far_crew_open(struct far_crew **out, const char *name, unsigned max_threads);
 /* Ends when every seat has ended: the caller first makes the seats' run functions return false (by unmounting,
  * shutting a socket down ...). Waits for parked work. */
@@ -22,7 +23,8 @@ void far_crew_close(struct far_crew *c);
 
 /* Add a seat. A thread calls run(opaque, seat) again and again while it returns true and the thread still sits; after
  * false the seat ends and ended(opaque), if not NULL, is called once, after the last run() of any thread that had left
- * the seat has returned. cpu >= 0: whoever sits is pinned to that CPU. */
+ * the seat and all work parked from it has returned. cpu >= 0: whoever sits is pinned to that CPU. -EAGAIN: there
+ * would be no thread left that does not sit. */
 int far_crew_seat(struct far_crew *c, int cpu, bool (*run)(void *opaque, struct far_seat *seat),
 		  void (*ended)(void *opaque), void *opaque);
 

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "base/io.h"
 
+#include <fcntl.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -58,6 +59,51 @@ int far_io_fdatasync(int fd)
 		r = fdatasync(fd);
 	while (r < 0 && errno == EINTR);
 	return r < 0 ? -errno : 0;
+}
+
+static int io_fallocate(int fd, int mode, uint64_t off, uint64_t len)
+{
+	int r;
+	do
+		r = fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
+	while (r < 0 && errno == EINTR);
+	if (!r)
+		return 0;
+	/* Block devices take whole sectors only and say EINVAL; old file systems say ENOSYS. */
+	return errno == EINVAL || errno == ENOSYS || errno == ENODEV ? -EOPNOTSUPP : -errno;
+}
+
+int far_io_punch(int fd, uint64_t off, uint64_t len)
+{
+	return io_fallocate(fd, FALLOC_FL_PUNCH_HOLE, off, len);
+}
+
+int far_io_zero(int fd, uint64_t off, uint64_t len)
+{
+	int r = io_fallocate(fd, FALLOC_FL_ZERO_RANGE, off, len);
+	return r == -EOPNOTSUPP ? far_io_punch(fd, off, len) : r;
+}
+
+int far_io_extents(int fd, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
+{
+	uint64_t pos = off, end = off + len;
+
+	for (*n = 0; pos < end && *n < max; (*n)++) {
+		off_t data = lseek(fd, (off_t)pos, SEEK_DATA);
+		bool hole = data < 0 ? errno == ENXIO : (uint64_t)data > pos;
+		uint64_t to = end;
+		if (hole && data >= 0)
+			to = far_min((uint64_t)data, end);
+		if (!hole) {
+			/* A hole punched between the two calls gives to <= pos; "data" is never wrong. */
+			off_t next = lseek(fd, (off_t)pos, SEEK_HOLE);
+			if (next >= 0 && (uint64_t)next > pos)
+				to = far_min((uint64_t)next, end);
+		}
+		out[*n] = (struct far_extent){ pos, to - pos, hole ? FAR_EXTENT_ZERO : FAR_EXTENT_DATA };
+		pos = to;
+	}
+	return 0;
 }
 
 int far_io_read_some(int fd, void *buf, size_t len, size_t *got)

@@ -10,6 +10,12 @@
 int far_io_pread(int fd, uint64_t off, void *buf, size_t len, unsigned flags);
 int far_io_pwrite(int fd, uint64_t off, const void *buf, size_t len, unsigned flags);
 int far_io_fdatasync(int fd);
+/* Make [off, off+len) read as zeros, the room given back (punch) or kept (zero) where the file system can do that.
+ * -EOPNOTSUPP: it cannot; write zeros. Never changes the file's size. */
+int far_io_punch(int fd, uint64_t off, uint64_t len);
+int far_io_zero(int fd, uint64_t off, uint64_t len);
+/* Holes and data of [off, off+len), as far_extents() has it; what cannot be told is data. */
+int far_io_extents(int fd, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n);
 /* Descriptors of streams. -ENODATA at the end before len. */
 int far_io_read(int fd, void *buf, size_t len);
 int far_io_write(int fd, const void *buf, size_t len);

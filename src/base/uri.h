@@ -13,7 +13,8 @@ struct far_uri {
 	char *variant; /* what followed '+': "unix", "exec", "stdio", "http"; "" if nothing */
 	char *user;    /* decoded; "" if none */
 	char *host;    /* decoded, brackets of an IPv6 address removed; "" if none */
-	int port;      /* 0: none given */
+	int port;      /* 0: none given, or ":0" */
+	bool has_port; /* ":PORT" was there */
 	char *path;    /* decoded; of "mem:64M" it is "64M", of "grpc://h/x" it is "/x"; "" if none */
 	char *query;   /* raw, without '?'; "" if none */
 	bool authority; /* "//" was there */
@@ -23,7 +24,7 @@ struct far_uri {
  * literally as path, without a query. */
 int far_uri_parse(struct far_uri *u, const char *text, struct far_error *err);
 void far_uri_fini(struct far_uri *u);
-/* The scheme of `text` alone, into buf; "" if it has none. A path such as ./x or /x has none. */
+/* The scheme of `text` alone with its "+variant", in lower case, into buf; "" if it has none or does not fit. A path such as ./x or /x has none. */
 void far_uri_scheme(const char *text, char *buf, size_t n);
 /* Decode %XX in place. -EINVAL: a '%' without two hexadecimal digits, or %00. */
 int far_uri_decode(char *s);

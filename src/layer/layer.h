@@ -29,6 +29,13 @@ extern const struct far_layer far_layer_delay;   /* round trip, jitter, rate */
 extern const struct far_layer far_layer_fault;   /* errors, disconnects, wrong bytes, on purpose */
 extern const struct far_layer far_layer_retry;   /* tries again, with back-off and a deadline */
 
+/* delay: what calls really waited in the layer, the inner call not counted. b must be what the delay layer's open
+ * returned; calls of several threads are mixed. */
+struct far_delay_stats {
+	uint64_t calls, total_ns, last_ns;
+};
+void far_delay_stats(struct far_backend *b, struct far_delay_stats *st);
+
 /* gated: closed at first when the option `closed` was given. b must be what the gated layer's open returned. */
 void far_gated_open(struct far_backend *b);
 void far_gated_close(struct far_backend *b);
