@@ -12,7 +12,7 @@
 struct far_mnt;
 
 struct far_mnt_conf {
-	struct far_backend *remote;       /* layers already around it; owned from success on */
+	struct far_backend *remote;       /* layers already around it; owned by the mount, which also closes it when open fails */
 	const char *source;               /* its URI, for messages and `mount` */
 	const char *name;                 /* of the file inside a directory */
 	const char *target;

@@ -14,6 +14,7 @@ struct far_region;
 struct far_region_conf {
 	struct far_backend *remote;  /* owned from success on */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
+	bool local_is_zero;          /* it reads as zeros everywhere now: zero chunks need no write */
 	const struct far_mount_opts *opts; /* everything but mode, local, local_backend; copied */
 };
 
@@ -28,8 +29,8 @@ struct far_backend *far_region_backend(struct far_region *r);
 int far_region_flush(struct far_region *r);
 /* Wait until [off, off+len) is local, fetching it before the rest. Honours the thread's deadline. */
 int far_region_wait(struct far_region *r, uint64_t off, uint64_t len);
-/* Wait until `percent` of the bytes are local. */
-int far_region_wait_percent(struct far_region *r, unsigned percent);
+/* Wait until this many bytes are local, no matter which. */
+int far_region_wait_local(struct far_region *r, uint64_t bytes);
 /* Give local clean chunks inside [off, off+len) back; busy and dirty ones stay. */
 int far_region_evict(struct far_region *r, uint64_t off, uint64_t len);
 /* Ask the puller to take [off, off+len) next. */

@@ -1,0 +1,281 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * The cached layer: reads and writes on the chunk map and the local store, and the fetch that turns an absent chunk
+ * into a local one. The calling thread does all of it; chunkmap.c says who may do what to which chunk.
+ *
+ * A write holds claims on at most CACHE_BATCH chunks and never waits while it holds one, so writers cannot block each
+ * other in a circle.
+ */
+#include "region/region_int.h"
+
+#include "base/io.h"
+#include "base/pool.h"
+
+#include <string.h>
+
+#define CACHE_BATCH 64
+
+void far_region_remote_failed(struct far_region *r, int err)
+{
+	atomic_fetch_add_explicit(&r->errors, 1, memory_order_relaxed);
+	atomic_store_explicit(&r->last_error, -err, memory_order_relaxed);
+}
+
+/* -------------------------------------------------------------------------------------------------------- fetches */
+
+/* Bytes [from, to) of a chunk at `base`, whose data is in buf, into the local store. */
+static int cache_store(struct far_region *r, uint64_t base, const char *buf, uint64_t from, uint64_t to)
+{
+	return far_write(r->local, base + from, buf + from, (size_t)(to - from), 0);
+}
+
+static int cache_fill(struct far_region *r, uint64_t i, const char *buf)
+{
+	uint64_t base = i << r->shift, len = far_chunkmap_len(r->map, i), from = 0, to;
+	struct far_partial *e;
+	int err = 0;
+
+	far_chunkmap_fill_begin(r->map, i, &e);
+	if (!e) {
+		bool skip = atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len);
+		if (!skip)
+			err = cache_store(r, base, buf, 0, len);
+		if (err && far_discard(r->local, base, len, 0))
+			atomic_store_explicit(&r->local_zero, false, memory_order_release);
+	} else {
+		for (; !err && far_chunkmap_missing(r->map, e, i, &from, &to); from = to)
+			err = cache_store(r, base, buf, from, to);
+	}
+	far_chunkmap_fill_end(r->map, i, e, !err);
+	if (!err && r->o.chunk_local)
+		r->o.chunk_local(r->o.opaque, base, len);
+	return err;
+}
+
+int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, unsigned flags)
+{
+	uint64_t off = first << r->shift, len = far_min(n << r->shift, r->bytes - off);
+	char *buf = far_buf_get((size_t)len);
+	int err = buf ? 0 : -ENOMEM;
+
+	atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
+	if (!err) {
+		err = far_read(r->remote, off, buf, (size_t)len, flags);
+		if (err)
+			far_region_remote_failed(r, err);
+		else
+			atomic_fetch_add_explicit(&r->pulled, len, memory_order_relaxed);
+	}
+	atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
+	for (uint64_t i = first; !err && i < first + n; i++)
+		err = cache_fill(r, i, buf + ((i - first) << r->shift));
+	far_chunkmap_fetch_end(r->map, f, err);
+	far_buf_put(buf, (size_t)len);
+	far_pull_progress(r);
+	far_cache_trim(r);
+	return err;
+}
+
+static int cache_need_now(struct far_region *r, uint64_t i, uint64_t max)
+{
+	uint64_t io = far_facts(r->remote)->max_io, n, len;
+
+	max = far_min(max, far_max((io ? far_min(io, 4 * FAR_MIB) : 4 * FAR_MIB) >> r->shift, 1));
+	struct far_fetch *f = far_chunkmap_claim(r->map, i, max, &n);
+	if (!f)
+		return n ? -ENOMEM : far_chunkmap_wait(r->map, i);
+	len = n << r->shift;
+	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
+	far_pull_demand_begin(r, len);
+	far_pull_fault(r, i, n);
+	int err = far_cache_fetch(r, f, i, n, 0);
+	far_pull_demand_end(r, len, err);
+	return err;
+}
+
+int far_cache_need(struct far_region *r, uint64_t i, uint64_t max)
+{
+	if (atomic_load_explicit(&r->stopped, memory_order_acquire))
+		return -ESHUTDOWN;
+	atomic_fetch_add_explicit(&r->blocked, 1, memory_order_relaxed);
+	int err = cache_need_now(r, i, max);
+	atomic_fetch_sub_explicit(&r->blocked, 1, memory_order_relaxed);
+	return err;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- reads */
+
+int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	struct far_region *r = self;
+	uint64_t end = off + len;
+	char *p = buf;
+
+	while (off < end) {
+		uint64_t i = off >> r->shift, last = (end - 1) >> r->shift;
+		uint64_t n = far_chunkmap_pin(r->map, i, last - i + 1);
+		uint64_t stop = n ? far_min(end, (i + n) << r->shift) : far_min(end, (i + 1) << r->shift);
+		int err;
+
+		if (!n && far_chunkmap_pin_partial(r->map, i, off - (i << r->shift), stop - (i << r->shift)))
+			n = 1;
+		if (!n) {
+			if (flags & FAR_NOWAIT)
+				return -EAGAIN;
+			if (r->trace)
+				far_trace_touch(r->trace, i, 1);
+			err = far_cache_need(r, i, last - i + 1);
+			if (err)
+				return err;
+			continue;
+		}
+		if (r->trace)
+			far_trace_touch(r->trace, i, n);
+		far_pull_touched(r, i, n);
+		err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
+		far_chunkmap_unpin(r->map, i, n);
+		if (err)
+			return err;
+		p += stop - off;
+		off = stop;
+	}
+	return 0;
+}
+
+/* --------------------------------------------------------------------------------------------------------- writes */
+
+struct cache_batch {
+	uint64_t first;
+	unsigned n;
+	struct {
+		uint32_t from, to;
+		unsigned ragged;
+		enum far_claim claim;
+	} c[CACHE_BATCH];
+};
+
+/* Claim chunks from `off` on as long as that needs no waiting. Returns where the claimed bytes end; the claim that
+ * stopped it is in *why when nothing was claimed. */
+static uint64_t batch_claim(struct far_region *r, struct cache_batch *b, uint64_t off, uint64_t end, enum far_claim *why)
+{
+	b->first = off >> r->shift;
+	b->n = 0;
+	while (off < end && b->n < CACHE_BATCH) {
+		uint64_t i = off >> r->shift, base = i << r->shift;
+		uint32_t from = (uint32_t)(off - base);
+		uint32_t to = (uint32_t)far_min(end - base, far_chunkmap_len(r->map, i));
+		unsigned ragged;
+
+		*why = far_chunkmap_write_begin(r->map, i, from, to, &ragged);
+		if (*why == FAR_CLAIM_WAIT || *why == FAR_CLAIM_FETCH)
+			break;
+		b->c[b->n].from = from;
+		b->c[b->n].to = to;
+		b->c[b->n].ragged = ragged;
+		b->c[b->n++].claim = *why;
+		off = base + to;
+	}
+	return off;
+}
+
+static void batch_end(struct far_region *r, struct cache_batch *b, int err)
+{
+	for (unsigned k = 0; k < b->n; k++) {
+		uint64_t i = b->first + k;
+		if (err == -EAGAIN && b->c[k].claim == FAR_CLAIM_PRESENT) { /* nothing was written */
+			far_chunkmap_unpin(r->map, i, 1);
+			continue;
+		}
+		if (err && err != -EAGAIN && b->c[k].claim == FAR_CLAIM_WHOLE &&
+		    far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0))
+			atomic_store_explicit(&r->local_zero, false, memory_order_release);
+		far_chunkmap_write_end(r->map, i, b->c[k].from, b->c[k].to, b->c[k].claim, b->c[k].ragged, !err);
+		if (!err && b->c[k].claim == FAR_CLAIM_WHOLE && r->o.chunk_local)
+			r->o.chunk_local(r->o.opaque, i << r->shift, far_chunkmap_len(r->map, i));
+	}
+}
+
+/* buf == NULL writes zeros. */
+static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint64_t len, unsigned flags)
+{
+	uint64_t end = off + len;
+	struct cache_batch b;
+
+	while (off < end) {
+		enum far_claim why = FAR_CLAIM_WAIT;
+		int err = far_push_throttle(r, far_min(end - off, CACHE_BATCH << r->shift), flags);
+		if (err)
+			return err;
+		uint64_t stop = batch_claim(r, &b, off, end, &why);
+		if (!b.n) {
+			if (flags & FAR_NOWAIT)
+				return -EAGAIN;
+			err = why == FAR_CLAIM_FETCH ? far_cache_need(r, b.first, 1) : far_chunkmap_wait(r->map, b.first);
+			/* Another's fetch that failed is no error of ours: the write may not need it. */
+			if (err && (why == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN))
+				return err;
+			continue;
+		}
+		if (r->trace)
+			far_trace_touch(r->trace, b.first, b.n);
+		err = buf ? far_write(r->local, off, buf, (size_t)(stop - off), flags & FAR_NOWAIT)
+			  : far_zero(r->local, off, stop - off, flags & FAR_NOWAIT);
+		batch_end(r, &b, err);
+		far_push_dirtied(r);
+		if (err)
+			return err;
+		if (buf)
+			buf += stop - off;
+		off = stop;
+	}
+	far_cache_trim(r);
+	return 0;
+}
+
+int far_cache_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+{
+	return cache_write(self, off, buf, len, flags);
+}
+
+int far_cache_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
+{
+	return cache_write(self, off, NULL, len, flags);
+}
+
+/* ------------------------------------------------------------------------------------------------------- eviction */
+
+static bool cache_evict_one(struct far_region *r, uint64_t i)
+{
+	if (!far_chunkmap_evict_begin(r->map, i))
+		return false;
+	int err = far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0);
+	far_chunkmap_evict_end(r->map, i, !err);
+	return !err;
+}
+
+int far_region_evict(struct far_region *r, uint64_t off, uint64_t len)
+{
+	if (off > r->bytes || len > r->bytes - off)
+		return -EINVAL;
+	for (uint64_t i = far_div_up(off, r->chunk); i < far_div_up(off + len, r->chunk); i++)
+		if (off + len == r->bytes || (i + 1) << r->shift <= off + len)
+			cache_evict_one(r, i);
+	far_pull_progress(r);
+	return 0;
+}
+
+/* A clock: a chunk that was used since the hand last passed gets a second chance. Two rounds at most: what is left
+ * then is dirty or in use. */
+void far_cache_trim(struct far_region *r)
+{
+	uint64_t n = far_chunkmap_chunks(r->map);
+
+	if (!r->o.local_max)
+		return;
+	for (uint64_t steps = 0; steps < 2 * n && far_chunkmap_local(r->map) > r->o.local_max; steps++) {
+		uint64_t i = atomic_fetch_add_explicit(&r->evict_hand, 1, memory_order_relaxed) % n;
+		if (!far_chunkmap_test_touched(r->map, i))
+			cache_evict_one(r, i);
+	}
+}

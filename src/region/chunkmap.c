@@ -1,0 +1,990 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * The state of every chunk, and the arrows between states:
+ *
+ *   ABSENT ------------> FETCHING           claim           one owner; everyone else waits for its struct far_fetch
+ *   FETCHING ----------> FILLING            fill_begin      the data has come
+ *   FETCHING ----------> ABSENT             fetch_end       it has not
+ *   FETCHING ----------> FETCHING_PARTIAL   write_begin     a write of a part while the fetch runs
+ *   ABSENT ------------> PARTIAL            write_begin     a write of a part
+ *   ABSENT ------------> FILLING            write_begin     a write of the whole chunk
+ *   PARTIAL -----------> FETCHING_PARTIAL   claim
+ *   PARTIAL -----------> DIRTY              write_end       the parts have become the whole
+ *   FETCHING_PARTIAL --> FILLING            fill_begin      waits until no writer has it pinned
+ *   FETCHING_PARTIAL --> PARTIAL            fetch_end       the fetch failed
+ *   FILLING -----------> CLEAN | DIRTY      fill_end, write_end
+ *   FILLING -----------> ABSENT | PARTIAL   fill_end, write_end: the local store failed
+ *   CLEAN -------------> DIRTY              write_end
+ *   DIRTY -------------> PUSHING            push_begin
+ *   PUSHING -----------> REDIRTY            write_end
+ *   PUSHING -----------> CLEAN | DIRTY      push_end
+ *   REDIRTY -----------> DIRTY              push_end
+ *   CLEAN -------------> EVICTING -> ABSENT evict_begin, evict_end
+ *
+ * A word is 16 bits: state (4), pins (11), touched (1). Every arrow is a compare-and-swap of the word, so pinning and
+ * marking dirty take no lock. Invariants:
+ *
+ *  1. A write marks its chunk dirty after its copy into the local store and before its answer, in the same
+ *     compare-and-swap that drops its pin. A push that read half of the copy finds REDIRTY, or DIRTY comes after it.
+ *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in PARTIAL and FETCHING_PARTIAL (writers
+ *     and readers of ranges that are here), and in FILLING only those taken before it began.
+ *  3. A chunk in PARTIAL or FETCHING_PARTIAL, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
+ *  4. A chunk in FETCHING or FETCHING_PARTIAL lies in exactly one struct far_fetch.
+ *  5. The hint bit of a group is set whenever one of its 64 chunks is dirty or being pushed, but for the moment in
+ *     which a pusher looks the group over.
+ *
+ * `lock` guards the side table, the list of fetches and all sleeping. It is never held across a callback or I/O.
+ */
+#define _GNU_SOURCE
+#include "region/chunkmap.h"
+
+#include "base/clock.h"
+#include "base/thread.h"
+
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define STATE_MASK 0x000fu
+#define PIN_ONE 0x0010u
+#define PIN_MASK 0x7ff0u
+#define TOUCHED 0x8000u
+
+#define SECTOR 512u
+#define RAGGED_MAX 2
+#define BUCKETS 1024u
+#define GROUP 64u
+
+/* Which bytes of a half-written chunk are here: whole sectors in a bitmap, and up to two sectors of which one range is. */
+struct far_partial {
+	struct far_partial *next;
+	uint64_t chunk;
+	uint32_t sectors, n_valid;
+	unsigned n_ragged; /* entries of ragged that are used */
+	unsigned pending;  /* entries that writers on their way may still need */
+	struct {
+		uint32_t sector;
+		uint16_t from, to;
+	} ragged[RAGGED_MAX];
+	uint64_t valid[];
+};
+
+struct far_fetch {
+	struct far_fetch *next;
+	uint64_t first, n;
+	unsigned refs; /* the owner and everyone who waits */
+	bool done;
+	int err;
+	struct far_cond cond;
+};
+
+struct far_chunkmap {
+	/* fixed after open */
+	uint64_t bytes, chunks;
+	unsigned shift;
+	uint32_t max_partial;
+	int fd;
+	size_t map_len;
+	_Atomic uint16_t *word;
+	_Atomic uint64_t *hint; /* bit g: chunks [64g, 64g+64) may hold dirty ones */
+
+	/* atomic */
+	_Atomic uint64_t local, dirty;
+	_Atomic unsigned waiters; /* that sleep on `changed` */
+
+	struct far_mutex lock;
+	struct far_cond changed;
+	struct far_partial **bucket FAR_GUARDED_BY(lock);
+	uint32_t n_partial FAR_GUARDED_BY(lock);
+	struct far_fetch *fetches FAR_GUARDED_BY(lock);
+	bool stopped FAR_GUARDED_BY(lock);
+};
+
+static enum far_chunk state_of(uint16_t w)
+{
+	return (enum far_chunk)(w & STATE_MASK);
+}
+
+static uint16_t with_state(uint16_t w, enum far_chunk s)
+{
+	return (uint16_t)((w & ~STATE_MASK) | s);
+}
+
+static bool is_local(enum far_chunk s)
+{
+	return s >= FAR_CLEAN && s <= FAR_REDIRTY;
+}
+
+static bool is_dirty(enum far_chunk s)
+{
+	return s >= FAR_DIRTY && s <= FAR_FETCHING_PARTIAL;
+}
+
+static bool cas(struct far_chunkmap *m, uint64_t i, uint16_t *w, uint16_t to)
+{
+	return atomic_compare_exchange_weak_explicit(&m->word[i], w, to, memory_order_seq_cst, memory_order_acquire);
+}
+
+static uint16_t load(struct far_chunkmap *m, uint64_t i)
+{
+	return atomic_load_explicit(&m->word[i], memory_order_acquire);
+}
+
+/* ---------------------------------------------------------------------------------------------- open, close, facts */
+
+int far_chunkmap_open(struct far_chunkmap **out, uint64_t bytes, unsigned shift, uint32_t max_partial)
+{
+	struct far_chunkmap *m = calloc(1, sizeof *m);
+
+	if (!m)
+		return -ENOMEM;
+	m->bytes = bytes;
+	m->shift = shift;
+	m->chunks = far_div_up(bytes, (uint64_t)1 << shift);
+	m->max_partial = max_partial;
+	m->map_len = (size_t)far_max(m->chunks * sizeof(uint16_t), 1);
+	m->fd = memfd_create("farpage-chunkmap", MFD_CLOEXEC);
+	if (m->fd < 0 || ftruncate(m->fd, (off_t)m->map_len) < 0)
+		goto fail;
+	m->word = mmap(NULL, m->map_len, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
+	if (m->word == MAP_FAILED)
+		goto fail;
+	m->hint = calloc((size_t)far_div_up(m->chunks, (uint64_t)GROUP * 64) + 1, sizeof *m->hint);
+	m->bucket = calloc(BUCKETS, sizeof(struct far_partial *));
+	if (!m->hint || !m->bucket) {
+		munmap((void *)m->word, m->map_len);
+		goto fail;
+	}
+	far_mutex_init(&m->lock);
+	far_cond_init(&m->changed);
+	*out = m;
+	return 0;
+fail:
+	far_fd_close(&m->fd);
+	free((void *)m->hint);
+	free(m->bucket);
+	free(m);
+	return -ENOMEM;
+}
+
+void far_chunkmap_close(struct far_chunkmap *m) FAR_NO_TSA
+{
+	if (!m)
+		return;
+	FAR_ASSERT(!m->fetches);
+	for (unsigned b = 0; b < BUCKETS; b++)
+		for (struct far_partial *e = m->bucket[b], *next; e; e = next) {
+			next = e->next;
+			free(e);
+		}
+	munmap((void *)m->word, m->map_len);
+	close(m->fd);
+	free((void *)m->hint);
+	free(m->bucket);
+	far_cond_fini(&m->changed);
+	far_mutex_fini(&m->lock);
+	free(m);
+}
+
+void far_chunkmap_stop(struct far_chunkmap *m)
+{
+	far_mutex_lock(&m->lock);
+	m->stopped = true;
+	for (struct far_fetch *f = m->fetches; f; f = f->next)
+		far_cond_broadcast(&f->cond);
+	far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+}
+
+uint64_t far_chunkmap_chunks(const struct far_chunkmap *m)
+{
+	return m->chunks;
+}
+
+uint64_t far_chunkmap_len(const struct far_chunkmap *m, uint64_t i)
+{
+	return far_min((uint64_t)1 << m->shift, m->bytes - (i << m->shift));
+}
+
+enum far_chunk far_chunkmap_state(struct far_chunkmap *m, uint64_t i)
+{
+	return state_of(load(m, i));
+}
+
+bool far_chunkmap_is_local(struct far_chunkmap *m, uint64_t i)
+{
+	return is_local(state_of(load(m, i)));
+}
+
+uint64_t far_chunkmap_local(struct far_chunkmap *m)
+{
+	return atomic_load_explicit(&m->local, memory_order_relaxed);
+}
+
+uint64_t far_chunkmap_dirty(struct far_chunkmap *m)
+{
+	return atomic_load_explicit(&m->dirty, memory_order_relaxed);
+}
+
+static void count_local(struct far_chunkmap *m, uint64_t i, bool add)
+{
+	uint64_t len = far_chunkmap_len(m, i);
+	atomic_fetch_add_explicit(&m->local, add ? len : -len, memory_order_relaxed);
+}
+
+static void count_dirty(struct far_chunkmap *m, uint64_t i, bool add)
+{
+	uint64_t len = far_chunkmap_len(m, i);
+	atomic_fetch_add_explicit(&m->dirty, add ? len : -len, memory_order_relaxed);
+}
+
+static void hint(struct far_chunkmap *m, uint64_t i)
+{
+	uint64_t g = i / GROUP;
+	_Atomic uint64_t *h = &m->hint[g / 64];
+	uint64_t bit = (uint64_t)1 << (g % 64);
+
+	if (!(atomic_load_explicit(h, memory_order_seq_cst) & bit))
+		atomic_fetch_or_explicit(h, bit, memory_order_seq_cst);
+}
+
+/* ------------------------------------------------------------------------------------------------------- sleeping */
+
+/* Pairs with the increment of `waiters` in changed_wait(): either the waiter sees the new word or we see the waiter. */
+static void changed_wake(struct far_chunkmap *m) FAR_EXCLUDES(m->lock)
+{
+	if (atomic_load_explicit(&m->waiters, memory_order_seq_cst)) {
+		far_mutex_lock(&m->lock);
+		far_cond_broadcast(&m->changed);
+		far_mutex_unlock(&m->lock);
+	}
+}
+
+static bool changed_wait_locked(struct far_chunkmap *m, uint64_t until) FAR_REQUIRES(m->lock)
+{
+	return far_cond_wait_until(&m->changed, &m->lock, until);
+}
+
+static struct far_fetch *fetch_find_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
+{
+	struct far_fetch *f = m->fetches;
+	while (f && !(i >= f->first && i - f->first < f->n))
+		f = f->next;
+	return f;
+}
+
+static void fetch_put_locked(struct far_fetch *f)
+{
+	if (--f->refs == 0) {
+		far_cond_fini(&f->cond);
+		free(f);
+	}
+}
+
+static bool in_transit(enum far_chunk s)
+{
+	return s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL || s == FAR_FILLING || s == FAR_EVICTING;
+}
+
+int far_chunkmap_wait(struct far_chunkmap *m, uint64_t i)
+{
+	uint64_t until = far_deadline();
+	int err = 0;
+
+	far_mutex_lock(&m->lock);
+	struct far_fetch *f = fetch_find_locked(m, i);
+	if (f) {
+		f->refs++;
+		while (!f->done && !m->stopped && !err)
+			if (!far_cond_wait_until(&f->cond, &m->lock, until))
+				err = -ETIMEDOUT;
+		err = f->done ? f->err : m->stopped ? -ESHUTDOWN : err;
+		fetch_put_locked(f);
+	} else {
+		atomic_fetch_add_explicit(&m->waiters, 1, memory_order_seq_cst);
+		while (in_transit(state_of(atomic_load(&m->word[i]))) && !fetch_find_locked(m, i) && !err) {
+			if (m->stopped)
+				err = -ESHUTDOWN;
+			else if (!changed_wait_locked(m, until))
+				err = -ETIMEDOUT;
+		}
+		atomic_fetch_sub_explicit(&m->waiters, 1, memory_order_relaxed);
+	}
+	far_mutex_unlock(&m->lock);
+	return err;
+}
+
+/* ------------------------------------------------------------------------------------------------------- the pins */
+
+static bool pin_one(struct far_chunkmap *m, uint64_t i)
+{
+	uint16_t w = load(m, i);
+
+	for (;;) {
+		if (!is_local(state_of(w)))
+			return false;
+		if ((w & PIN_MASK) == PIN_MASK) { /* 2047 others are copying; it takes microseconds */
+			sched_yield();
+			w = load(m, i);
+		} else if (cas(m, i, &w, (uint16_t)((w + PIN_ONE) | TOUCHED))) {
+			return true;
+		}
+	}
+}
+
+uint64_t far_chunkmap_pin(struct far_chunkmap *m, uint64_t i, uint64_t max)
+{
+	uint64_t n = 0;
+	while (n < max && pin_one(m, i + n))
+		n++;
+	return n;
+}
+
+void far_chunkmap_unpin(struct far_chunkmap *m, uint64_t i, uint64_t n)
+{
+	for (uint64_t k = i; k < i + n; k++) {
+		uint16_t w = atomic_fetch_sub_explicit(&m->word[k], PIN_ONE, memory_order_seq_cst);
+		FAR_ASSERT(w & PIN_MASK);
+		if (state_of(w) == FAR_FILLING && (w & PIN_MASK) == PIN_ONE)
+			changed_wake(m);
+	}
+}
+
+bool far_chunkmap_test_touched(struct far_chunkmap *m, uint64_t i)
+{
+	return (load(m, i) & TOUCHED) && (atomic_fetch_and(&m->word[i], (uint16_t)~TOUCHED) & TOUCHED);
+}
+
+/* ------------------------------------------------------------------------------------------------- the side table */
+
+static struct far_partial **partial_at_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
+{
+	struct far_partial **p = &m->bucket[(i * 0x9e3779b97f4a7c15u >> 32) % BUCKETS];
+	while (*p && (*p)->chunk != i)
+		p = &(*p)->next;
+	return p;
+}
+
+static struct far_partial *partial_new_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
+{
+	uint32_t sectors = (uint32_t)far_div_up(far_chunkmap_len(m, i), SECTOR);
+	struct far_partial *e;
+
+	if (m->n_partial >= m->max_partial)
+		return NULL;
+	e = calloc(1, sizeof *e + far_div_up(sectors, 64) * sizeof(uint64_t));
+	if (!e)
+		return NULL;
+	e->chunk = i;
+	e->sectors = sectors;
+	struct far_partial **p = partial_at_locked(m, i);
+	e->next = *p;
+	*p = e;
+	m->n_partial++;
+	return e;
+}
+
+static void partial_free_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
+{
+	struct far_partial **p = partial_at_locked(m, i), *e = *p;
+	FAR_ASSERT(e);
+	*p = e->next;
+	m->n_partial--;
+	free(e);
+}
+
+static bool partial_valid(const struct far_partial *e, uint32_t s)
+{
+	return e->valid[s / 64] >> (s % 64) & 1;
+}
+
+static void partial_set(struct far_partial *e, uint32_t s)
+{
+	if (partial_valid(e, s))
+		return;
+	e->valid[s / 64] |= (uint64_t)1 << (s % 64);
+	e->n_valid++;
+	for (unsigned k = 0; k < e->n_ragged; k++)
+		if (e->ragged[k].sector == s)
+			e->ragged[k--] = e->ragged[--e->n_ragged];
+}
+
+/* One range inside one sector: does it need an entry of its own? */
+static bool ragged_is_new(const struct far_partial *e, uint32_t s, uint64_t from, uint64_t to)
+{
+	if (partial_valid(e, s))
+		return false;
+	for (unsigned k = 0; k < e->n_ragged; k++)
+		if (e->ragged[k].sector == s && from <= e->ragged[k].to && to >= e->ragged[k].from)
+			return false;
+	return true;
+}
+
+static uint64_t sector_len(const struct far_chunkmap *m, const struct far_partial *e, uint32_t s)
+{
+	return far_min(SECTOR, far_chunkmap_len(m, e->chunk) - (uint64_t)s * SECTOR);
+}
+
+/* Walk [from, to) sector by sector. */
+static void range_step(uint64_t at, uint64_t to, uint32_t *s, uint64_t *a, uint64_t *b)
+{
+	*s = (uint32_t)(at / SECTOR);
+	*a = at % SECTOR;
+	*b = far_min(SECTOR, to - (uint64_t)*s * SECTOR);
+}
+
+static unsigned ragged_needed(const struct far_chunkmap *m, const struct far_partial *e, uint64_t from, uint64_t to)
+{
+	unsigned need = 0;
+	uint32_t s;
+	uint64_t a, b;
+
+	/* Only the first and the last sector can be ragged. */
+	range_step(from, to, &s, &a, &b);
+	if (b - a < sector_len(m, e, s))
+		need += ragged_is_new(e, s, a, b);
+	if ((to - 1) / SECTOR != from / SECTOR) {
+		range_step((to - 1) / SECTOR * SECTOR, to, &s, &a, &b);
+		if (b - a < sector_len(m, e, s))
+			need += ragged_is_new(e, s, a, b);
+	}
+	return need;
+}
+
+static void ragged_add(const struct far_chunkmap *m, struct far_partial *e, uint32_t s, uint64_t a, uint64_t b)
+{
+	unsigned at = e->n_ragged;
+
+	if (partial_valid(e, s))
+		return;
+	for (unsigned k = 0; k < e->n_ragged; k++)
+		if (e->ragged[k].sector == s && a <= e->ragged[k].to && b >= e->ragged[k].from) {
+			a = far_min(a, e->ragged[k].from);
+			b = far_max(b, e->ragged[k].to);
+			if (at < e->n_ragged) { /* it joins two */
+				e->ragged[k] = e->ragged[--e->n_ragged];
+				k--;
+			} else {
+				at = k;
+			}
+		}
+	if (b - a == sector_len(m, e, s)) {
+		partial_set(e, s);
+		return;
+	}
+	if (at == e->n_ragged) {
+		FAR_ASSERT(e->n_ragged < RAGGED_MAX);
+		e->n_ragged++;
+	}
+	e->ragged[at].sector = s;
+	e->ragged[at].from = (uint16_t)a;
+	e->ragged[at].to = (uint16_t)b;
+}
+
+static void partial_add(const struct far_chunkmap *m, struct far_partial *e, uint64_t from, uint64_t to)
+{
+	while (from < to) {
+		uint32_t s;
+		uint64_t a, b;
+		range_step(from, to, &s, &a, &b);
+		if (b - a == sector_len(m, e, s))
+			partial_set(e, s);
+		else
+			ragged_add(m, e, s, a, b);
+		from = (uint64_t)s * SECTOR + b;
+	}
+}
+
+/* The first range at or after `at` that is not here, or false. */
+bool far_chunkmap_missing(const struct far_chunkmap *m, const struct far_partial *e, uint64_t i, uint64_t *from,
+			  uint64_t *to)
+{
+	uint64_t len = far_chunkmap_len(m, i), at = *from;
+	uint64_t start = UINT64_MAX;
+
+	while (at < len) {
+		uint32_t s = (uint32_t)(at / SECTOR);
+		uint64_t base = (uint64_t)s * SECTOR, end = base + sector_len(m, e, s);
+		bool here = partial_valid(e, s);
+		uint64_t next = end;
+
+		for (unsigned k = 0; k < e->n_ragged && !here; k++) {
+			uint64_t a = base + e->ragged[k].from, b = base + e->ragged[k].to;
+			if (e->ragged[k].sector != s)
+				continue;
+			if (at >= a && at < b) {
+				here = true;
+				next = b;
+			} else if (a > at) {
+				next = far_min(next, a);
+			}
+		}
+		if (here && start != UINT64_MAX)
+			break;
+		if (!here && start == UINT64_MAX)
+			start = at;
+		at = next;
+	}
+	if (start == UINT64_MAX)
+		return false;
+	*from = start;
+	*to = at;
+	return true;
+}
+
+bool far_chunkmap_pin_partial(struct far_chunkmap *m, uint64_t i, uint64_t from, uint64_t to)
+{
+	bool got = false;
+
+	if (!is_dirty(state_of(load(m, i))))
+		return false;
+	far_mutex_lock(&m->lock);
+	uint16_t w = load(m, i);
+	struct far_partial *e = *partial_at_locked(m, i);
+	uint64_t a = from, b = 0;
+	while (e && !got && (state_of(w) == FAR_PARTIAL || state_of(w) == FAR_FETCHING_PARTIAL) &&
+	       (!far_chunkmap_missing(m, e, i, &a, &b) || a >= to))
+		got = (w & PIN_MASK) != PIN_MASK && cas(m, i, &w, (uint16_t)(w + PIN_ONE));
+	far_mutex_unlock(&m->lock);
+	return got;
+}
+
+/* -------------------------------------------------------------------------------------------------------- writers */
+
+/* A write of a part of an absent, half-written or arriving chunk. */
+static enum far_claim partial_begin_locked(struct far_chunkmap *m, uint64_t i, uint16_t w, uint64_t from, uint64_t to,
+					   unsigned *ragged) FAR_REQUIRES(m->lock)
+{
+	enum far_chunk s = state_of(w);
+	bool fetching = s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL;
+	bool fresh = s == FAR_ABSENT || s == FAR_FETCHING;
+	struct far_partial *e = fresh ? partial_new_locked(m, i) : *partial_at_locked(m, i);
+
+	if (!e)
+		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
+	unsigned need = ragged_needed(m, e, from, to);
+	if (e->n_ragged + e->pending + need > RAGGED_MAX)
+		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
+	for (;;) {
+		bool full = (w & PIN_MASK) == PIN_MASK;
+		enum far_chunk to_state = fetching ? FAR_FETCHING_PARTIAL : FAR_PARTIAL;
+		if (!full && cas(m, i, &w, (uint16_t)(with_state(w, to_state) + PIN_ONE)))
+			break;
+		/* Pins come and go without the lock; states with a side table entry change under it. */
+		if (full || state_of(w) != s) {
+			if (fresh)
+				partial_free_locked(m, i);
+			return FAR_CLAIM_WAIT;
+		}
+	}
+	if (fresh) {
+		count_dirty(m, i, true);
+		hint(m, i);
+	}
+	e->pending += need;
+	*ragged = need;
+	return FAR_CLAIM_PARTIAL;
+}
+
+enum far_claim far_chunkmap_write_begin(struct far_chunkmap *m, uint64_t i, uint64_t from, uint64_t to, unsigned *ragged)
+{
+	bool whole = from == 0 && to == far_chunkmap_len(m, i);
+
+	*ragged = 0;
+	for (;;) {
+		uint16_t w = load(m, i);
+		enum far_chunk s = state_of(w);
+
+		if (is_local(s)) {
+			if (pin_one(m, i))
+				return FAR_CLAIM_PRESENT;
+		} else if (s == FAR_ABSENT && whole) {
+			if (cas(m, i, &w, with_state(w, FAR_FILLING)))
+				return FAR_CLAIM_WHOLE;
+		} else if (s == FAR_FILLING || s == FAR_EVICTING) {
+			return FAR_CLAIM_WAIT;
+		} else {
+			far_mutex_lock(&m->lock);
+			w = load(m, i);
+			enum far_claim c = FAR_CLAIM_WAIT;
+			bool same = state_of(w) == s;
+			if (same)
+				c = partial_begin_locked(m, i, w, from, to, ragged);
+			far_mutex_unlock(&m->lock);
+			if (same)
+				return c;
+		}
+	}
+}
+
+/* Mark dirty and drop the pin in one step (invariant 1). False: the chunk is not local; nothing was done. */
+static bool present_end(struct far_chunkmap *m, uint64_t i)
+{
+	uint16_t w = load(m, i);
+
+	for (;;) {
+		enum far_chunk s = state_of(w);
+		if (!is_local(s))
+			return false;
+		enum far_chunk next = s == FAR_CLEAN ? FAR_DIRTY : s == FAR_PUSHING ? FAR_REDIRTY : s;
+		if (!cas(m, i, &w, (uint16_t)(with_state(w, next) - PIN_ONE)))
+			continue;
+		if (s == FAR_CLEAN)
+			count_dirty(m, i, true);
+		if (next != FAR_REDIRTY)
+			hint(m, i);
+		return true;
+	}
+}
+
+static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint64_t to, unsigned ragged, bool ok)
+{
+	bool woke = false;
+
+	far_mutex_lock(&m->lock);
+	uint16_t w = load(m, i);
+	struct far_partial *e = *partial_at_locked(m, i);
+	if (is_local(state_of(w))) { /* others have made it whole meanwhile */
+		far_mutex_unlock(&m->lock);
+		FAR_ASSERT(present_end(m, i));
+		return;
+	}
+	FAR_ASSERT(e && e->pending >= ragged);
+	e->pending -= ragged;
+	if (ok)
+		partial_add(m, e, from, to);
+	bool whole = e->n_valid == e->sectors;
+	for (;;) {
+		enum far_chunk s = state_of(w);
+		uint16_t next = (uint16_t)(w - PIN_ONE);
+		if (s == FAR_PARTIAL && whole)
+			next = with_state(next, FAR_DIRTY);
+		if (!cas(m, i, &w, next))
+			continue;
+		woke = s == FAR_FILLING && !(next & PIN_MASK);
+		if (s == FAR_PARTIAL && whole) {
+			partial_free_locked(m, i);
+			count_local(m, i, true);
+		}
+		break;
+	}
+	hint(m, i);
+	if (woke)
+		far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+}
+
+void far_chunkmap_write_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint64_t to, enum far_claim claim,
+			    unsigned ragged, bool ok)
+{
+	if (claim == FAR_CLAIM_PRESENT) {
+		/* A failed copy may have changed some bytes: dirty all the same. */
+		FAR_ASSERT(present_end(m, i));
+	} else if (claim == FAR_CLAIM_PARTIAL) {
+		partial_end(m, i, from, to, ragged, ok);
+	} else {
+		FAR_ASSERT(claim == FAR_CLAIM_WHOLE);
+		if (ok) {
+			count_local(m, i, true);
+			count_dirty(m, i, true);
+		}
+		uint16_t w = load(m, i);
+		while (!cas(m, i, &w, (uint16_t)(with_state(w, ok ? FAR_DIRTY : FAR_ABSENT) | TOUCHED)))
+			;
+		if (ok)
+			hint(m, i);
+		changed_wake(m);
+	}
+}
+
+/* ------------------------------------------------------------------------------------------------------- fetchers */
+
+struct far_fetch *far_chunkmap_claim(struct far_chunkmap *m, uint64_t i, uint64_t max, uint64_t *n)
+{
+	enum far_chunk s = far_chunkmap_state(m, i);
+
+	*n = 0;
+	if (s != FAR_ABSENT && s != FAR_PARTIAL)
+		return NULL;
+	struct far_fetch *f = calloc(1, sizeof *f);
+	if (!f) {
+		*n = 1;
+		return NULL;
+	}
+	far_mutex_lock(&m->lock);
+	while (*n < max && i + *n < m->chunks) {
+		uint16_t w = load(m, i + *n);
+		bool got = false;
+		do {
+			s = state_of(w);
+			got = (s == FAR_ABSENT && cas(m, i + *n, &w, with_state(w, FAR_FETCHING))) ||
+			      (s == FAR_PARTIAL && cas(m, i + *n, &w, with_state(w, FAR_FETCHING_PARTIAL)));
+		} while (!got && (state_of(w) == FAR_ABSENT || state_of(w) == FAR_PARTIAL));
+		if (!got)
+			break;
+		++*n;
+	}
+	if (*n) {
+		f->first = i;
+		f->n = *n;
+		f->refs = 1;
+		far_cond_init(&f->cond);
+		f->next = m->fetches;
+		m->fetches = f;
+	}
+	far_mutex_unlock(&m->lock);
+	if (!*n) {
+		free(f);
+		f = NULL;
+	}
+	return f;
+}
+
+void far_chunkmap_fill_begin(struct far_chunkmap *m, uint64_t i, struct far_partial **e)
+{
+	uint16_t w = load(m, i);
+
+	*e = NULL;
+	while (state_of(w) == FAR_FETCHING)
+		if (cas(m, i, &w, with_state(w, FAR_FILLING)))
+			return;
+	FAR_ASSERT(state_of(w) == FAR_FETCHING_PARTIAL);
+	far_mutex_lock(&m->lock);
+	while (!cas(m, i, &w, with_state(w, FAR_FILLING)))
+		;
+	atomic_fetch_add_explicit(&m->waiters, 1, memory_order_seq_cst);
+	while (atomic_load(&m->word[i]) & PIN_MASK) /* writers in the middle of a copy: microseconds */
+		changed_wait_locked(m, FAR_NEVER);
+	atomic_fetch_sub_explicit(&m->waiters, 1, memory_order_relaxed);
+	*e = *partial_at_locked(m, i);
+	far_mutex_unlock(&m->lock);
+	FAR_ASSERT(*e);
+}
+
+void far_chunkmap_fill_end(struct far_chunkmap *m, uint64_t i, struct far_partial *e, bool ok)
+{
+	uint16_t w = load(m, i);
+	enum far_chunk next = ok ? (e ? FAR_DIRTY : FAR_CLEAN) : (e ? FAR_PARTIAL : FAR_ABSENT);
+
+	if (ok)
+		count_local(m, i, true);
+	if (e) {
+		far_mutex_lock(&m->lock);
+		if (ok)
+			partial_free_locked(m, i);
+		while (!cas(m, i, &w, with_state(w, next)))
+			;
+		far_mutex_unlock(&m->lock);
+		hint(m, i);
+	} else {
+		while (!cas(m, i, &w, with_state(w, next)))
+			;
+	}
+	changed_wake(m);
+}
+
+void far_chunkmap_fetch_end(struct far_chunkmap *m, struct far_fetch *f, int err)
+{
+	far_mutex_lock(&m->lock);
+	for (uint64_t i = f->first; i < f->first + f->n; i++) {
+		uint16_t w = load(m, i);
+		enum far_chunk s;
+		/* Ours only while it is still being fetched: filled chunks have moved on, and nobody else can claim one
+		 * of this run before the record is off the list, which needs this lock. */
+		while ((s = state_of(w)) == FAR_FETCHING || s == FAR_FETCHING_PARTIAL)
+			if (cas(m, i, &w, with_state(w, s == FAR_FETCHING ? FAR_ABSENT : FAR_PARTIAL)))
+				break;
+	}
+	struct far_fetch **p = &m->fetches;
+	while (*p != f)
+		p = &(*p)->next;
+	*p = f->next;
+	f->done = true;
+	f->err = err;
+	far_cond_broadcast(&f->cond);
+	if (atomic_load(&m->waiters))
+		far_cond_broadcast(&m->changed);
+	fetch_put_locked(f);
+	far_mutex_unlock(&m->lock);
+}
+
+/* -------------------------------------------------------------------------------------------------------- pushers */
+
+bool far_chunkmap_push_begin_one(struct far_chunkmap *m, uint64_t i)
+{
+	uint16_t w = load(m, i);
+
+	while (state_of(w) == FAR_DIRTY)
+		if (cas(m, i, &w, with_state(w, FAR_PUSHING)))
+			return true;
+	return false;
+}
+
+/* The first group at or after g whose hint is set, its bit cleared; or UINT64_MAX. */
+static uint64_t hint_take(struct far_chunkmap *m, uint64_t g)
+{
+	uint64_t groups = far_div_up(m->chunks, GROUP);
+
+	while (g < groups) {
+		uint64_t h = atomic_load_explicit(&m->hint[g / 64], memory_order_seq_cst) >> (g % 64);
+		if (!h) {
+			g = (g / 64 + 1) * 64;
+			continue;
+		}
+		g += (uint64_t)__builtin_ctzll(h);
+		atomic_fetch_and_explicit(&m->hint[g / 64], ~((uint64_t)1 << (g % 64)), memory_order_seq_cst);
+		return g;
+	}
+	return UINT64_MAX;
+}
+
+/* Holds something the remote lacks. A chunk that is being filled does if parts of it were written here. */
+static bool holds_news(struct far_chunkmap *m, uint64_t i, enum far_chunk *s)
+{
+	*s = far_chunkmap_state(m, i);
+	if (*s != FAR_FILLING)
+		return is_dirty(*s);
+	far_mutex_lock(&m->lock);
+	bool entry = *partial_at_locked(m, i) != NULL;
+	*s = far_chunkmap_state(m, i); /* a filled chunk turns dirty under the lock, with its entry */
+	far_mutex_unlock(&m->lock);
+	return entry || is_dirty(*s);
+}
+
+/* Invariant 5: a hint is taken back only when nothing dirty is left in its group. */
+static void hint_restore(struct far_chunkmap *m, uint64_t g)
+{
+	uint64_t end = far_min((g + 1) * GROUP, m->chunks);
+	enum far_chunk s;
+
+	for (uint64_t i = g * GROUP; i < end; i++)
+		if (holds_news(m, i, &s)) {
+			hint(m, i);
+			return;
+		}
+}
+
+bool far_chunkmap_push_begin(struct far_chunkmap *m, uint64_t *cursor, uint64_t max, uint64_t *first, uint64_t *n,
+			     bool *partial)
+{
+	uint64_t i = *cursor;
+
+	*partial = false;
+	while (i < m->chunks) {
+		uint64_t g = hint_take(m, i / GROUP);
+		if (g == UINT64_MAX)
+			break;
+		i = far_max(i, g * GROUP);
+		uint64_t end = far_min((g + 1) * GROUP, m->chunks);
+		for (; i < end; i++) {
+			enum far_chunk s;
+			bool pushing = far_chunkmap_push_begin_one(m, i);
+			bool half = !pushing && holds_news(m, i, &s) &&
+				    (s == FAR_PARTIAL || s == FAR_FETCHING_PARTIAL || s == FAR_FILLING);
+			if (!half && !pushing)
+				continue;
+			*first = i;
+			*n = 1;
+			*partial = half;
+			while (!half && *n < max && i + *n < m->chunks && far_chunkmap_push_begin_one(m, i + *n))
+				++*n;
+			hint_restore(m, g);
+			*cursor = i + *n;
+			return true;
+		}
+		hint_restore(m, g);
+	}
+	*cursor = m->chunks;
+	return false;
+}
+
+void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, bool ok)
+{
+	for (uint64_t i = first; i < first + n; i++) {
+		uint16_t w = load(m, i);
+		enum far_chunk s, next;
+		do {
+			s = state_of(w);
+			FAR_ASSERT(s == FAR_PUSHING || s == FAR_REDIRTY);
+			next = s == FAR_PUSHING && ok ? FAR_CLEAN : FAR_DIRTY;
+		} while (!cas(m, i, &w, with_state(w, next)));
+		if (next == FAR_CLEAN)
+			count_dirty(m, i, false);
+		else
+			hint(m, i);
+	}
+}
+
+void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, uint64_t i, enum far_chunk s), void *opaque)
+{
+	uint64_t words = far_div_up(far_div_up(m->chunks, GROUP), 64);
+
+	for (uint64_t h = 0; h < words; h++) {
+		uint64_t bits = atomic_load_explicit(&m->hint[h], memory_order_seq_cst);
+		while (bits) {
+			uint64_t g = h * 64 + (uint64_t)__builtin_ctzll(bits);
+			bits &= bits - 1;
+			uint64_t end = far_min((g + 1) * GROUP, m->chunks);
+			for (uint64_t i = g * GROUP; i < end; i++) {
+				enum far_chunk s;
+				if (holds_news(m, i, &s))
+					fn(opaque, i, s);
+			}
+		}
+	}
+}
+
+/* ------------------------------------------------------------------------------------------------------- evictors */
+
+bool far_chunkmap_evict_begin(struct far_chunkmap *m, uint64_t i)
+{
+	uint16_t w = load(m, i);
+
+	while (state_of(w) == FAR_CLEAN && !(w & PIN_MASK))
+		if (cas(m, i, &w, (uint16_t)(with_state(w, FAR_EVICTING) & ~TOUCHED)))
+			return true;
+	return false;
+}
+
+void far_chunkmap_evict_end(struct far_chunkmap *m, uint64_t i, bool ok)
+{
+	uint16_t w = load(m, i);
+
+	if (ok)
+		count_local(m, i, false);
+	while (!cas(m, i, &w, with_state(w, ok ? FAR_ABSENT : FAR_CLEAN)))
+		;
+	changed_wake(m);
+}
+
+void far_chunkmap_check(struct far_chunkmap *m)
+{
+	uint64_t local = 0, dirty = 0, partial = 0;
+
+	far_mutex_lock(&m->lock);
+	for (uint64_t i = 0; i < m->chunks; i++) {
+		uint16_t w = load(m, i);
+		enum far_chunk s = state_of(w);
+		bool entry = *partial_at_locked(m, i) != NULL;
+
+		FAR_ASSERT(s <= FAR_EVICTING);
+		FAR_ASSERT(!(w & PIN_MASK) || is_local(s) || entry);
+		if (s == FAR_PARTIAL || s == FAR_FETCHING_PARTIAL)
+			FAR_ASSERT(entry);
+		else if (s != FAR_FILLING)
+			FAR_ASSERT(!entry);
+		FAR_ASSERT((s != FAR_FETCHING && s != FAR_FETCHING_PARTIAL) || fetch_find_locked(m, i));
+		local += is_local(s) ? far_chunkmap_len(m, i) : 0;
+		dirty += is_dirty(s) ? far_chunkmap_len(m, i) : 0;
+		partial += entry;
+	}
+	FAR_ASSERT(partial == m->n_partial);
+	far_mutex_unlock(&m->lock);
+	/* The counters are exact when nobody works. */
+	FAR_ASSERT(local == far_chunkmap_local(m));
+	FAR_ASSERT(dirty == far_chunkmap_dirty(m));
+}

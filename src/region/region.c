@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* Puts a region together and takes it apart. */
+#include "region/region_int.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static int region_flush_op(void *self)
+{
+	return far_region_flush(self);
+}
+
+/* Zeros need no data: whole chunks are given as zeros to the local store, and pushed as such. */
+static int region_zero_op(void *self, uint64_t off, uint64_t len, unsigned flags)
+{
+	return far_cache_zero(self, off, len, flags);
+}
+
+static void region_no_close(void *self)
+{
+	(void)self; /* the region owns its face, not the other way round */
+}
+
+static const struct far_ops region_ops = {
+	FAR_OPS_INIT,
+	.read = far_cache_read,
+	.write = far_cache_write,
+	.flush = region_flush_op,
+	.discard = region_zero_op,
+	.zero = region_zero_op,
+	.close = region_no_close,
+};
+
+static int region_defaults(struct far_mount_opts *o, struct far_error *err)
+{
+	if (!o->chunk)
+		o->chunk = 64 * FAR_KIB;
+	if (o->chunk < 4 * FAR_KIB || o->chunk > 32 * FAR_MIB || (o->chunk & (o->chunk - 1)))
+		return far_error_set(err, EINVAL, "a chunk of %" PRIu64 " bytes cannot be used: give a power of two from "
+				     "4K to 32M", o->chunk);
+	if (!o->dirty_max)
+		o->dirty_max = FAR_GIB;
+	if (!o->push_interval_ms)
+		o->push_interval_ms = 1000;
+	if (!o->deadline_ms)
+		o->deadline_ms = 30000;
+	if (!o->max_partial)
+		o->max_partial = 65536;
+	return 0;
+}
+
+static int region_face(struct far_region *r)
+{
+	struct far_facts facts = *far_facts(r->remote);
+
+	facts.chunk = 0;
+	facts.max_io = 0;
+	facts.caps &= FAR_CAP_DURABLE;
+	if (r->writable)
+		facts.caps |= FAR_CAP_WRITE;
+	return far_backend_new(&region_ops, r, &facts, &r->face);
+}
+
+int far_region_open(const struct far_region_conf *conf, struct far_region **out, struct far_error *err)
+{
+	struct far_region *r = calloc(1, sizeof *r);
+	const struct far_facts *facts = far_facts(conf->remote);
+	int e;
+
+	if (!r)
+		return far_error_set(err, ENOMEM, "no memory for a region");
+	r->o = *conf->opts;
+	r->remote = conf->remote;
+	r->local = conf->local;
+	r->bytes = facts->bytes;
+	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
+	r->local_zero = conf->local_is_zero;
+	e = region_defaults(&r->o, err);
+	if (e)
+		goto fail;
+	if (far_size(r->local) != r->bytes) {
+		e = far_error_set(err, EINVAL, "the local store has %" PRIu64 " bytes and the remote %" PRIu64
+				  ": they must be the same", far_size(r->local), r->bytes);
+		goto fail;
+	}
+	r->chunk = r->o.chunk;
+	r->shift = (unsigned)__builtin_ctzll(r->chunk);
+	e = far_chunkmap_open(&r->map, r->bytes, r->shift, r->o.max_partial);
+	if (!e)
+		e = region_face(r);
+	if (e) {
+		far_error_set(err, -e, "cannot set up a region of %" PRIu64 " bytes: %s", r->bytes, far_strerror(e));
+		goto fail;
+	}
+	if (r->o.record_order) {
+		e = far_trace_open(&r->trace, r->o.record_order, r->bytes, r->shift, err);
+		if (e)
+			goto fail;
+	}
+	e = far_push_open(r);
+	if (e)
+		far_error_set(err, -e, "cannot start the pusher's threads: %s", far_strerror(e));
+	else
+		e = far_pull_open(r, err);
+	if (e)
+		goto fail;
+	*out = r;
+	return 0;
+fail:
+	if (r->push)
+		far_push_stop(r);
+	far_push_close(r);
+	far_trace_close(r->trace);
+	far_close(r->face);
+	far_chunkmap_close(r->map);
+	free(r);
+	return e;
+}
+
+struct far_backend *far_region_backend(struct far_region *r)
+{
+	return r->face;
+}
+
+int far_region_flush(struct far_region *r)
+{
+	int err = r->o.before_flush ? r->o.before_flush(r->o.opaque) : 0;
+
+	if (err)
+		return err;
+	if (!r->writable)
+		return 0;
+	if (r->o.durable == FAR_DURABLE_LOCAL)
+		return far_flush(r->local);
+	return far_push_flush(r);
+}
+
+void far_region_status(struct far_region *r, struct far_status *st)
+{
+	struct far_status s = FAR_STATUS_INIT;
+
+	s.mode = FAR_MODE_MANAGED;
+	s.bytes = r->bytes;
+	s.local = far_chunkmap_local(r->map);
+	s.dirty = far_chunkmap_dirty(r->map);
+	s.pulled = atomic_load_explicit(&r->pulled, memory_order_relaxed);
+	s.pushed = atomic_load_explicit(&r->pushed, memory_order_relaxed);
+	s.inflight = atomic_load_explicit(&r->inflight, memory_order_relaxed);
+	s.demand_reads = atomic_load_explicit(&r->demand_reads, memory_order_relaxed);
+	s.blocked = atomic_load_explicit(&r->blocked, memory_order_relaxed);
+	s.errors = atomic_load_explicit(&r->errors, memory_order_relaxed);
+	s.last_error = atomic_load_explicit(&r->last_error, memory_order_relaxed);
+	far_pull_status(r, &s);
+	s.size = st->size;
+	memcpy(st, &s, far_min(st->size, sizeof s));
+}
+
+void far_region_stop(struct far_region *r)
+{
+	atomic_store_explicit(&r->stopped, true, memory_order_release);
+	far_pull_stop(r);
+	far_push_stop(r);
+	far_chunkmap_stop(r->map);
+	far_stop(r->face);
+	far_stop(r->remote);
+	far_stop(r->local);
+}
+
+void far_region_close(struct far_region *r)
+{
+	if (!r)
+		return;
+	far_region_stop(r);
+	far_pull_close(r);
+	far_push_close(r);
+	int err = far_trace_close(r->trace);
+	if (err)
+		far_log(FAR_LOG_WARNING, "cannot write the recorded order to %s: %s", r->o.record_order, far_strerror(err));
+	far_close(r->face);
+	far_chunkmap_close(r->map);
+	far_close(r->remote);
+	far_close(r->local);
+	free(r);
+}

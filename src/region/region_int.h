@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* What the files of this folder share. Locks: pull.lock and push.lock are each private to their file; both may be held
+ * while the chunk map takes its own. */
+#ifndef FAR_REGION_INT_H
+#define FAR_REGION_INT_H
+
+#include "base/clock.h"
+#include "base/thread.h"
+#include "region/chunkmap.h"
+#include "region/order.h"
+#include "region/region.h"
+
+#include <stdatomic.h>
+
+struct far_pull;
+struct far_push;
+
+struct far_region {
+	/* fixed after open */
+	struct far_backend *remote, *local;
+	struct far_backend *face; /* this region as a backend */
+	struct far_mount_opts o;
+	uint64_t bytes, chunk;
+	unsigned shift;
+	bool writable;
+	struct far_chunkmap *map;
+	struct far_trace *trace; /* NULL: nothing is recorded */
+	struct far_pull *pull;
+	struct far_push *push;
+
+	/* atomic */
+	_Atomic bool stopped;
+	_Atomic bool local_zero;     /* whatever is absent reads as zeros in the local store: zeros need no write */
+	_Atomic uint64_t pulled, pushed, inflight, demand_reads, errors;
+	_Atomic unsigned blocked;
+	_Atomic int last_error;
+	_Atomic uint64_t evict_hand; /* chunk where the clock stands */
+};
+
+/* cache.c: the data paths. */
+int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags);
+int far_cache_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags);
+int far_cache_zero(void *self, uint64_t off, uint64_t len, unsigned flags);
+/* Carry out a claim: read the run from the remote, fill the local store, end the claim. flags: FAR_BULK. */
+int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, unsigned flags);
+/* Make chunk i local, and those after it up to max in the same call if they are absent too. */
+int far_cache_need(struct far_region *r, uint64_t i, uint64_t max);
+/* Give clean chunks back until the local store is inside its budget. */
+void far_cache_trim(struct far_region *r);
+void far_region_remote_failed(struct far_region *r, int err);
+
+/* pull.c */
+int far_pull_open(struct far_region *r, struct far_error *err);
+void far_pull_stop(struct far_region *r);
+void far_pull_close(struct far_region *r); /* after stop */
+/* A demand fetch begins or ends: it takes window from the puller. */
+void far_pull_demand_begin(struct far_region *r, uint64_t len);
+void far_pull_demand_end(struct far_region *r, uint64_t len, int err);
+/* Somebody waited for [i, i+n) / has read them: what may come next is fetched ahead. */
+void far_pull_fault(struct far_region *r, uint64_t i, uint64_t n);
+void far_pull_touched(struct far_region *r, uint64_t i, uint64_t n);
+/* Chunks became local, or room was made: wake who waits for that. */
+void far_pull_progress(struct far_region *r);
+void far_pull_status(struct far_region *r, struct far_status *st);
+
+/* push.c */
+int far_push_open(struct far_region *r);
+void far_push_stop(struct far_region *r);
+void far_push_close(struct far_region *r);
+/* Before a write of len bytes: wait while too much is dirty. 0, -EAGAIN (FAR_NOWAIT), -ETIMEDOUT, -ESHUTDOWN. */
+int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags);
+/* After a write: a sleeping pusher hears of it. */
+void far_push_dirtied(struct far_region *r);
+int far_push_flush(struct far_region *r);
+
+#endif
