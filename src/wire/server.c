@@ -75,6 +75,11 @@ void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stal
 	s->env.stall = stall;
 }
 
+void far_server_plain(struct far_server *s)
+{
+	s->env.plain = true;
+}
+
 int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
 {
 	struct far_server_opts o = FAR_SERVER_OPTS_INIT;
