@@ -1,0 +1,277 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* farpage serve: offer regions to other hosts until a signal ends it. */
+#define _GNU_SOURCE
+#include "cli/cli.h"
+
+#include "cli/control.h"
+
+#include <json-c/json.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+struct serve_conf {
+	struct far_opt_list listen, layer;
+	bool read_only, insecure;
+	uint64_t max_request;
+	int64_t max_blocked;
+	char *connections, *control;
+};
+
+static const struct far_opt serve_options[] = {
+	{ "listen", FAR_OPT_LIST, offsetof(struct serve_conf, listen), .value_name = "URI",
+	  .help = "accept connections here: grpc://HOST:PORT, grpc+unix:///?socket=PATH; may be repeated" },
+	{ "layer", FAR_OPT_LIST, offsetof(struct serve_conf, layer), .value_name = "NAME[:KEY=VALUE,...]",
+	  .help = "wrap every SOURCE in a layer; may be repeated, the first is outermost" },
+	{ "read-only", FAR_OPT_BOOL, offsetof(struct serve_conf, read_only), .help = "refuse writes" },
+	{ "max-request", FAR_OPT_SIZE, offsetof(struct serve_conf, max_request), .min = 4096, .max = 1 << 30,
+	  .value_name = "SIZE", .help = "longest read or write that is answered", .def = "32M" },
+	{ "max-blocked", FAR_OPT_INT, offsetof(struct serve_conf, max_blocked), .min = 1, .max = 4096,
+	  .value_name = "N", .help = "threads that may wait for a store", .def = "64" },
+	{ "connections", FAR_OPT_STRING, offsetof(struct serve_conf, connections), .value_name = "DEMAND+BULK",
+	  .help = "connections to each network SOURCE", .def = "2+2" },
+	{ "insecure", FAR_OPT_BOOL, offsetof(struct serve_conf, insecure),
+	  .help = "listen beyond loopback without encryption" },
+	{ "control", FAR_OPT_STRING, offsetof(struct serve_conf, control), .value_name = "PATH",
+	  .help = "make a control socket here, for status, flush and stop" },
+	FAR_OPT_END
+};
+
+struct serve_export {
+	char *name;
+	struct far_backend *b;
+};
+
+struct serve {
+	struct serve_export *exports;
+	size_t n;
+	struct far_server *server;
+	int wake; /* eventfd: the control socket asks for the end */
+};
+
+/* "[NAME=]SOURCE": a name is what stands before '=' if no ':' or '/' comes earlier. */
+static const char *serve_split(const char *arg, size_t index, char *name, size_t n)
+{
+	size_t stop = strcspn(arg, "=:/?");
+
+	snprintf(name, n, "%s", index == 0 ? "default" : "");
+	if (arg[stop] != '=' || stop == 0)
+		return arg;
+	snprintf(name, n, "%.*s", (int)stop, arg);
+	return arg + stop + 1;
+}
+
+static int serve_open_one(struct serve *s, const struct serve_conf *conf, const char *arg)
+{
+	struct far_open_opts opts = FAR_OPEN_OPTS_INIT;
+	struct far_error err = { 0 };
+	struct far_backend *b;
+	char name[256];
+	const char *uri = serve_split(arg, s->n, name, sizeof name);
+
+	if (!name[0])
+		return cli_usage(&cli_serve, "SOURCE '%s' has no name: only the first may do without. Write NAME=%s", arg,
+				 arg);
+	opts.read_only = conf->read_only;
+	if (cli_connections(conf->connections, &opts, &err) < 0)
+		return cli_usage(&cli_serve, "%s", err.text);
+	if (cli_open(uri, &opts, &conf->layer, &b, &err) < 0)
+		return cli_fail("cannot serve", &err);
+	s->exports[s->n++] = (struct serve_export){ strdup(name), b };
+	return CLI_GO;
+}
+
+static int serve_open(struct serve *s, const struct serve_conf *conf, const struct cli_args *args)
+{
+	struct far_server_opts opts = FAR_SERVER_OPTS_INIT;
+	struct far_error err = { 0 };
+	int code = CLI_GO;
+
+	s->exports = calloc(args->n, sizeof *s->exports);
+	FAR_ASSERT(s->exports);
+	for (size_t i = 0; i < args->n && code == CLI_GO; i++)
+		code = serve_open_one(s, conf, args->v[i]);
+	if (code != CLI_GO)
+		return code;
+	opts.insecure = conf->insecure;
+	opts.max_request = conf->max_request;
+	opts.max_threads = (uint32_t)conf->max_blocked;
+	if (far_server_new(&opts, &s->server, &err) < 0)
+		return cli_fail("cannot serve", &err);
+	for (size_t i = 0; i < s->n; i++)
+		if (far_server_export(s->server, s->exports[i].name, s->exports[i].b, &err) < 0)
+			return cli_fail("cannot serve", &err);
+	return CLI_GO;
+}
+
+/* The listener's URI with the default export's name as its path. */
+static void serve_print(const struct serve *s, const char *bound)
+{
+	size_t base = strcspn(bound, "?");
+	const char *query = bound + base;
+	const char *slash = strstr(bound, "://");
+	const char *path = slash && (size_t)(slash - bound) < base ? memchr(slash + 3, '/', (size_t)(query - slash) - 3) : NULL;
+
+	if (path)
+		base = (size_t)(path - bound);
+	if (slash)
+		printf("listening %.*s/%s%s size=%" PRIu64 "\n", (int)base, bound, s->exports[0].name, query,
+		       far_size(s->exports[0].b));
+	else if (strncmp(bound, "stdio", 5) != 0) /* standard output belongs to the peer then */
+		printf("listening %s size=%" PRIu64 "\n", bound, far_size(s->exports[0].b));
+	fflush(stdout);
+}
+
+static int serve_listen(struct serve *s, const struct serve_conf *conf)
+{
+	struct far_error err = { 0 };
+
+	for (size_t i = 0; i < conf->listen.n; i++) {
+		char *bound = NULL;
+		if (far_server_listen(s->server, conf->listen.v[i], &bound, &err) < 0)
+			return cli_fail("cannot serve", &err);
+		serve_print(s, bound ? bound : conf->listen.v[i]);
+		free(bound);
+	}
+	return CLI_GO;
+}
+
+/* Flush all; 0 or the first error, which is said. */
+static int serve_flush(struct serve *s)
+{
+	int first = 0;
+
+	for (size_t i = 0; i < s->n; i++) {
+		if (!(far_facts(s->exports[i].b)->caps & FAR_CAP_WRITE))
+			continue;
+		int r = far_flush(s->exports[i].b);
+		if (r < 0) {
+			cli_say("cannot flush export '%s': %s. What was written last may be lost", s->exports[i].name,
+				far_strerror(r));
+			first = first ? first : r;
+		}
+	}
+	return first;
+}
+
+static struct json_object *serve_control_cb(void *opaque, const char *op, struct json_object *req)
+{
+	struct serve *s = opaque;
+
+	if (strcmp(op, "flush") == 0) {
+		int r = serve_flush(s);
+		return r < 0 ? control_error(r, "the flush failed: %s", far_strerror(r)) : control_ok();
+	}
+	if (strcmp(op, "stop") == 0) {
+		eventfd_write(s->wake, 1);
+		return control_ok();
+	}
+	if (strcmp(op, "status") != 0)
+		return control_error(-EOPNOTSUPP, "'%s' is for mounts: this is 'farpage serve'", op);
+	struct json_object *o = control_ok(), *list = json_object_new_array();
+	json_object_object_add(o, "kind", json_object_new_string("serve"));
+	json_object_object_add(o, "pid", json_object_new_int((int)getpid()));
+	for (size_t i = 0; i < s->n; i++) {
+		struct json_object *e = json_object_new_object();
+		json_object_object_add(e, "name", json_object_new_string(s->exports[i].name));
+		json_object_object_add(e, "size", json_object_new_int64((int64_t)far_size(s->exports[i].b)));
+		json_object_array_add(list, e);
+	}
+	json_object_object_add(o, "exports", list);
+	return o;
+}
+
+static void serve_wait(struct serve *s, int signals)
+{
+	struct pollfd p[2] = { { .fd = signals, .events = POLLIN }, { .fd = s->wake, .events = POLLIN } };
+
+	while (poll(p, 2, -1) < 0 && errno == EINTR)
+		;
+	if (p[0].revents)
+		cli_signal_take(signals);
+}
+
+static void serve_second_cb(int sig)
+{
+	static const char text[] = "farpage: stopped by a second signal: what was written last may not be saved.\n";
+	ssize_t n = write(STDERR_FILENO, text, sizeof text - 1);
+
+	(void)n;
+	_exit(CLI_SIGNAL);
+}
+
+/* From the first signal on a second one ends everything at once. */
+static void serve_arm_second(void)
+{
+	struct sigaction sa = { .sa_handler = serve_second_cb };
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGINT);
+	sigaddset(&set, SIGTERM);
+	sigaction(SIGINT, &sa, NULL);
+	sigaction(SIGTERM, &sa, NULL);
+	sigprocmask(SIG_UNBLOCK, &set, NULL);
+}
+
+static int serve_run_open(struct serve *s, const struct serve_conf *conf, const struct cli_args *args)
+{
+	struct far_error err = { 0 };
+	struct control *control = NULL;
+	int signals = cli_signals(false);
+
+	if (signals < 0 || s->wake < 0) {
+		cli_say("cannot serve: no descriptor for signals: %s", far_strerror(errno));
+		return CLI_FAILED;
+	}
+	int code = serve_open(s, conf, args);
+	if (code == CLI_GO && conf->control && control_open(conf->control, NULL, &control, &err) < 0)
+		code = cli_fail("cannot serve", &err);
+	if (code == CLI_GO && control && control_start(control, serve_control_cb, s, &err) < 0)
+		code = cli_fail("cannot serve", &err);
+	if (code == CLI_GO)
+		code = serve_listen(s, conf);
+	if (code == CLI_GO) {
+		serve_wait(s, signals);
+		serve_arm_second();
+		far_server_stop(s->server);
+		code = serve_flush(s) < 0 ? CLI_UNSAVED : CLI_OK;
+	}
+	control_close(control);
+	close(signals);
+	return code;
+}
+
+static int serve_run(int argc, char **argv)
+{
+	struct serve_conf conf = { .max_request = 32 * FAR_MIB, .max_blocked = 64 };
+	struct serve s = { .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) };
+	struct cli_args args;
+	int code = cli_parse(&cli_serve, &conf, argc, argv, &args);
+
+	if (code == CLI_GO && !conf.listen.n)
+		code = cli_usage(&cli_serve, "--listen is missing: say where, such as --listen grpc://127.0.0.1:1337");
+	if (code == CLI_GO)
+		code = serve_run_open(&s, &conf, &args);
+	if (s.server)
+		far_server_stop(s.server);
+	far_server_free(s.server);
+	for (size_t i = 0; i < s.n; i++) {
+		far_close(s.exports[i].b);
+		free(s.exports[i].name);
+	}
+	free(s.exports);
+	far_fd_close(&s.wake);
+	cli_parse_fini(&cli_serve, &conf, &args);
+	return code;
+}
+
+const struct cli_verb cli_serve = {
+	.name = "serve", .synopsis = "[NAME=]SOURCE... --listen URI...", .cannot = "cannot serve",
+	.about = "Offer regions to other hosts.", .options = serve_options, .min_args = 1, .max_args = 1024,
+	.run = serve_run,
+};

@@ -1,0 +1,493 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * One thread accepts; each connection gets a slot with a thread of its own, because `wait` and `flush` last. A slot is
+ *
+ *   FREE -> BUSY   control_accept_cb(), the accepting thread alone
+ *   BUSY -> DONE   the slot's thread, as its last act
+ *   DONE -> FREE   control_reap(), the accepting thread (or control_close() after it ended), which joins the thread
+ *
+ * Only the state is shared, under `lock`; fd and thread belong to whoever the state says. control_close() sets `ending`
+ * and shuts the reading side of every connection: a thread that reads a request sees the end, one that carries out a
+ * request may still write its answer.
+ */
+#define _GNU_SOURCE
+#include "cli/control.h"
+
+#include "base/clock.h"
+#include "base/thread.h"
+
+#include <fcntl.h>
+#include <json-c/json.h>
+#include <limits.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define CONTROL_SLOTS 16
+#define CONTROL_LINE ((size_t)65536)
+
+enum control_state { CONTROL_FREE, CONTROL_BUSY, CONTROL_DONE };
+
+struct control_slot {
+	struct control *c;
+	enum control_state state; /* under c->lock */
+	int fd;
+	struct far_thread thread;
+};
+
+struct control {
+	/* fixed after open */
+	char path[PATH_MAX];
+	int listen_fd, wake_fd;
+	control_fn *fn;
+	void *opaque;
+	/* under lock */
+	struct far_mutex lock;
+	bool ending FAR_GUARDED_BY(&lock);
+	struct control_slot slot[CONTROL_SLOTS];
+	/* the owner */
+	struct far_thread thread;
+};
+
+/* ------------------------------------------------------------------------------------------------- paths */
+
+static uint64_t control_hash(const char *s)
+{
+	uint64_t h = 0xcbf29ce484222325u; /* FNV-1a */
+
+	for (; *s; s++)
+		h = (h ^ (unsigned char)*s) * 0x100000001b3u;
+	return h;
+}
+
+/* The directory of the sockets; made if `make`. It must be ours alone: others could answer in our place. */
+static int control_dir(char *buf, size_t n, bool make, struct far_error *err)
+{
+	const char *run = getenv("XDG_RUNTIME_DIR");
+	struct stat st;
+
+	if (geteuid() == 0)
+		snprintf(buf, n, "/run/farpage");
+	else if (run && run[0] == '/')
+		snprintf(buf, n, "%s/farpage", run);
+	else
+		snprintf(buf, n, "/tmp/farpage-%u", (unsigned)geteuid());
+	if (make && mkdir(buf, 0700) < 0 && errno != EEXIST)
+		return far_error_set(err, errno,
+				     "cannot make the directory %s for the control socket: %s. Name another place with --control",
+				     buf, far_strerror(errno));
+	if (lstat(buf, &st) < 0)
+		return make ? far_error_set(err, errno, "cannot use %s: %s. Name another place with --control", buf,
+					    far_strerror(errno))
+			    : -errno;
+	if (!S_ISDIR(st.st_mode) || st.st_uid != geteuid() || (st.st_mode & 077))
+		return far_error_set(err, EPERM,
+				     "cannot use %s for control sockets: others may enter it. Make it yours with mode 0700, or "
+				     "use --control",
+				     buf);
+	return 0;
+}
+
+static int control_default_path(const char *real, bool make, char *buf, size_t n, struct far_error *err)
+{
+	char dir[PATH_MAX - 64];
+	int r = control_dir(dir, sizeof dir, make, err);
+
+	if (r == 0)
+		snprintf(buf, n, "%s/%016" PRIx64 ".sock", dir, control_hash(real));
+	return r;
+}
+
+static int control_address(const char *path, struct sockaddr_un *sa, struct far_error *err)
+{
+	*sa = (struct sockaddr_un){ .sun_family = AF_UNIX };
+	if (strlen(path) >= sizeof sa->sun_path)
+		return far_error_set(err, ENAMETOOLONG,
+				     "cannot use the control socket %s: its path is longer than %zu bytes. Choose a shorter one",
+				     path, sizeof sa->sun_path - 1);
+	strcpy(sa->sun_path, path);
+	return 0;
+}
+
+/* A connected socket, or -errno. */
+static int control_connect(const char *path, struct far_error *err)
+{
+	struct sockaddr_un sa;
+	int r = control_address(path, &sa, err);
+
+	if (r < 0)
+		return r;
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	if (connect(fd, (struct sockaddr *)&sa, sizeof sa) < 0) {
+		r = -errno;
+		close(fd);
+		return r;
+	}
+	return fd;
+}
+
+/* ------------------------------------------------------------------------------------------------- lines */
+
+/* Read up to a newline or the end into buf (terminated). 0, -EMSGSIZE, -ETIMEDOUT or -errno. */
+static int control_read_line(int fd, char *buf, size_t n, uint64_t deadline)
+{
+	size_t at = 0;
+
+	while (at + 1 < n) {
+		struct pollfd p = { .fd = fd, .events = POLLIN };
+		int r = poll(&p, 1, far_deadline_poll_ms(deadline));
+		if (r == 0)
+			return -ETIMEDOUT;
+		ssize_t got = r < 0 ? -1 : read(fd, buf + at, n - at - 1);
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0)
+			return -errno;
+		at += (size_t)got;
+		buf[at] = '\0';
+		if (got == 0 || memchr(buf, '\n', at))
+			return at ? 0 : -ECONNRESET;
+	}
+	return -EMSGSIZE;
+}
+
+static int control_write_json(int fd, struct json_object *o)
+{
+	const char *text = json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
+	size_t n = strlen(text);
+	char *line = malloc(n + 1);
+
+	if (!line)
+		return -ENOMEM;
+	memcpy(line, text, n);
+	line[n++] = '\n';
+	for (size_t at = 0; at < n;) {
+		ssize_t put = send(fd, line + at, n - at, MSG_NOSIGNAL);
+		if (put < 0 && errno == EINTR)
+			continue;
+		if (put < 0) {
+			free(line);
+			return -errno;
+		}
+		at += (size_t)put;
+	}
+	free(line);
+	return 0;
+}
+
+struct json_object *control_ok(void)
+{
+	struct json_object *o = json_object_new_object();
+
+	json_object_object_add(o, "ok", json_object_new_boolean(true));
+	return o;
+}
+
+struct json_object *control_error(int code, const char *fmt, ...)
+{
+	struct json_object *o = json_object_new_object();
+	char text[480];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(text, sizeof text, fmt, ap);
+	va_end(ap);
+	json_object_object_add(o, "ok", json_object_new_boolean(false));
+	json_object_object_add(o, "code", json_object_new_int(code < 0 ? -code : code));
+	json_object_object_add(o, "error", json_object_new_string(text));
+	return o;
+}
+
+/* ------------------------------------------------------------------------------------------------ server */
+
+bool control_ending(struct control *c)
+{
+	far_mutex_lock(&c->lock);
+	bool ending = c->ending;
+	far_mutex_unlock(&c->lock);
+	return ending;
+}
+
+/* Only this user and root may give orders, wherever --control put the socket. */
+static bool control_may(int fd)
+{
+	struct ucred cred;
+	socklen_t n = sizeof cred;
+
+	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &n) == 0 && (cred.uid == geteuid() || cred.uid == 0);
+}
+
+static struct json_object *control_answer(struct control *c, const char *line)
+{
+	struct json_object *req = json_tokener_parse(line), *op = NULL, *reply;
+
+	if (!req || !json_object_is_type(req, json_type_object) || !json_object_object_get_ex(req, "op", &op) ||
+	    !json_object_is_type(op, json_type_string))
+		reply = control_error(EPROTO, "the request is not a JSON object with an \"op\"");
+	else
+		reply = c->fn(c->opaque, json_object_get_string(op), req);
+	json_object_put(req);
+	return reply;
+}
+
+static void *control_slot_main(void *arg)
+{
+	struct control_slot *s = arg;
+	struct control *c = s->c;
+	char *line = malloc(CONTROL_LINE);
+	struct json_object *reply;
+
+	if (line && control_read_line(s->fd, line, CONTROL_LINE, far_now() + 10 * FAR_SEC) == 0) {
+		reply = control_may(s->fd) ? control_answer(c, line)
+					   : control_error(EPERM, "only the user who started this instance may control it");
+		control_write_json(s->fd, reply);
+		json_object_put(reply);
+	}
+	free(line);
+	far_mutex_lock(&c->lock);
+	s->state = CONTROL_DONE;
+	far_mutex_unlock(&c->lock);
+	return NULL;
+}
+
+/* Join what is done; returns a free slot or NULL. */
+static struct control_slot *control_reap(struct control *c)
+{
+	struct control_slot *free_slot = NULL;
+
+	for (size_t i = 0; i < CONTROL_SLOTS; i++) {
+		struct control_slot *s = &c->slot[i];
+		far_mutex_lock(&c->lock);
+		enum control_state state = s->state;
+		far_mutex_unlock(&c->lock);
+		if (state == CONTROL_DONE) {
+			far_thread_join(&s->thread);
+			far_mutex_lock(&c->lock); /* control_close() must not shut down a number that is another's by now */
+			far_fd_close(&s->fd);
+			s->state = state = CONTROL_FREE;
+			far_mutex_unlock(&c->lock);
+		}
+		if (state == CONTROL_FREE)
+			free_slot = s;
+	}
+	return free_slot;
+}
+
+static void control_accept(struct control *c)
+{
+	struct control_slot *s = control_reap(c);
+	int fd = accept4(c->listen_fd, NULL, NULL, SOCK_CLOEXEC);
+
+	if (fd < 0)
+		return;
+	if (!s) {
+		struct json_object *busy = control_error(EBUSY, "%d requests are being answered already", CONTROL_SLOTS);
+		control_write_json(fd, busy);
+		json_object_put(busy);
+		close(fd);
+		return;
+	}
+	far_mutex_lock(&c->lock);
+	s->fd = fd;
+	s->state = CONTROL_BUSY;
+	far_mutex_unlock(&c->lock);
+	if (far_thread_start(&s->thread, "far-control", control_slot_main, s) < 0) {
+		far_mutex_lock(&c->lock);
+		s->state = CONTROL_FREE;
+		far_fd_close(&s->fd);
+		far_mutex_unlock(&c->lock);
+	}
+}
+
+static void *control_main(void *arg)
+{
+	struct control *c = arg;
+	struct pollfd p[2] = { { .fd = c->listen_fd, .events = POLLIN }, { .fd = c->wake_fd, .events = POLLIN } };
+
+	while (!control_ending(c)) {
+		if (poll(p, 2, -1) > 0 && (p[0].revents & POLLIN))
+			control_accept(c);
+	}
+	return NULL;
+}
+
+/* Bind; a socket file that nobody listens on is what a killed instance left. */
+static int control_bind(int fd, const char *path, struct far_error *err)
+{
+	struct sockaddr_un sa;
+	int r = control_address(path, &sa, err);
+
+	if (r < 0)
+		return r;
+	if (bind(fd, (struct sockaddr *)&sa, sizeof sa) == 0)
+		return 0;
+	if (errno == EADDRINUSE) {
+		int other = control_connect(path, NULL);
+		if (other >= 0) {
+			close(other);
+			return far_error_set(err, EADDRINUSE,
+					     "another farpage runs there already (control socket %s). End it with 'farpage stop'",
+					     path);
+		}
+		struct stat st;
+		if (other == -ECONNREFUSED && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode) && unlink(path) == 0 &&
+		    bind(fd, (struct sockaddr *)&sa, sizeof sa) == 0)
+			return 0;
+	}
+	r = errno;
+	return far_error_set(err, r, "cannot make the control socket %s: %s. Name another place with --control", path,
+			     far_strerror(r));
+}
+
+int control_open(const char *path, const char *target, struct control **out, struct far_error *err)
+{
+	char real[PATH_MAX];
+	struct control *c = calloc(1, sizeof *c);
+	int r = 0;
+
+	if (!c)
+		return far_error_set(err, ENOMEM, "there is no memory for the control socket");
+	far_mutex_init(&c->lock);
+	c->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	c->listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	for (size_t i = 0; i < CONTROL_SLOTS; i++) {
+		c->slot[i].c = c;
+		c->slot[i].fd = -1;
+	}
+	if (c->wake_fd < 0 || c->listen_fd < 0)
+		r = far_error_set(err, errno, "cannot make the control socket: %s", far_strerror(errno));
+	else if (path)
+		snprintf(c->path, sizeof c->path, "%s", path);
+	else if (!realpath(target, real))
+		r = far_error_set(err, errno, "cannot use %s: %s", target, far_strerror(errno));
+	else
+		r = control_default_path(real, true, c->path, sizeof c->path, err);
+	if (r == 0)
+		r = control_bind(c->listen_fd, c->path, err);
+	if (r == 0 && (chmod(c->path, 0600) < 0 || listen(c->listen_fd, 16) < 0)) {
+		r = far_error_set(err, errno, "cannot listen on the control socket %s: %s", c->path, far_strerror(errno));
+		unlink(c->path);
+	}
+	if (r < 0) {
+		far_fd_close(&c->wake_fd);
+		far_fd_close(&c->listen_fd);
+		far_mutex_fini(&c->lock);
+		free(c);
+		return r;
+	}
+	*out = c;
+	return 0;
+}
+
+int control_start(struct control *c, control_fn *fn, void *opaque, struct far_error *err)
+{
+	c->fn = fn;
+	c->opaque = opaque;
+	int r = far_thread_start(&c->thread, "far-control", control_main, c);
+	return r < 0 ? far_error_set(err, -r, "cannot start a thread for the control socket: %s", far_strerror(r)) : 0;
+}
+
+void control_close(struct control *c)
+{
+	if (!c)
+		return;
+	far_mutex_lock(&c->lock);
+	c->ending = true;
+	far_mutex_unlock(&c->lock);
+	eventfd_write(c->wake_fd, 1);
+	far_thread_join(&c->thread);
+	far_mutex_lock(&c->lock);
+	for (size_t i = 0; i < CONTROL_SLOTS; i++)
+		if (c->slot[i].state == CONTROL_BUSY)
+			shutdown(c->slot[i].fd, SHUT_RD);
+	far_mutex_unlock(&c->lock);
+	for (size_t i = 0; i < CONTROL_SLOTS; i++) {
+		far_thread_join(&c->slot[i].thread);
+		far_fd_close(&c->slot[i].fd);
+	}
+	unlink(c->path);
+	far_fd_close(&c->listen_fd);
+	far_fd_close(&c->wake_fd);
+	far_mutex_fini(&c->lock);
+	free(c);
+}
+
+/* ------------------------------------------------------------------------------------------------ client */
+
+/* The socket of whoever serves target: named by target itself, or by the directory that target lies in (a region that
+ * was mounted in a directory). */
+static int control_find(const char *target, struct far_error *err)
+{
+	char real[PATH_MAX], path[PATH_MAX];
+
+	if (!realpath(target, real))
+		return far_error_set(err, errno, "cannot find %s: %s", target, far_strerror(errno));
+	for (int i = 0; i < 2; i++) {
+		int r = control_default_path(real, false, path, sizeof path, err);
+		if (r < 0 && r != -ENOENT)
+			return r;
+		int fd = r < 0 ? r : control_connect(path, err);
+		if (fd >= 0)
+			return fd;
+		char *slash = strrchr(real, '/');
+		if (!slash || slash == real)
+			break;
+		*slash = '\0';
+	}
+	return far_error_set(err, ENOENT,
+			     "nothing is mounted at %s by this user. Check the path, or name the instance's --control socket",
+			     target);
+}
+
+static int control_reach(const char *path, const char *target, struct far_error *err)
+{
+	if (!path)
+		return control_find(target, err);
+	int fd = control_connect(path, err);
+	if (fd < 0 && !err->code)
+		far_error_set(err, -fd, "nobody answers at the control socket %s: %s", path, far_strerror(fd));
+	return fd;
+}
+
+int control_call(const char *path, const char *target, struct json_object *req, int timeout_ms,
+		 struct json_object **reply, struct far_error *err)
+{
+	uint64_t deadline = timeout_ms < 0 ? FAR_NEVER : far_now() + (uint64_t)timeout_ms * FAR_MSEC;
+	struct json_object *o = NULL, *field;
+	char *line = malloc(CONTROL_LINE);
+	int fd = control_reach(path, target, err);
+	int r = !line ? -ENOMEM : fd;
+
+	if (r >= 0)
+		r = control_write_json(fd, req);
+	if (r >= 0)
+		r = control_read_line(fd, line, CONTROL_LINE, deadline);
+	if (r < 0 && fd >= 0)
+		far_error_set(err, -r, "no answer came: %s", far_strerror(r));
+	if (r == 0) {
+		o = json_tokener_parse(line);
+		if (!o || !json_object_object_get_ex(o, "ok", &field)) {
+			r = far_error_set(err, EPROTO, "the answer is not one that farpage gives");
+		} else if (!json_object_get_boolean(field)) {
+			int code = json_object_object_get_ex(o, "code", &field) ? json_object_get_int(field) : 0;
+			const char *text = json_object_object_get_ex(o, "error", &field) ? json_object_get_string(field) : "";
+			r = far_error_set(err, code > 0 ? code : EIO, "%s", text);
+		}
+	}
+	if (reply)
+		*reply = o;
+	else
+		json_object_put(o);
+	far_fd_close(&fd);
+	free(line);
+	return r;
+}
