@@ -85,7 +85,8 @@ struct far_extent {
 struct far_facts {
 	size_t size;         /* sizeof(struct far_facts) */
 	uint64_t bytes;      /* the region's size */
-	uint64_t chunk;      /* 0: any offset and length; else only whole aligned chunks (the last one may be short) */
+	uint64_t chunk;      /* 0: any offset and length; else only whole aligned chunks, one or several neighbouring ones
+	                      * a call (the region's last one may be short). Extents may be asked for any range */
 	uint64_t max_io;     /* longest single read or write; 0: no limit */
 	uint32_t caps;       /* enum far_caps */
 	uint32_t reserved;

@@ -30,13 +30,13 @@ static int cache_store(struct far_region *r, uint64_t base, const char *buf, uin
 	return far_write(r->local, base + from, buf + from, (size_t)(to - from), 0);
 }
 
-static int cache_fill(struct far_region *r, uint64_t i, const char *buf)
+static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, const char *buf)
 {
 	uint64_t base = i << r->shift, len = far_chunkmap_len(r->map, i), from = 0, to;
 	struct far_partial *e;
 	int err = 0;
 
-	far_chunkmap_fill_begin(r->map, i, &e);
+	far_chunkmap_fill_begin(r->map, f, &e);
 	if (!e) {
 		bool skip = atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len);
 		if (!skip)
@@ -69,7 +69,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	}
 	atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
 	for (uint64_t i = first; !err && i < first + n; i++)
-		err = cache_fill(r, i, buf + ((i - first) << r->shift));
+		err = cache_fill(r, f, i, buf + ((i - first) << r->shift));
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
 	far_pull_progress(r);

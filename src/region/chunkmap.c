@@ -30,7 +30,7 @@
  *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in PARTIAL and FETCHING_PARTIAL (writers
  *     and readers of ranges that are here), and in FILLING only those taken before it began.
  *  3. A chunk in PARTIAL or FETCHING_PARTIAL, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
- *  4. A chunk in FETCHING or FETCHING_PARTIAL lies in exactly one struct far_fetch.
+ *  4. A chunk in FETCHING or FETCHING_PARTIAL lies in exactly one struct far_fetch whose `at` has not passed it.
  *  5. The hint bit of a group is set whenever one of its 64 chunks is dirty or being pushed, but for the moment in
  *     which a pusher looks the group over.
  *
@@ -76,6 +76,7 @@ struct far_partial {
 struct far_fetch {
 	struct far_fetch *next;
 	uint64_t first, n;
+	uint64_t at;   /* owner only: chunks before it were handed to fill_begin and may be anybody's by now */
 	unsigned refs; /* the owner and everyone who waits */
 	bool done;
 	int err;
@@ -272,7 +273,7 @@ static bool changed_wait_locked(struct far_chunkmap *m, uint64_t until) FAR_REQU
 static struct far_fetch *fetch_find_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
 {
 	struct far_fetch *f = m->fetches;
-	while (f && !(i >= f->first && i - f->first < f->n))
+	while (f && !(i >= f->first && i - f->first < f->n)) /* the newest first: see struct far_fetch's `at` */
 		f = f->next;
 	return f;
 }
@@ -729,7 +730,7 @@ struct far_fetch *far_chunkmap_claim(struct far_chunkmap *m, uint64_t i, uint64_
 		++*n;
 	}
 	if (*n) {
-		f->first = i;
+		f->first = f->at = i;
 		f->n = *n;
 		f->refs = 1;
 		far_cond_init(&f->cond);
@@ -744,8 +745,9 @@ struct far_fetch *far_chunkmap_claim(struct far_chunkmap *m, uint64_t i, uint64_
 	return f;
 }
 
-void far_chunkmap_fill_begin(struct far_chunkmap *m, uint64_t i, struct far_partial **e)
+void far_chunkmap_fill_begin(struct far_chunkmap *m, struct far_fetch *f, struct far_partial **e)
 {
+	uint64_t i = f->at++;
 	uint16_t w = load(m, i);
 
 	*e = NULL;
@@ -790,11 +792,9 @@ void far_chunkmap_fill_end(struct far_chunkmap *m, uint64_t i, struct far_partia
 void far_chunkmap_fetch_end(struct far_chunkmap *m, struct far_fetch *f, int err)
 {
 	far_mutex_lock(&m->lock);
-	for (uint64_t i = f->first; i < f->first + f->n; i++) {
+	for (uint64_t i = f->at; i < f->first + f->n; i++) {
 		uint16_t w = load(m, i);
 		enum far_chunk s;
-		/* Ours only while it is still being fetched: filled chunks have moved on, and nobody else can claim one
-		 * of this run before the record is off the list, which needs this lock. */
 		while ((s = state_of(w)) == FAR_FETCHING || s == FAR_FETCHING_PARTIAL)
 			if (cas(m, i, &w, with_state(w, s == FAR_FETCHING ? FAR_ABSENT : FAR_PARTIAL)))
 				break;

@@ -58,9 +58,9 @@ void far_chunkmap_write_end(struct far_chunkmap *m, uint64_t i, uint64_t from, u
 /* Fetchers. Claim a run of absent or half-written chunks that begins at i; *n is 0 if chunk i is neither, and then
  * nothing is claimed. NULL without memory with *n > 0. */
 struct far_fetch *far_chunkmap_claim(struct far_chunkmap *m, uint64_t i, uint64_t max, uint64_t *n);
-/* Data of chunk i is in hand: nobody else touches the chunk until fill_end. *e is NULL when all of it is wanted, else
- * far_chunkmap_missing() tells which ranges. */
-void far_chunkmap_fill_begin(struct far_chunkmap *m, uint64_t i, struct far_partial **e);
+/* Data of the claim's next chunk (one after the other from its first) is in hand: nobody else touches the chunk until
+ * fill_end. *e is NULL when all of it is wanted, else far_chunkmap_missing() tells which ranges. */
+void far_chunkmap_fill_begin(struct far_chunkmap *m, struct far_fetch *f, struct far_partial **e);
 /* The next range of chunk i at or after *from that was not written here. False: no more. */
 bool far_chunkmap_missing(const struct far_chunkmap *m, const struct far_partial *e, uint64_t i, uint64_t *from,
 			  uint64_t *to);
