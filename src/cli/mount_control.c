@@ -43,7 +43,8 @@ static uint64_t mount_until(struct json_object *req)
 
 static struct json_object *mount_result(int r, const char *what)
 {
-	return r < 0 ? control_error(r, "%s: %s", what, far_strerror(r)) : control_ok();
+	return r < 0 ? control_error(r, "%s: %s", what, r == -ETIMEDOUT ? "the deadline passed" : far_strerror(r))
+		     : control_ok();
 }
 
 static void mount_add(struct json_object *o, const char *key, uint64_t v)

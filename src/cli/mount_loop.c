@@ -197,7 +197,6 @@ static void mount_loop_opened(struct mount_run *run)
 	struct far_error err = { 0 };
 
 	if (run->job.result < 0) {
-		far_close(l->conf.remote);
 		run->code = cli_fail("cannot mount", &run->job.err);
 		run->state = MOUNT_ENDED;
 		return;
