@@ -29,7 +29,7 @@ struct remote {
 	struct far_mutex lock;
 	struct far_cond changed;
 	bool stopped;
-	unsigned held;
+	_Atomic unsigned held;
 	uint64_t order[4096];
 	unsigned n_order;
 	bool durable; /* everything written was flushed */
