@@ -6,9 +6,8 @@
 
 #include "base/clock.h"
 #include "base/uri.h"
-#include "cli/control.h"
+#include "mount/control.h"
 #include "cli/mount_loop.h"
-#include "cli/progress.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -234,24 +233,6 @@ static int mount_open_source(const struct mount_conf *conf, const char *source, 
 	return CLI_GO;
 }
 
-/* A local store in memory that does not fit ends with the kernel killing programs: say so before. */
-static void mount_warn_memory(const struct mount_loop *l)
-{
-	const struct far_mount_opts *o = &l->conf.opts;
-	uint64_t ram = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-	uint64_t need = far_size(l->conf.remote);
-	char a[24], b[24];
-
-	if (l->local || o->mode == FAR_MODE_DIRECT)
-		return;
-	if (o->local_max)
-		need = far_min(need, o->local_max);
-	if (need > ram / 2)
-		cli_say("the local copy of %s may take %s of memory and this machine has %s. Set --local file:PATH or "
-			"--local-max",
-			l->source, progress_size(a, sizeof a, need), progress_size(b, sizeof b, ram));
-}
-
 static int mount_go(const struct mount_conf *conf, const char *source, const char *target)
 {
 	bool in_memory = !conf->local || strncmp(conf->local, "mem:", 4) == 0;
@@ -276,14 +257,12 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	if (code != CLI_GO)
 		return code;
 	code = mount_open_source(conf, source, &l.conf.remote);
-	if (code == CLI_GO && control_open(conf->control, target, &l.control, &err) < 0) {
+	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0) {
 		far_close(l.conf.remote);
 		code = cli_fail("cannot mount", &err);
 	}
-	if (code == CLI_GO) {
-		mount_warn_memory(&l);
+	if (code == CLI_GO)
 		code = mount_loop_run(&l);
-	}
 	far_fd_close(&l.ready_fd);
 	return code;
 }

@@ -48,6 +48,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -63,6 +64,12 @@
 #define FUSE_READ_MAX ((size_t)1 << 20)
 #define FUSE_EXTENTS 64
 #define FUSE_INIT_WAIT (10 * FAR_SEC)
+#define FUSE_SHARE_MIN ((size_t)32 << 10) /* below, a copy costs less than the look whether the pages are there */
+#define FUSE_PAGE ((size_t)4096)
+/* KiB that the kernel reads ahead. Two requests of 1 MiB at once keep two CPUs busy; across a network a fault in a mapping
+ * would wait for all of it. */
+#define FUSE_AHEAD_LOCAL 2048
+#define FUSE_AHEAD_REMOTE 1024
 
 struct fuse_seat {
 	struct far_fuse *f;
@@ -92,6 +99,8 @@ struct far_fuse {
 	_Atomic unsigned blocked;
 	_Atomic unsigned writers; /* handles open for writing */
 	_Atomic bool ready;       /* the kernel has had the answer to INIT */
+	/* The backend's own pages, mapped for reading; NULL if it does not show them. Set once, release; acquire in reads. */
+	_Atomic(const char *) share;
 	_Atomic int64_t mtime, atime, ctime; /* ns since 1970; relaxed: nothing hangs on their order */
 	struct far_mutex lock;
 	struct far_cond changed;
@@ -430,6 +439,26 @@ static void fuse_op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_inf
 	fuse_reply_err(req, 0);
 }
 
+/*
+ * Reply straight from the backend's pages: one copy less. Only if all of them are in memory: to touch a hole would fill
+ * it, to touch the disk would block the receiver. A page that goes away in between makes the kernel's copy fail, and
+ * the program gets EIO; if its place is a hole by then, zeros, as a read a little later would.
+ */
+static bool fuse_reply_shared(const char *share, fuse_req_t req, uint64_t off, size_t len)
+{
+	unsigned char there[FUSE_READ_MAX / FUSE_PAGE + 1];
+	size_t skip = off % FUSE_PAGE, pages = (skip + len + FUSE_PAGE - 1) / FUSE_PAGE;
+
+	if (pages > sizeof there || mincore((char *)share + off - skip, skip + len, there))
+		return false;
+	for (size_t i = 0; i < pages; i++) {
+		if (!(there[i] & 1))
+			return false;
+	}
+	fuse_reply_buf(req, share + off, len);
+	return true;
+}
+
 static void fuse_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
 {
 	struct far_fuse *f = fuse_req_userdata(req);
@@ -441,6 +470,9 @@ static void fuse_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off,
 		return;
 	}
 	size_t len = (size_t)far_min(size, f->bytes - at);
+	const char *share = len < FUSE_SHARE_MIN ? NULL : atomic_load_explicit(&f->share, memory_order_acquire);
+	if (share && fuse_reply_shared(share, req, at, len))
+		return;
 	if (!s->out)
 		s->out = far_buf_get(FUSE_READ_MAX);
 	int r = -EAGAIN;
@@ -658,6 +690,11 @@ static bool fuse_receive(void *opaque, struct far_seat *seat)
 		far_cond_broadcast(&f->changed);
 		far_mutex_unlock(&f->lock);
 	}
+	/*
+	 * The kernel wakes the receiver that has waited longest, wherever it is. If the program has just been woken on this
+	 * CPU, let it run first: its next request is then there before this thread waits, and stays on this CPU.
+	 */
+	sched_yield();
 	return true;
 }
 
@@ -736,6 +773,21 @@ static int fuse_check_target(struct far_fuse *f, const char *shown, struct far_e
 	return 0;
 }
 
+/* Map the backend's pages where it shows them. Without them reads copy once more, nothing else. */
+static void fuse_map_share(struct far_fuse *f, struct far_backend *b)
+{
+	int fd;
+
+	if (!(far_facts(b)->caps & FAR_CAP_SHARE) || f->bytes == 0 || sysconf(_SC_PAGESIZE) != (long)FUSE_PAGE ||
+	    far_share(b, &fd))
+		return;
+	void *p = mmap(NULL, f->bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+	if (p == MAP_FAILED)
+		return;
+	madvise(p, f->bytes, MADV_DONTFORK);
+	atomic_store_explicit(&f->share, p, memory_order_release);
+}
+
 static int fuse_set_up(struct far_fuse *f, const struct far_fuse_conf *conf, struct far_error *err)
 {
 	const char *name = conf->name ? conf->name : "region";
@@ -761,6 +813,7 @@ static int fuse_set_up(struct far_fuse *f, const struct far_fuse_conf *conf, str
 	f->name = strdup(name);
 	if (!f->name || asprintf(&f->path, "%s%s%s", f->target, f->dir ? "/" : "", f->dir ? name : "") < 0)
 		return far_error_set(err, ENOMEM, "cannot mount on %s: out of memory", conf->target);
+	fuse_map_share(f, f->b);
 	return 0;
 }
 
@@ -792,6 +845,12 @@ static int fuse_connect(struct far_fuse *f, const struct far_fuse_conf *conf, st
 		fcntl(f->fd, F_SETFL, fcntl(f->fd, F_GETFL) | O_NONBLOCK);
 	}
 	return 0;
+}
+
+static void fuse_read_ahead(struct far_fuse *f, unsigned kib)
+{
+	if (f->major || f->minor)
+		far_fuse_mount_read_ahead(f->major, f->minor, kib);
 }
 
 int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struct far_error *err)
@@ -832,8 +891,7 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 		far_fuse_close(f);
 		return r;
 	}
-	if (f->major || f->minor)
-		far_fuse_mount_read_ahead(f->major, f->minor);
+	fuse_read_ahead(f, far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
 	*out = f;
 	return 0;
 }
@@ -841,6 +899,14 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 const char *far_fuse_path(const struct far_fuse *f)
 {
 	return f->path;
+}
+
+void far_fuse_all_local(struct far_fuse *f, struct far_backend *local)
+{
+	FAR_ASSERT(far_size(local) == f->bytes);
+	if (!atomic_load(&f->share))
+		fuse_map_share(f, local);
+	fuse_read_ahead(f, FUSE_AHEAD_LOCAL);
 }
 
 int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len)
@@ -915,6 +981,8 @@ void far_fuse_close(struct far_fuse *f)
 		far_crew_close(f->crew);
 		fuse_session_destroy(f->se); /* closes the connection */
 	}
+	if (f->share)
+		munmap((char *)f->share, f->bytes);
 	far_fd_close(&f->abort_fd);
 	far_fd_close(&f->poll_fd);
 	far_cond_fini(&f->changed);

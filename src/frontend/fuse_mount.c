@@ -287,15 +287,16 @@ int far_fuse_mount_abort_fd(unsigned minor)
 	return fd;
 }
 
-void far_fuse_mount_read_ahead(unsigned major, unsigned minor)
+void far_fuse_mount_read_ahead(unsigned major, unsigned minor, unsigned kib)
 {
-	char path[80];
+	char path[80], text[20];
 
 	snprintf(path, sizeof path, "/sys/class/bdi/%u:%u/read_ahead_kb", major, minor);
 	int fd = open(path, O_WRONLY | O_CLOEXEC);
 	if (fd < 0)
 		return;
-	if (far_io_write(fd, "1024", 4))
+	int n = snprintf(text, sizeof text, "%u", kib);
+	if (far_io_write(fd, text, (size_t)n))
 		far_log(FAR_LOG_DEBUG, "fuse: cannot set %s", path);
 	close(fd);
 }

@@ -22,7 +22,7 @@ bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor);
 int far_fuse_mount_detach(const char *target, bool lazy);
 /* A descriptor that ends connection `minor` when something is written to it; -1 when there is no way to get one. */
 int far_fuse_mount_abort_fd(unsigned minor);
-/* Let the kernel read 1 MiB ahead. Needs root; best effort. */
-void far_fuse_mount_read_ahead(unsigned major, unsigned minor);
+/* How far the kernel reads ahead. Needs root; best effort. */
+void far_fuse_mount_read_ahead(unsigned major, unsigned minor, unsigned kib);
 
 #endif
