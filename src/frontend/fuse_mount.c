@@ -215,7 +215,7 @@ static void fuse_unescape(char *s)
 	*o = 0;
 }
 
-bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor)
+bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor, bool *ours)
 {
 	FILE *f = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL;
@@ -234,10 +234,13 @@ bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor)
 		if (!end)
 			continue;
 		*end = 0;
+		char *type = strstr(end + 1, " - "); /* optional fields end here, then the type */
 		fuse_unescape(path);
 		if (!strcmp(path, target)) {
 			*major = ma;
 			*minor = mi;
+			if (ours)
+				*ours = type && !strncmp(type + 3, "fuse." FUSE_SUBTYPE " ", sizeof "fuse." FUSE_SUBTYPE);
 			found = true; /* later lines lie on top */
 		}
 	}
