@@ -170,11 +170,12 @@ int far_fuse_mount_attach(const struct far_fuse_mount_conf *conf, int *out, stru
 	if (fd < 0 && (errno == ENOENT || errno == ENODEV || errno == ENXIO))
 		return far_error_set(err, ENOENT, "cannot mount on %s: " FUSE_DEVICE " is missing. "
 				     "Load it with 'modprobe fuse', or use --as nbd-socket.", conf->shown);
-	if (fd < 0 && geteuid() != 0)
-		return fuse_attach_helper(conf, out, err); /* it opens the device with its own rights */
+	if (fd < 0 && errno == EACCES)
+		return far_error_set(err, EACCES, "cannot mount on %s: this user may not open " FUSE_DEVICE ". "
+				     "Allow it with 'chmod 666 " FUSE_DEVICE "' as root, or use --as nbd-socket", conf->shown);
 	if (fd < 0)
 		return far_error_set(err, errno, "cannot mount on %s: opening " FUSE_DEVICE ": %s. Give this process the "
-				     "device (docker run --device /dev/fuse), or use --as nbd-socket", conf->shown,
+				     "device (docker run --device " FUSE_DEVICE "), or use --as nbd-socket", conf->shown,
 				     far_strerror(errno));
 	snprintf(opts, sizeof opts, "fd=%d,rootmode=%o,user_id=%u,group_id=%u,default_permissions", fd,
 		 conf->dir ? S_IFDIR : S_IFREG, geteuid(), getegid());
