@@ -30,6 +30,8 @@ static const struct open_leaf {
 	{ "file", "", far_file_open, "file:PATH?size=SIZE&direct=1", "a file or a block device" },
 	{ "dir", "", far_dir_open, "dir:PATH?size=SIZE&chunk=SIZE&max-open=N", "a directory with one file a chunk" },
 	{ "null", "", far_null_open, "null:SIZE", "reads zeros, forgets writes" },
+	{ "grpc", "unix", far_grpc_open, "grpc://HOST:PORT/EXPORT, grpc+unix:///EXPORT?socket=PATH",
+	  "a region that another farpage, or a Go program of the r3map family, serves" },
 };
 
 static struct far_mutex open_lock = FAR_MUTEX_INIT;

@@ -6,7 +6,7 @@
 
 #include "base/clock.h"
 #include "base/uri.h"
-#include "cli/control.h"
+#include "mount/control.h"
 #include "cli/mount_loop.h"
 
 #include <fcntl.h>
@@ -257,7 +257,7 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	if (code != CLI_GO)
 		return code;
 	code = mount_open_source(conf, source, &l.conf.remote);
-	if (code == CLI_GO && control_open(conf->control, target, &l.control, &err) < 0) {
+	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0) {
 		far_close(l.conf.remote);
 		code = cli_fail("cannot mount", &err);
 	}

@@ -6,7 +6,7 @@
 
 #include "base/clock.h"
 #include "cli/cli.h"
-#include "cli/control.h"
+#include "mount/control.h"
 
 #include <json-c/json.h>
 #include <stdlib.h>
@@ -43,8 +43,8 @@ static uint64_t mount_until(struct json_object *req)
 
 static struct json_object *mount_result(int r, const char *what)
 {
-	return r < 0 ? control_error(r, "%s: %s", what, r == -ETIMEDOUT ? "the deadline passed" : far_strerror(r))
-		     : control_ok();
+	return r < 0 ? far_control_error(r, "%s: %s", what, r == -ETIMEDOUT ? "the deadline passed" : far_strerror(r))
+		     : far_control_ok();
 }
 
 static void mount_add(struct json_object *o, const char *key, uint64_t v)
@@ -54,7 +54,7 @@ static void mount_add(struct json_object *o, const char *key, uint64_t v)
 
 static struct json_object *mount_op_status(struct mount_loop *l)
 {
-	struct json_object *o = control_ok();
+	struct json_object *o = far_control_ok();
 	struct far_status st = FAR_STATUS_INIT;
 
 	far_mnt_status(l->mnt, &st);
@@ -93,7 +93,7 @@ static int mount_slices(struct mount_loop *l, uint64_t until, int (*fn)(struct m
 			return r;
 		if (far_now() >= until)
 			return -ETIMEDOUT;
-		if (control_ending(l->control))
+		if (far_control_ending(l->control))
 			return -ESHUTDOWN;
 		if (far_now() - now < MOUNT_SLICE / 2) /* not our slice but a failure of the remote */
 			return r;
@@ -125,7 +125,7 @@ static struct json_object *mount_ranges(struct mount_loop *l, struct json_object
 	far_mnt_status(l->mnt, &st);
 	int r = cli_ranges(text ? text : "0-", st.bytes, &v, &n, &err);
 	if (r < 0)
-		return control_error(r, "%s", err.text);
+		return far_control_error(r, "%s", err.text);
 	uint64_t until = mount_until(req);
 	for (size_t i = 0; i < n && r == 0; i++)
 		r = fn(l, &v[i], until);
@@ -180,9 +180,9 @@ static struct json_object *mount_op_stop(struct mount_loop *l, struct json_objec
 	far_mutex_lock(&l->lock);
 	while (!l->ended)
 		far_cond_wait(&l->changed, &l->lock);
-	o = l->end_code < 0 ? control_error(l->end_code, "stopped, but the flush failed: %s%s%s", far_strerror(l->end_code),
+	o = l->end_code < 0 ? far_control_error(l->end_code, "stopped, but the flush failed: %s%s%s", far_strerror(l->end_code),
 					    l->end_text[0] ? ". " : "", l->end_text)
-			    : control_ok();
+			    : far_control_ok();
 	mount_add(o, "unsaved", l->unsaved);
 	json_object_object_add(o, "unsaved_text", json_object_new_string(l->end_text));
 	far_mutex_unlock(&l->lock);
@@ -205,5 +205,5 @@ struct json_object *mount_control_cb(void *opaque, const char *op, struct json_o
 		return mount_ranges(l, req, "cannot evict", mount_evict_one);
 	if (strcmp(op, "stop") == 0)
 		return mount_op_stop(l, req);
-	return control_error(EOPNOTSUPP, "this farpage does not know the request '%.60s'", op);
+	return far_control_error(EOPNOTSUPP, "this farpage does not know the request '%.60s'", op);
 }

@@ -19,7 +19,7 @@
 
 #include "base/clock.h"
 #include "cli/cli.h"
-#include "cli/control.h"
+#include "mount/control.h"
 #include "cli/progress.h"
 
 #include <fcntl.h>
@@ -203,7 +203,7 @@ static void mount_loop_opened(struct mount_run *run)
 	}
 	l->mnt = run->job.opened;
 	run->state = MOUNT_SERVING;
-	if (l->control && control_start(l->control, mount_control_cb, l, &err) < 0)
+	if (l->control && far_control_start(l->control, mount_control_cb, l, &err) < 0)
 		cli_say("%s. status, flush and stop will not reach this mount", err.text);
 	bool background = l->ready_fd >= 0;
 	mount_announce(run);
@@ -382,7 +382,7 @@ int mount_loop_run(struct mount_loop *l)
 		mount_loop_step(&run);
 	if (run.child) /* `farpage stop` while --run's command still runs: it loses the file */
 		kill(run.child, SIGTERM);
-	control_close(l->control);
+	far_control_close(l->control);
 	l->control = NULL;
 	far_mnt_close(l->mnt);
 	far_cond_fini(&l->changed);

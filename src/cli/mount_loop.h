@@ -7,7 +7,7 @@
 #include "base/thread.h"
 #include "mount/mount.h"
 
-struct control;
+struct far_control;
 struct json_object;
 
 struct mount_loop {
@@ -19,7 +19,7 @@ struct mount_loop {
 	const char *run;         /* --run; NULL: none */
 	int ready_fd;            /* the waiting parent of --background; -1: none */
 	bool quiet;
-	struct control *control;
+	struct far_control *control;
 
 	/* set once when open ended, by the loop's own thread, before the control socket starts */
 	struct far_mnt *mnt;
@@ -39,7 +39,7 @@ struct mount_loop {
 /* Open, serve, finish. Takes over conf.remote. Returns the exit code. Everything has been said. */
 int mount_loop_run(struct mount_loop *l);
 
-/* A request on the control socket (control_fn). */
+/* A request on the control socket (far_control_fn). */
 struct json_object *mount_control_cb(void *opaque, const char *op, struct json_object *req);
 
 #endif

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * Connections. A connection carries bytes both ways without blocking; who waits does so in wait(), with a deadline.
+ * Today there are TCP and unix stream sockets; TLS becomes one more table of operations.
+ */
+#ifndef FAR_NET_H
+#define FAR_NET_H
+
+#include "base/clock.h"
+
+#include <sys/types.h>
+#include <sys/uio.h>
+
+struct far_conn;
+
+struct far_conn_ops {
+	/* Bytes moved (> 0), 0 at the peer's end (readv only), -EAGAIN, or another -errno. One thread may read while
+	 * another writes. */
+	ssize_t (*readv)(struct far_conn *c, const struct iovec *iov, int n);
+	ssize_t (*writev)(struct far_conn *c, const struct iovec *iov, int n);
+	/* Until it can be read (if `in`) or written (if `out`), or has ended. 0, -ETIMEDOUT at `until`, -errno. */
+	int (*wait)(struct far_conn *c, bool in, bool out, uint64_t until);
+	/* Both directions, now: every wait() ends, reads give the end, writes fail. Any thread. */
+	void (*shutdown)(struct far_conn *c);
+	void (*close)(struct far_conn *c);
+};
+
+struct far_conn {
+	const struct far_conn_ops *ops; /* NULL: not open */
+	int fd;
+};
+
+/* Where to connect or to listen. */
+struct far_net_addr {
+	const char *host; /* TCP */
+	int port;
+	const char *path; /* of a unix socket; NULL: TCP */
+};
+
+/* Take over a connected stream socket: non-blocking, no delay, keep-alive, a limit for unanswered bytes. -ENOTSOCK. */
+int far_conn_socket(struct far_conn *c, int fd);
+/* Connect. Ends with -ETIMEDOUT at `until`, with -ESHUTDOWN as soon as `cancel` (a descriptor, -1: none) can be read.
+ * The name is looked up by the system's resolver, which keeps no deadline. */
+int far_conn_connect(struct far_conn *c, const struct far_net_addr *a, uint64_t until, int cancel,
+		     struct far_error *err);
+void far_conn_close(struct far_conn *c); /* what is not open is left alone */
+
+/* A listening socket in *fd; a.port 0 takes a free one, *port tells it. Addresses beyond loopback are refused with
+ * -EPERM unless `insecure`. A unix socket that nobody answers on is replaced. */
+int far_net_listen(const struct far_net_addr *a, bool insecure, int *fd, int *port, struct far_error *err);
+/* The next connection; -EAGAIN when there is none, or another -errno. Non-blocking, close-on-exec. */
+int far_net_accept(int fd, int *out);
+/* Wait until fd can be read or cancel can. 0: fd; -ESHUTDOWN: cancel; -ETIMEDOUT. */
+int far_net_wait_readable(int fd, int cancel, uint64_t until);
+
+#endif

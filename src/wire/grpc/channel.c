@@ -1,0 +1,710 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * One connection, many callers, no thread. Two tokens, each held by at most one caller at a time:
+ *
+ *   send (`h2.writing` while in the system call, `sending` as a whole): makes batches and writes them, others' requests
+ *        included, outside the lock.
+ *   read (`reading`): reads the socket outside the lock, feeds the session under it, which completes calls of any caller.
+ *
+ *      submit -> (send token free? send) -> (read token free? read until own reply is in) -> else sleep on own condition
+ *                                                                   |
+ *                                  pass both tokens on: wake one waiting caller, who takes them
+ *
+ * Invariants:
+ *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
+ *     token back wakes one waiting caller (channel_pass).
+ *  2. The reader never blocks in sending. It waits for room in the socket only together with waiting for input. A sender
+ *     who is not the reader waits for room in short slices, because the reader may leave meanwhile.
+ *  3. A call's memory is touched by others only while it is on the list; its caller leaves (channel_leave) only when no
+ *     reader is reading into it (`pinned`) and the batch borrows nothing of it.
+ *  4. A channel dies once: `error` is set, every pending call gets it, the session is not used again.
+ */
+#include "wire/grpc/channel.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHANNEL_SPARE 16384
+#define CHANNEL_SPIN (20 * FAR_USEC)
+#define CHANNEL_SLICE (10 * FAR_MSEC)
+#define CHANNEL_STALE (5 * FAR_MSEC) /* after so long without a call look at what the peer said meanwhile */
+#define CHANNEL_REPLY_MAX (64u << 20)
+
+struct far_channel {
+	/* fixed */
+	struct far_conn conn;
+	char *authority;
+	/* atomic */
+	_Atomic unsigned refs;
+	_Atomic int64_t load;
+	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
+
+	struct far_mutex lock;
+	struct far_h2 h2 FAR_GUARDED_BY(lock);
+	struct far_call *calls FAR_GUARDED_BY(lock), *last FAR_GUARDED_BY(lock);
+	bool sending FAR_GUARDED_BY(lock), reading FAR_GUARDED_BY(lock);
+	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
+	int error FAR_GUARDED_BY(lock);
+	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
+	/* token: reading */
+	uint8_t *spare;
+};
+
+static struct far_channel *channel_of(struct far_h2 *h)
+{
+	return far_container_of(h, struct far_channel, h2);
+}
+
+static struct far_call *channel_call_of(struct far_h2_stream *s)
+{
+	return far_container_of(s, struct far_call, s);
+}
+
+void far_call_request(struct far_call *call, const struct far_pb_out *o, const void *body, size_t body_n)
+{
+	FAR_ASSERT(o->n <= o->cap && o->n + FAR_GRPC_PREFIX <= FAR_H2_HEAD && o->n + body_n <= UINT32_MAX);
+	far_grpc_prefix(call->req.head, (uint32_t)(o->n + body_n));
+	memcpy(call->req.head + FAR_GRPC_PREFIX, o->p, o->n);
+	call->req.head_n = (uint8_t)(o->n + FAR_GRPC_PREFIX);
+	call->req.body = body;
+	call->req.body_n = body_n;
+}
+
+/* --------------------------------------------------------------------- the state of a call; under the lock */
+
+/* The call has its outcome. Nothing of the session refers to it any more. */
+static void channel_done(struct far_call *call, int result)
+{
+	if (call->done)
+		return;
+	call->done = true;
+	call->result = result;
+	if (call->waiting)
+		far_cond_signal(&call->cond);
+}
+
+static void channel_header(struct far_h2 *h, struct far_h2_stream *s, const char *name, size_t name_n, const char *value,
+			   size_t value_n)
+{
+	struct far_call *call = channel_call_of(s);
+#define IS(text) (name_n == sizeof(text) - 1 && !memcmp(name, text, sizeof(text) - 1))
+
+	if (IS(":status")) {
+		call->http_status = 0;
+		for (size_t i = 0; i < value_n && i < 3; i++)
+			call->http_status = call->http_status * 10 + (unsigned)(value[i] - '0');
+	} else if (IS("content-type")) {
+		call->bad_type = value_n < 16 || memcmp(value, "application/grpc", 16) != 0;
+	} else if (IS("grpc-status")) {
+		unsigned v = 0;
+		for (size_t i = 0; i < value_n && i < 4; i++)
+			v = value[i] >= '0' && value[i] <= '9' ? v * 10 + (unsigned)(value[i] - '0') : 998;
+		call->grpc_status = value_n ? v : 998;
+	} else if (IS("grpc-message")) {
+		far_grpc_percent_decode(call->text, sizeof call->text, value, value_n);
+	} else if (IS("farpage-errno")) {
+		size_t n = (size_t)far_min(value_n, sizeof call->errno_name - 1);
+		memcpy(call->errno_name, value, n);
+		call->errno_name[n] = 0;
+	}
+#undef IS
+}
+
+static void channel_headers_end(struct far_h2 *h, struct far_h2_stream *s)
+{
+}
+
+/* A whole prefix is in. 0 or the reason to refuse the reply. */
+static int channel_prefix(struct far_call *call)
+{
+	if (call->got_message || call->s.in.len > CHANNEL_REPLY_MAX)
+		return -EPROTO;
+	call->got_message = true;
+	return !call->fields && call->s.in.len > call->buf_cap ? -EPROTO : 0;
+}
+
+static int channel_body(struct far_call *call, const uint8_t *data, size_t n)
+{
+	if (call->fields)
+		return far_pb_stream_feed(&call->pb, data, n);
+	if (data != call->buf + call->buf_n)
+		memcpy(call->buf + call->buf_n, data, n);
+	call->buf_n += n;
+	return 0;
+}
+
+static int channel_take_data(struct far_call *call, const uint8_t *data, size_t len)
+{
+	while (len || (call->s.in.in_body && !call->s.in.left)) {
+		int r;
+		if (!call->s.in.in_body) {
+			size_t used;
+			r = far_grpc_deframe(&call->s.in, data, len, &used);
+			data += used;
+			len -= used;
+			if (r == 0 && call->s.in.in_body)
+				r = channel_prefix(call);
+			if (r)
+				return r == -EOPNOTSUPP ? -EPROTO : r;
+			continue;
+		}
+		size_t n = (size_t)far_min(len, call->s.in.left);
+		r = channel_body(call, data, n);
+		if (r)
+			return r;
+		data += n;
+		len -= n;
+		if (far_grpc_deframe_body(&call->s.in, n) && call->fields && !far_pb_stream_done(&call->pb))
+			return -EPROTO;
+	}
+	return 0;
+}
+
+static void channel_data(struct far_h2 *h, struct far_h2_stream *s, const uint8_t *data, size_t len)
+{
+	struct far_call *call = channel_call_of(s);
+
+	if (call->refused)
+		return;
+	if (call->http_status != 200 || call->bad_type)
+		return; /* somebody else's page of text: the headers tell what is wrong */
+	call->refused = channel_take_data(call, data, len);
+	if (call->refused)
+		far_h2_reset(h, s->id, NGHTTP2_CANCEL);
+}
+
+static size_t channel_want(struct far_h2 *h, struct far_h2_stream *s, uint8_t **dst)
+{
+	struct far_call *call = channel_call_of(s);
+
+	if (call->refused || !call->s.in.in_body)
+		return 0;
+	if (call->fields)
+		return (size_t)far_min(far_pb_stream_want(&call->pb, dst), call->s.in.left);
+	*dst = call->buf + call->buf_n;
+	return (size_t)far_min(call->s.in.left, call->buf_cap - call->buf_n);
+}
+
+/* What a finished stream means. */
+static int channel_outcome(struct far_call *call, uint32_t code)
+{
+	if (call->refused)
+		return call->refused;
+	if (call->grpc_status == FAR_CALL_NO_STATUS) {
+		if (code == NGHTTP2_REFUSED_STREAM)
+			call->untouched = true;
+		if (code != NGHTTP2_NO_ERROR)
+			return -ECONNRESET;
+		if (call->http_status >= 500 || call->http_status == 429)
+			return -ECONNRESET; /* a proxy that cannot reach its server */
+		return -EPROTO;
+	}
+	if (call->grpc_status)
+		return far_grpc_errno_of(call->grpc_status, call->errno_name[0] ? call->errno_name : NULL);
+	if (call->http_status != 200 || call->bad_type || !call->got_message || !far_grpc_deframe_done(&call->s.in))
+		return -EPROTO;
+	return 0;
+}
+
+static void channel_end(struct far_h2 *h, struct far_h2_stream *s)
+{
+}
+
+static void channel_closed(struct far_h2 *h, struct far_h2_stream *s, uint32_t code)
+{
+	struct far_call *call = channel_call_of(s);
+
+	s->id = 0;
+	channel_done(call, channel_outcome(call, code));
+}
+
+static void channel_frame(struct far_h2 *h, const nghttp2_frame *frame) FAR_NO_TSA
+{
+	struct far_channel *c = channel_of(h);
+
+	if (frame->hd.type == NGHTTP2_GOAWAY) {
+		c->draining = true;
+		atomic_store_explicit(&c->gone, true, memory_order_release);
+	}
+}
+
+static const struct far_h2_ops channel_ops = {
+	.header = channel_header,
+	.headers_end = channel_headers_end,
+	.data = channel_data,
+	.end = channel_end,
+	.closed = channel_closed,
+	.want = channel_want,
+	.frame = channel_frame,
+};
+
+static void channel_die(struct far_channel *c, int err) FAR_REQUIRES(c->lock)
+{
+	if (c->dead)
+		return;
+	c->dead = true;
+	c->error = err;
+	atomic_store_explicit(&c->gone, true, memory_order_release);
+	for (struct far_call *call = c->calls; call; call = call->next)
+		channel_done(call, err);
+	if (c->conn.ops)
+		c->conn.ops->shutdown(&c->conn);
+}
+
+/* ---------------------------------------------------------------------------------- sending and reading */
+
+static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	return !c->dead && (far_h2_pending(&c->h2) || c->h2.dirty);
+}
+
+/* Take the send token and write until nothing is left or the socket is full. True: all is out. */
+static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	bool all = true;
+	int r = 0;
+
+	c->sending = true;
+	while (!c->dead && far_h2_fill(&c->h2, &r)) {
+		c->h2.writing = true;
+		const struct iovec *iov = c->h2.iov + c->h2.iov_at;
+		int n = (int)(c->h2.iov_n - c->h2.iov_at);
+		far_mutex_unlock(&c->lock);
+		ssize_t k = c->conn.ops->writev(&c->conn, iov, n);
+		far_mutex_lock(&c->lock);
+		c->h2.writing = false;
+		if (k > 0) {
+			far_h2_wrote(&c->h2, (size_t)k);
+		} else if (k == -EAGAIN) {
+			all = false;
+			break;
+		} else {
+			r = k ? (int)k : -EPIPE;
+			break;
+		}
+	}
+	if (r)
+		channel_die(c, r);
+	c->sending = false;
+	return all;
+}
+
+/* A sender who is not the reader waits for room. */
+static void channel_wait_room(struct far_channel *c, uint64_t deadline) FAR_REQUIRES(c->lock)
+{
+	bool in = !c->reading;
+
+	c->sending = true;
+	far_mutex_unlock(&c->lock);
+	c->conn.ops->wait(&c->conn, in, true, far_min(deadline, far_now() + CHANNEL_SLICE));
+	far_mutex_lock(&c->lock);
+	c->sending = false;
+}
+
+/* One read of the socket, straight to where the bytes belong if that is known, spinning for a moment when there is
+ * nothing. Bytes that were fed, or -errno. The read token is held. */
+static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(c->lock)
+{
+	struct iovec iov[2];
+	uint8_t *dst = NULL;
+	size_t direct = far_h2_direct(&c->h2, &dst);
+	struct far_call *pin = direct ? channel_call_of(nghttp2_session_get_stream_user_data(c->h2.session,
+											     c->h2.data_stream)) : NULL;
+	int n = 0;
+
+	if (pin) {
+		iov[n++] = (struct iovec){ dst, direct };
+		pin->pinned++;
+	}
+	iov[n++] = (struct iovec){ c->spare, CHANNEL_SPARE };
+	far_mutex_unlock(&c->lock);
+	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
+	for (uint64_t end = 0; spin && k == -EAGAIN;) {
+		uint64_t now = far_now();
+		if (!end)
+			end = now + CHANNEL_SPIN;
+		if (now >= end)
+			break;
+		far_cpu_relax();
+		k = c->conn.ops->readv(&c->conn, iov, n);
+	}
+	uint64_t now = k > 0 ? far_now() : 0;
+	far_mutex_lock(&c->lock);
+	if (k == 0)
+		k = -ECONNRESET;
+	if (k > 0 && !c->dead) {
+		c->heard = now;
+		size_t first = (size_t)far_min((uint64_t)k, direct);
+		int r = first ? far_h2_feed(&c->h2, dst, first) : 0;
+		if (r == 0 && (size_t)k > first)
+			r = far_h2_feed(&c->h2, c->spare, (size_t)k - first);
+		if (r == 0 && far_h2_over(&c->h2))
+			r = -ECONNRESET;
+		if (r)
+			k = r;
+	}
+	if (pin && --pin->pinned == 0 && pin->waiting)
+		far_cond_signal(&pin->cond);
+	return k;
+}
+
+/* Hold the read token until the call is done or its time is up. */
+static void channel_read(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
+{
+	c->reading = true;
+	while (!call->done && !c->dead) {
+		bool room = true;
+		if (!c->sending && channel_has_output(c))
+			room = channel_send(c);
+		if (c->dead)
+			break;
+		ssize_t k = channel_read_some(c, room);
+		if (k > 0 || call->done)
+			continue;
+		if (k != -EAGAIN) {
+			channel_die(c, (int)k);
+			break;
+		}
+		if (!c->sending && channel_has_output(c) && room)
+			continue;
+		far_mutex_unlock(&c->lock);
+		int r = c->conn.ops->wait(&c->conn, true, !room, deadline);
+		far_mutex_lock(&c->lock);
+		if (r == -ETIMEDOUT)
+			break;
+		if (r)
+			channel_die(c, r);
+	}
+	c->reading = false;
+}
+
+/* ---------------------------------------------------------------------------------------------------- calls */
+
+static void channel_link(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	call->next = NULL;
+	call->prev = c->last;
+	if (c->last)
+		c->last->next = call;
+	else
+		c->calls = call;
+	c->last = call;
+}
+
+static void channel_unlink(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	if (call->prev)
+		call->prev->next = call->next;
+	else
+		c->calls = call->next;
+	if (call->next)
+		call->next->prev = call->prev;
+	else
+		c->last = call->prev;
+}
+
+/* Put the request into the session. */
+static int channel_submit(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	static const nghttp2_nv fixed[] = {
+		FAR_H2_NV(":method", "POST"),
+		FAR_H2_NV(":scheme", "http"),
+		FAR_H2_NV("content-type", "application/grpc"),
+		FAR_H2_NV("te", "trailers"),
+		FAR_H2_NV("user-agent", "farpage/0.1"),
+	};
+	nghttp2_nv nv[8] = { fixed[0], fixed[1] };
+	nghttp2_nv path = FAR_H2_NV(":path", ""), authority = FAR_H2_NV(":authority", "");
+	nghttp2_nv export = FAR_H2_NV("farpage-export", "");
+	size_t n = 2;
+
+	call->grpc_status = FAR_CALL_NO_STATUS;
+	call->s = (struct far_h2_stream){ .id = 0 };
+	call->http_status = 0;
+	call->refused = 0;
+	call->errno_name[0] = call->text[0] = 0;
+	call->req.release = NULL;
+	path.value = (uint8_t *)call->path;
+	path.valuelen = strlen(call->path);
+	authority.value = (uint8_t *)c->authority;
+	authority.valuelen = strlen(c->authority);
+	nv[n++] = path;
+	nv[n++] = authority;
+	nv[n++] = fixed[2];
+	nv[n++] = fixed[3];
+	nv[n++] = fixed[4];
+	if (call->export_header) {
+		/* The caller may be gone before the headers are made: let nghttp2 copy this one. */
+		export.value = (uint8_t *)call->export_header;
+		export.valuelen = strlen(call->export_header);
+		export.flags = NGHTTP2_NV_FLAG_NO_COPY_NAME;
+		nv[n++] = export;
+	}
+	far_h2_queue(&c->h2, &call->s, &call->req);
+	int r = far_h2_request(&c->h2, &call->s, nv, n);
+	if (r == -ESTALE) {
+		/* All stream ids are used up: a new connection has new ones. */
+		c->draining = true;
+		atomic_store_explicit(&c->gone, true, memory_order_release);
+		call->untouched = true;
+		r = -ECONNRESET;
+	}
+	return r;
+}
+
+/* The call ends without a reply: the peer is told, and nothing of it is reported any more. */
+static void channel_abandon(struct far_channel *c, struct far_call *call, int err) FAR_REQUIRES(c->lock)
+{
+	int32_t id = call->s.id;
+
+	if (call->done)
+		return;
+	far_h2_forget(&c->h2, &call->s);
+	if (id)
+		far_h2_reset(&c->h2, id, NGHTTP2_CANCEL);
+	call->s.id = 0;
+	channel_done(call, err);
+}
+
+/* Leave the list; nobody touches the call's memory afterwards. */
+static void channel_leave(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	call->waiting = true;
+	while (call->pinned)
+		far_cond_wait(&call->cond, &c->lock);
+	if (call->s.id)
+		far_h2_forget(&c->h2, &call->s); /* the channel died */
+	/* The sender is in a system call that does not block: it will be back in a moment. */
+	while (c->h2.writing && call->req.body_n)
+		far_cond_wait_until(&call->cond, &c->lock, far_now() + FAR_MSEC / 10);
+	if (c->dead && !c->h2.writing)
+		far_h2_drop(&c->h2);
+	else if (call->req.body_n && far_h2_detach(&c->h2, call->req.body, call->req.body_n)) {
+		channel_die(c, -ENOMEM);
+		far_h2_drop(&c->h2);
+	}
+	channel_unlink(c, call);
+}
+
+/* Give the tokens to somebody: wake one caller who waits. */
+static void channel_pass(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	if (c->reading && (c->sending || !channel_has_output(c)))
+		return;
+	for (struct far_call *call = c->calls; call; call = call->next) {
+		if (call->waiting && !call->done) {
+			far_cond_signal(&call->cond);
+			return;
+		}
+	}
+}
+
+static void channel_wait(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+	FAR_REQUIRES(c->lock)
+{
+	while (!call->done) {
+		uint64_t now = deadline == FAR_NEVER ? 0 : far_now();
+		if (now >= deadline) {
+			/* Silence on the whole connection for the full patience of a call: the peer is gone. */
+			if (now - c->heard >= silence)
+				channel_die(c, -ETIMEDOUT);
+			channel_abandon(c, call, -ETIMEDOUT);
+			if (!c->sending && channel_has_output(c))
+				channel_send(c);
+			break;
+		}
+		if (!c->sending && channel_has_output(c)) {
+			if (!channel_send(c) && c->reading && !call->done)
+				channel_wait_room(c, deadline);
+			if (c->reading)
+				continue;
+		}
+		if (call->done)
+			break;
+		if (!c->reading) {
+			channel_read(c, call, deadline);
+			continue;
+		}
+		call->waiting = true;
+		far_cond_wait_until(&call->cond, &c->lock, deadline);
+		call->waiting = false;
+	}
+}
+
+/* The first call after a pause: settings, pings and a farewell that came meanwhile are read before it is made. */
+static void channel_catch_up(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	if (c->calls || c->reading || c->dead)
+		return;
+	uint64_t now = far_now();
+	bool stale = now - c->heard >= CHANNEL_STALE;
+	c->heard = now; /* silence is counted from the first call that waits */
+	if (!stale)
+		return;
+	c->reading = true;
+	ssize_t k;
+	while ((k = channel_read_some(c, false)) > 0)
+		;
+	if (k != -EAGAIN)
+		channel_die(c, (int)k);
+	c->reading = false;
+}
+
+int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+{
+	far_cond_init(&call->cond);
+	far_mutex_lock(&c->lock);
+	channel_catch_up(c);
+	call->untouched = false;
+	call->done = call->waiting = call->got_message = call->bad_type = false;
+	if (c->dead || c->draining) {
+		call->untouched = true;
+		call->result = c->dead ? c->error : -ECONNRESET;
+		channel_pass(c);
+	} else {
+		call->result = channel_submit(c, call);
+		if (call->result == 0) {
+			channel_link(c, call);
+			channel_wait(c, call, deadline, silence);
+			channel_leave(c, call);
+		}
+		channel_pass(c);
+	}
+	int r = call->result;
+	far_mutex_unlock(&c->lock);
+	far_cond_fini(&call->cond);
+	return r;
+}
+
+void far_channel_kill(struct far_channel *c, int err)
+{
+	far_mutex_lock(&c->lock);
+	channel_die(c, err);
+	far_mutex_unlock(&c->lock);
+}
+
+bool far_channel_usable(struct far_channel *c)
+{
+	return !atomic_load_explicit(&c->gone, memory_order_acquire);
+}
+
+uint64_t far_channel_load(struct far_channel *c, int64_t change)
+{
+	return (uint64_t)(atomic_fetch_add_explicit(&c->load, change, memory_order_relaxed) + change);
+}
+
+/* ------------------------------------------------------------------------------------------- life, tests */
+
+int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out)
+{
+	struct far_channel *c = calloc(1, sizeof *c);
+
+	if (!c)
+		return -ENOMEM;
+	far_mutex_init(&c->lock);
+	c->authority = strdup(authority);
+	c->spare = malloc(CHANNEL_SPARE);
+	atomic_init(&c->refs, 1);
+	far_mutex_lock(&c->lock);
+	c->heard = far_now();
+	int r = c->authority && c->spare ? far_h2_init(&c->h2, false, &channel_ops) : -ENOMEM;
+	far_mutex_unlock(&c->lock);
+	if (r) {
+		far_mutex_fini(&c->lock);
+		free(c->authority);
+		free(c->spare);
+		free(c);
+		return r;
+	}
+	if (conn) {
+		c->conn = *conn;
+		conn->ops = NULL;
+	}
+	*out = c;
+	return 0;
+}
+
+void far_channel_get(struct far_channel *c)
+{
+	atomic_fetch_add_explicit(&c->refs, 1, memory_order_relaxed);
+}
+
+void far_channel_put(struct far_channel *c) FAR_NO_TSA
+{
+	if (!c || atomic_fetch_sub_explicit(&c->refs, 1, memory_order_acq_rel) != 1)
+		return;
+	FAR_ASSERT(!c->calls);
+	far_h2_fini(&c->h2);
+	far_conn_close(&c->conn);
+	far_mutex_fini(&c->lock);
+	free(c->authority);
+	free(c->spare);
+	free(c);
+}
+
+int far_channel_submit(struct far_channel *c, struct far_call *call)
+{
+	far_cond_init(&call->cond);
+	far_mutex_lock(&c->lock);
+	int r = channel_submit(c, call);
+	if (r == 0)
+		channel_link(c, call);
+	far_mutex_unlock(&c->lock);
+	if (r)
+		far_cond_fini(&call->cond);
+	return r;
+}
+
+int far_channel_feed(struct far_channel *c, const uint8_t *data, size_t len)
+{
+	far_mutex_lock(&c->lock);
+	int r = c->dead ? c->error : 0;
+	while (r == 0 && len) {
+		uint8_t *dst;
+		size_t n = (size_t)far_min(len, far_h2_direct(&c->h2, &dst));
+		if (n) {
+			memcpy(dst, data, n);
+			r = far_h2_feed(&c->h2, dst, n);
+		} else {
+			n = (size_t)far_min(len, 64);
+			r = far_h2_feed(&c->h2, data, n);
+		}
+		data += n;
+		len -= n;
+	}
+	if (r)
+		channel_die(c, r);
+	far_mutex_unlock(&c->lock);
+	return r;
+}
+
+size_t far_channel_take(struct far_channel *c, uint8_t *buf, size_t cap)
+{
+	size_t n = 0;
+	int r = 0;
+
+	far_mutex_lock(&c->lock);
+	while (!c->dead && n < cap && far_h2_fill(&c->h2, &r)) {
+		const struct iovec *v = &c->h2.iov[c->h2.iov_at];
+		size_t k = (size_t)far_min(v->iov_len, cap - n);
+		memcpy(buf + n, v->iov_base, k);
+		n += k;
+		far_h2_wrote(&c->h2, k);
+	}
+	if (r)
+		channel_die(c, r);
+	far_mutex_unlock(&c->lock);
+	return n;
+}
+
+void far_channel_end(struct far_channel *c, struct far_call *call, int err)
+{
+	far_mutex_lock(&c->lock);
+	channel_abandon(c, call, err);
+	channel_leave(c, call);
+	far_mutex_unlock(&c->lock);
+	far_cond_fini(&call->cond);
+}

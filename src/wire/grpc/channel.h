@@ -1,0 +1,70 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* One client connection and the calls on it. No thread of its own: callers share sending and reading. */
+#ifndef FAR_GRPC_CHANNEL_H
+#define FAR_GRPC_CHANNEL_H
+
+#include "base/thread.h"
+#include "net/net.h"
+#include "wire/grpc/h2.h"
+#include "wire/grpc/pb.h"
+
+struct far_channel;
+
+/* A unary call. It lives on its caller's stack from submission to return. */
+struct far_call {
+	/* fixed before the call */
+	const char *path;          /* "/package.Service/Method" */
+	const char *export_header; /* metadata farpage-export; NULL: none */
+	struct far_h2_msg req;     /* head, body; filled by far_call_request() */
+	/* How the reply is taken. With `fields` its fields are taken as they come (long byte strings straight to their
+	 * place); else the whole message goes to `buf`, which holds at most buf_cap. */
+	bool fields;
+	struct far_pb_stream pb;
+	uint8_t *buf;
+	size_t buf_cap, buf_n;
+
+	/* the outcome */
+	int result;            /* 0 or -errno */
+	unsigned grpc_status;  /* of the reply; FAR_CALL_NO_STATUS */
+	bool untouched;        /* failed before the peer can have seen it: may be tried again at once */
+	char text[160];        /* grpc-message, decoded */
+
+	/* private, under the channel's lock */
+	struct far_h2_stream s;
+	struct far_call *next, *prev;
+	struct far_cond cond;
+	char errno_name[16];
+	unsigned http_status;
+	unsigned pinned;       /* a reader is reading into this call's memory */
+	bool waiting, done, got_message, bad_type;
+	int refused;           /* why the reply is no good, -errno */
+};
+#define FAR_CALL_NO_STATUS 999u
+
+/* Put prefix and protobuf head into the request: `o` is a buffer of head bytes with what stands before `body`. */
+void far_call_request(struct far_call *call, const struct far_pb_out *o, const void *body, size_t body_n);
+
+/* Wrap a connection; conn is taken over on success. authority is copied. */
+int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out);
+/* References: whoever makes calls holds one. The last one closes the connection. */
+void far_channel_get(struct far_channel *c);
+void far_channel_put(struct far_channel *c);
+
+/* Make the call; ends at `deadline` at the latest. Returns call->result. `silence`: a connection on which nothing at all
+ * was heard for so long (ns) when a call runs out of time is given up. */
+int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence);
+/* Every pending and later call gets err. */
+void far_channel_kill(struct far_channel *c, int err);
+/* Whether new calls may be made on it: neither dead nor told to go away. */
+bool far_channel_usable(struct far_channel *c);
+/* Bytes that callers said they expect (far_channel_load), for spreading. */
+uint64_t far_channel_load(struct far_channel *c, int64_t change);
+
+/* For tests and fuzzers: the session without a socket. Submit without waiting, feed bytes, take bytes. */
+int far_channel_submit(struct far_channel *c, struct far_call *call);
+int far_channel_feed(struct far_channel *c, const uint8_t *data, size_t len);
+size_t far_channel_take(struct far_channel *c, uint8_t *buf, size_t cap);
+void far_channel_end(struct far_channel *c, struct far_call *call, int err);
+
+#endif

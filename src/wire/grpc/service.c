@@ -1,0 +1,420 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* What each method does. A request is decoded, checked against its export and carried out; with FAR_NOWAIT it may be
+ * left half done and is then begun anew. Every number from the peer is checked before it is added or allocated. */
+#include "wire/grpc/session.h"
+
+#include "base/io.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SERVICE_PIECE (256 * FAR_KIB)
+#define SERVICE_PIECE_MIN 4096
+#define SERVICE_PIECE_MAX (4 * FAR_MIB)
+#define SERVICE_EXTENTS 1024
+
+/* A backend's error as a status. */
+static bool service_error(struct far_request *r, int err, const char *what)
+{
+	r->errno_name = far_grpc_errno_name(err);
+	return far_request_fail(r, far_grpc_status_of(err), "%s: %s", what, far_strerror(err));
+}
+
+/* The first bytes of a reply: prefix, then what `o` has put behind it, then body_n bytes of the reply's buffer. */
+static void service_frame(struct far_reply *reply, const struct far_pb_out *o, size_t body_n)
+{
+	FAR_ASSERT(o->n <= o->cap);
+	far_grpc_prefix(reply->m.head, (uint32_t)(o->n + body_n));
+	reply->m.head_n = (uint8_t)(FAR_GRPC_PREFIX + o->n);
+	reply->m.body = reply->buf;
+	reply->m.body_n = body_n;
+}
+
+static struct far_pb_out service_head(struct far_reply *reply)
+{
+	return (struct far_pb_out){ reply->m.head + FAR_GRPC_PREFIX, 0, sizeof reply->m.head - FAR_GRPC_PREFIX };
+}
+
+/* The buffer for the answer; kept from the try without waiting to the one with. */
+static struct far_reply *service_reply(struct far_request *r, size_t cap)
+{
+	if (!r->reply)
+		r->reply = far_reply_new(r, cap);
+	if (!r->reply)
+		far_request_fail(r, FAR_GRPC_UNAVAILABLE, "out of memory");
+	return r->reply;
+}
+
+static bool service_empty(struct far_request *r)
+{
+	struct far_reply *reply = service_reply(r, 0);
+
+	if (reply) {
+		struct far_pb_out o = service_head(reply);
+		service_frame(reply, &o, 0);
+	}
+	return true;
+}
+
+/* ----------------------------------------------------------------------------------- the plain Backend service */
+
+static bool service_read_at(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint64_t size = far_size(e->b);
+
+	if (m->length < 0)
+		return far_request_fail(r, FAR_GRPC_INVALID_ARGUMENT, "negative length");
+	if ((uint64_t)m->length > r->session->env->max_request)
+		return far_request_fail(r, FAR_GRPC_UNKNOWN, "max chunk size exceeded");
+	if (m->off < 0)
+		return far_request_fail(r, FAR_GRPC_UNKNOWN, "negative offset");
+	uint64_t off = (uint64_t)m->off;
+	size_t len = (size_t)m->length;
+	if (off > size || len > size - off)
+		return far_request_fail(r, FAR_GRPC_UNKNOWN, "EOF");
+	struct far_reply *reply = service_reply(r, len);
+	if (!reply)
+		return true;
+	int err = far_read(e->b, off, reply->buf, len, flags);
+	if (err == -EAGAIN && flags)
+		return false;
+	if (err)
+		return service_error(r, err, "read");
+	struct far_pb_out o = service_head(reply);
+	far_pb_put_uint(&o, 1, len);
+	if (len)
+		far_pb_put_head(&o, 2, len);
+	service_frame(reply, &o, len);
+	return true;
+}
+
+static bool service_write_at(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint64_t size = far_size(e->b);
+
+	if (m->off < 0)
+		return far_request_fail(r, FAR_GRPC_UNKNOWN, "negative offset");
+	if (m->data_n > r->session->env->max_request)
+		return far_request_fail(r, FAR_GRPC_UNKNOWN, "max chunk size exceeded");
+	if (!(far_facts(e->b)->caps & FAR_CAP_WRITE))
+		return far_request_fail(r, FAR_GRPC_PERMISSION_DENIED, "the region is read-only");
+	uint64_t off = (uint64_t)m->off;
+	if (off > size || m->data_n > size - off)
+		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "short write"); /* a region never grows */
+	int err = far_write(e->b, off, m->data, m->data_n, flags);
+	if (err == -EAGAIN && flags)
+		return false;
+	if (err)
+		return service_error(r, err, "write");
+	struct far_reply *reply = service_reply(r, 0);
+	if (reply) {
+		struct far_pb_out o = service_head(reply);
+		far_pb_put_uint(&o, 1, m->data_n);
+		service_frame(reply, &o, 0);
+	}
+	return true;
+}
+
+static bool service_flush(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	/* A flush always may wait, but where it does nothing. */
+	if (flags && (far_facts(e->b)->caps & (FAR_CAP_DURABLE | FAR_CAP_REMOTE)))
+		return false;
+	int err = far_flush(e->b);
+	return err ? service_error(r, err, "flush") : service_empty(r);
+}
+
+/* ------------------------------------------------------------------------------------------ farpage.v1: facts */
+
+static void service_describe(struct far_request *r, const struct far_export *e, struct far_grpc_export *x)
+{
+	const struct far_facts *f = far_facts(e->b);
+
+	memset(x, 0, sizeof *x);
+	memcpy(x->name, e->name, far_min(strlen(e->name), sizeof x->name - 1));
+	x->size = f->bytes;
+	x->chunk = f->chunk;
+	x->max_request = r->session->env->max_request;
+	x->read_only = !(f->caps & FAR_CAP_WRITE);
+	x->durable = (f->caps & FAR_CAP_DURABLE) != 0;
+	memcpy(x->identity, f->identity, sizeof x->identity - 1);
+	memcpy(x->version, f->version, sizeof x->version - 1);
+}
+
+static bool service_describe_one(struct far_request *r, const struct far_export *e)
+{
+	struct far_grpc_export x;
+	struct far_reply *reply = service_reply(r, 1024);
+
+	if (!reply)
+		return true;
+	service_describe(r, e, &x);
+	struct far_pb_out body = { reply->buf, 0, reply->cap }, o = service_head(reply);
+	far_grpc_encode_export(&body, &x);
+	service_frame(reply, &o, body.n);
+	return true;
+}
+
+static bool service_exports(struct far_request *r)
+{
+	const struct far_server_env *env = r->session->env;
+	size_t each = 512; /* two texts of 63, a name of 127, numbers */
+	struct far_reply *reply = service_reply(r, env->exports_n * each + 16);
+
+	if (!reply)
+		return true;
+	struct far_pb_out body = { reply->buf, 0, reply->cap }, o = service_head(reply);
+	for (size_t i = 0; i < env->exports_n; i++) {
+		uint8_t one[512];
+		struct far_pb_out x = { one, 0, sizeof one };
+		struct far_grpc_export e;
+		service_describe(r, &env->exports[i], &e);
+		far_grpc_encode_export(&x, &e);
+		far_pb_put_bytes(&body, 1, one, x.n);
+	}
+	service_frame(reply, &o, body.n);
+	return true;
+}
+
+/* ------------------------------------------------------------------------------------------- farpage.v1: data */
+
+/* The ranges are inside the region; *total, if wanted, is at most max_request. */
+static bool service_ranges(struct far_request *r, const struct far_export *e, uint64_t *total)
+{
+	uint64_t size = far_size(e->b), sum = 0;
+
+	for (unsigned i = 0; i < r->msg.ranges_n; i++) {
+		const struct far_grpc_range *x = &r->msg.ranges[i];
+		if (x->off > size || x->len > size - x->off)
+			return !far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "a range lies outside the region of %" PRIu64 " bytes",
+						 size);
+		if (total && x->len > r->session->env->max_request - sum)
+			return !far_request_fail(r, FAR_GRPC_RESOURCE_EXHAUSTED, "more than max_request bytes (%" PRIu64 ")",
+						 r->session->env->max_request);
+		if (total)
+			sum += x->len;
+	}
+	if (total)
+		*total = sum;
+	return true;
+}
+
+static bool service_read(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint8_t kinds[FAR_GRPC_MAX_RANGES];
+	uint64_t total = 0;
+	size_t at = 0;
+	bool any = false;
+
+	if (!service_ranges(r, e, &total))
+		return true;
+	struct far_reply *reply = service_reply(r, (size_t)total);
+	if (!reply)
+		return true;
+	for (unsigned i = 0; i < m->ranges_n; i++) {
+		uint8_t *p = (uint8_t *)reply->buf + at;
+		size_t len = (size_t)m->ranges[i].len;
+		int err = far_read(e->b, m->ranges[i].off, p, len, flags | (m->bulk ? FAR_BULK : 0));
+		if (err == -EAGAIN && (flags & FAR_NOWAIT))
+			return false;
+		if (err)
+			return service_error(r, err, "read");
+		kinds[i] = m->zeros && len && far_is_zero(p, len);
+		any |= kinds[i];
+		if (!kinds[i])
+			at += len;
+	}
+	struct far_pb_out o = service_head(reply);
+	if (any)
+		far_pb_put_bytes(&o, 1, kinds, m->ranges_n); /* packed; each is a varint of one byte */
+	if (at)
+		far_pb_put_head(&o, 2, at);
+	service_frame(reply, &o, at);
+	return true;
+}
+
+static bool service_pull(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint64_t max = far_min(SERVICE_PIECE_MAX, r->session->env->max_request);
+	uint64_t piece = far_min(far_max(m->piece ? m->piece : SERVICE_PIECE, far_min(SERVICE_PIECE_MIN, max)), max);
+
+	if (!r->answered && !service_ranges(r, e, NULL))
+		return true;
+	while (r->range < m->ranges_n && r->range_at == m->ranges[r->range].len) {
+		r->range++;
+		r->range_at = 0;
+	}
+	if (r->range == m->ranges_n) {
+		r->last = true;
+		return true;
+	}
+	const struct far_grpc_range *x = &m->ranges[r->range];
+	uint64_t off = x->off + r->range_at;
+	size_t len = (size_t)far_min(piece, x->len - r->range_at);
+	struct far_reply *reply = service_reply(r, len);
+	if (!reply)
+		return true;
+	int err = far_read(e->b, off, reply->buf, len, flags | FAR_BULK);
+	if (err == -EAGAIN && (flags & FAR_NOWAIT))
+		return false;
+	if (err)
+		return service_error(r, err, "read");
+	bool zero = m->zeros && far_is_zero(reply->buf, len);
+	struct far_pb_out o = service_head(reply);
+	far_pb_put_uint(&o, 1, off);
+	far_pb_put_uint(&o, 2, len);
+	far_pb_put_uint(&o, 3, zero);
+	if (!zero)
+		far_pb_put_head(&o, 4, len);
+	service_frame(reply, &o, zero ? 0 : len);
+	r->range_at += len;
+	r->last = r->range + 1 == m->ranges_n && r->range_at == x->len;
+	return true;
+}
+
+static bool service_write(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint64_t off = (uint64_t)m->off, size = far_size(e->b);
+
+	if (m->data_n > r->session->env->max_request)
+		return far_request_fail(r, FAR_GRPC_RESOURCE_EXHAUSTED, "more than max_request bytes (%" PRIu64 ")",
+					r->session->env->max_request);
+	if (!(far_facts(e->b)->caps & FAR_CAP_WRITE))
+		return service_error(r, -EROFS, "write");
+	if (off > size || m->data_n > size - off)
+		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "the write ends outside the region of %" PRIu64 " bytes", size);
+	if (m->flush && (flags & FAR_NOWAIT))
+		return false;
+	int err = far_write(e->b, off, m->data, m->data_n, flags | (m->bulk ? FAR_BULK : 0));
+	if (err == -EAGAIN && (flags & FAR_NOWAIT))
+		return false;
+	if (err == 0 && m->flush)
+		err = far_flush(e->b);
+	return err ? service_error(r, err, "write") : service_empty(r);
+}
+
+static bool service_span(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint64_t off = (uint64_t)m->off, size = far_size(e->b);
+	unsigned f = flags | (m->bulk ? FAR_BULK : 0);
+
+	if (!(far_facts(e->b)->caps & FAR_CAP_WRITE))
+		return service_error(r, -EROFS, "write");
+	if (off > size || m->len > size - off)
+		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "the range lies outside the region of %" PRIu64 " bytes", size);
+	int err = r->method == FAR_M_ZERO ? far_zero(e->b, off, m->len, f) : far_discard(e->b, off, m->len, f);
+	if (err == -EAGAIN && (flags & FAR_NOWAIT))
+		return false;
+	return err ? service_error(r, err, r->method == FAR_M_ZERO ? "zero" : "discard") : service_empty(r);
+}
+
+static bool service_extents(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint64_t off = (uint64_t)m->off, size = far_size(e->b);
+	size_t max = m->max ? (size_t)far_min(m->max, SERVICE_EXTENTS) : SERVICE_EXTENTS, n = 0;
+
+	if (off > size || m->len > size - off)
+		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "the range lies outside the region of %" PRIu64 " bytes", size);
+	if ((flags & FAR_NOWAIT) && (far_facts(e->b)->caps & FAR_CAP_REMOTE))
+		return false;
+	struct far_reply *reply = service_reply(r, max * 40 + 16);
+	struct far_extent *list = malloc(max * sizeof *list);
+	if (!reply || !list) {
+		free(list);
+		return far_request_fail(r, FAR_GRPC_UNAVAILABLE, "out of memory");
+	}
+	int err = m->len ? far_extents(e->b, off, m->len, list, max, &n) : 0;
+	struct far_pb_out body = { reply->buf, 0, reply->cap }, o = service_head(reply);
+	for (size_t i = 0; !err && i < n; i++)
+		far_grpc_encode_extent(&body, &list[i]);
+	free(list);
+	if (err)
+		return service_error(r, err, "extents");
+	FAR_ASSERT(body.n <= body.cap);
+	service_frame(reply, &o, body.n);
+	return true;
+}
+
+/* ---------------------------------------------------------------------------------------------------- dispatch */
+
+static bool service_export(struct far_request *r, const struct far_export **e)
+{
+	const char *name = r->msg.export;
+	size_t n = r->msg.export_n;
+
+	if (!n && r->has_export) {
+		name = r->export;
+		n = strlen(r->export);
+	}
+	*e = far_server_find(r->session->env, name, n);
+	if (!*e)
+		return !far_request_fail(r, FAR_GRPC_NOT_FOUND, "no export '%.*s'", (int)far_min(n, 100), name);
+	return true;
+}
+
+static bool service_run(struct far_request *r, unsigned flags)
+{
+	const struct far_export *e;
+
+	if (!r->decoded) {
+		int err = far_grpc_decode_request(r->method, r->body, r->body_n, &r->msg);
+		if (err == -E2BIG)
+			return far_request_fail(r, FAR_GRPC_INVALID_ARGUMENT, "more than %d ranges", FAR_GRPC_MAX_RANGES);
+		if (err)
+			return far_request_fail(r, FAR_GRPC_INVALID_ARGUMENT, "the message cannot be decoded");
+		/* A Pull outlives its message: nothing but the name points into it, which is copied. */
+		if (r->method == FAR_M_PULL && r->msg.export_n && r->msg.export_n < sizeof r->export) {
+			memcpy(r->export, r->msg.export, r->msg.export_n);
+			r->export[r->msg.export_n] = 0;
+			r->has_export = true;
+			r->msg.export_n = 0;
+		}
+		r->decoded = true;
+	}
+	if (r->method == FAR_M_EXPORTS)
+		return service_exports(r);
+	if (!service_export(r, &e))
+		return true;
+	switch (r->method) {
+	case FAR_M_READ_AT:
+		return service_read_at(r, e, flags);
+	case FAR_M_WRITE_AT:
+		return service_write_at(r, e, flags);
+	case FAR_M_SYNC:
+	case FAR_M_FLUSH:
+		return service_flush(r, e, flags);
+	case FAR_M_DESCRIBE:
+		return service_describe_one(r, e);
+	case FAR_M_READ:
+		return service_read(r, e, flags);
+	case FAR_M_PULL:
+		return service_pull(r, e, flags);
+	case FAR_M_WRITE:
+		return service_write(r, e, flags);
+	case FAR_M_ZERO:
+	case FAR_M_DISCARD:
+		return service_span(r, e, flags);
+	case FAR_M_EXTENTS:
+		return service_extents(r, e, flags);
+	default:
+		return far_request_fail(r, FAR_GRPC_UNIMPLEMENTED, "unknown method");
+	}
+}
+
+bool far_request_run(struct far_request *r, unsigned flags)
+{
+	if (r->deadline != FAR_NEVER && far_now() >= r->deadline)
+		return far_request_fail(r, FAR_GRPC_DEADLINE_EXCEEDED, "the deadline passed");
+	uint64_t old = far_deadline_limit(r->deadline);
+	bool done = service_run(r, flags);
+	far_deadline_restore(old);
+	return done;
+}

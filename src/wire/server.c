@@ -1,0 +1,362 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * The server: exports, listeners, connections. One thread a listener accepts; connections live on seats of one crew.
+ *
+ *     new -> (export)* -> (listen | serve)* -> stopped -> freed
+ *
+ * Under `lock`: the list of connections. A connection leaves the list in server_ended(), on the crew's thread that was
+ * the last to deal with it; far_server_stop() kills what is on the list and waits until the crew has gone.
+ */
+#define _GNU_SOURCE
+#include "wire/server.h"
+
+#include "base/options.h"
+#include "base/thread.h"
+#include "base/uri.h"
+#include "net/net.h"
+#include "wire/wire.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define SERVER_MAX_REQUEST (32 * FAR_MIB)
+#define SERVER_MAX_REQUEST_MAX (1024 * FAR_MIB)
+#define SERVER_THREADS 64
+#define SERVER_CONNECTIONS 256
+#define SERVER_LISTENERS 16
+#define SERVER_MEMORY (512 * FAR_MIB)
+#define SERVER_PORT 1337
+
+struct server_conn {
+	struct far_server *server;
+	struct far_grpc_conn *grpc;
+	struct server_conn *next, **prev;
+};
+
+struct server_listener {
+	struct far_server *server;
+	struct far_thread thread;
+	int fd;
+	char *path; /* of a unix socket, removed at the end */
+};
+
+struct far_server {
+	/* fixed once the first listener or connection is there */
+	struct far_server_env env;
+	struct far_crew *crew;
+	bool insecure;
+	int cancel; /* eventfd, readable once stopping */
+
+	struct far_mutex lock;
+	struct server_conn *conns FAR_GUARDED_BY(lock);
+	unsigned conns_n FAR_GUARDED_BY(lock);
+	bool busy FAR_GUARDED_BY(lock), stopping FAR_GUARDED_BY(lock), stopped FAR_GUARDED_BY(lock);
+	struct server_listener listeners[SERVER_LISTENERS] FAR_GUARDED_BY(lock);
+	unsigned listeners_n FAR_GUARDED_BY(lock);
+};
+
+const struct far_export *far_server_find(const struct far_server_env *env, const char *name, size_t len)
+{
+	for (size_t i = 0; i < env->exports_n; i++)
+		if (strlen(env->exports[i].name) == len && !memcmp(env->exports[i].name, name, len))
+			return &env->exports[i];
+	if (env->exports_n && (!len || (len == 7 && !memcmp(name, "default", 7))))
+		return &env->exports[0];
+	return NULL;
+}
+
+void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall)
+{
+	s->env.handshake = handshake;
+	s->env.stall = stall;
+}
+
+int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
+{
+	struct far_server_opts o = FAR_SERVER_OPTS_INIT;
+
+	if (opts)
+		memcpy(&o, opts, far_min(opts->size, sizeof o));
+	if (o.max_request > SERVER_MAX_REQUEST_MAX)
+		return far_error_set(err, EINVAL, "the longest request can be at most %llu bytes, not %" PRIu64,
+				     (unsigned long long)SERVER_MAX_REQUEST_MAX, o.max_request);
+	struct far_server *s = calloc(1, sizeof *s);
+	if (!s)
+		return far_error_set(err, ENOMEM, "out of memory");
+	far_mutex_init(&s->lock);
+	s->insecure = o.insecure;
+	s->env.max_request = o.max_request ? o.max_request : SERVER_MAX_REQUEST;
+	s->env.handshake = 10 * FAR_SEC;
+	s->env.stall = 30 * FAR_SEC;
+	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
+	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	int r = s->cancel < 0 ? -errno : 0;
+	if (r == 0)
+		r = far_crew_open(&s->crew, "far-serve", SERVER_CONNECTIONS + (o.max_threads ? o.max_threads : SERVER_THREADS));
+	if (r) {
+		far_fd_close(&s->cancel);
+		far_mutex_fini(&s->lock);
+		free(s);
+		return far_error_set(err, -r, "cannot make a server: %s", far_strerror(r));
+	}
+	*out = s;
+	return 0;
+}
+
+int far_server_export(struct far_server *s, const char *name, struct far_backend *b, struct far_error *err)
+{
+	size_t n = strlen(name);
+
+	if (!n || n > 127)
+		return far_error_set(err, EINVAL, "an export's name has 1 to 127 bytes, '%s' has %zu", name, n);
+	far_mutex_lock(&s->lock);
+	bool busy = s->busy;
+	far_mutex_unlock(&s->lock);
+	if (busy)
+		return far_error_set(err, EBUSY, "exports are added before the server listens, '%s' came after", name);
+	for (size_t i = 0; i < s->env.exports_n; i++)
+		if (!strcmp(s->env.exports[i].name, name))
+			return far_error_set(err, EEXIST, "there are two exports called '%s'; give one of them another name", name);
+	struct far_export *list = realloc(s->env.exports, (s->env.exports_n + 1) * sizeof *list);
+	char *copy = strdup(name);
+	if (list)
+		s->env.exports = list;
+	if (!list || !copy) {
+		free(copy);
+		return far_error_set(err, ENOMEM, "out of memory");
+	}
+	list[s->env.exports_n++] = (struct far_export){ copy, b };
+	return 0;
+}
+
+/* --------------------------------------------------------------------------------------------- connections */
+
+static void server_ended(void *opaque)
+{
+	struct server_conn *sc = opaque;
+	struct far_server *s = sc->server;
+
+	far_mutex_lock(&s->lock);
+	*sc->prev = sc->next;
+	if (sc->next)
+		sc->next->prev = sc->prev;
+	s->conns_n--;
+	far_mutex_unlock(&s->lock);
+	free(sc);
+}
+
+/* fd becomes the server's on success. */
+static int server_add(struct far_server *s, int fd)
+{
+	struct server_conn *sc = calloc(1, sizeof *sc);
+	int r = sc ? 0 : -ENOMEM;
+
+	if (r)
+		return r;
+	sc->server = s;
+	/* Under the lock from start to list: it may end at once, and then waits here to leave the list. */
+	far_mutex_lock(&s->lock);
+	s->busy = true;
+	if (s->stopping)
+		r = -ESHUTDOWN;
+	else if (s->conns_n >= SERVER_CONNECTIONS)
+		r = -EMFILE;
+	else
+		r = far_grpc_conn_start(&s->env, s->crew, fd, server_ended, sc, &sc->grpc);
+	if (r == 0) {
+		sc->next = s->conns;
+		sc->prev = &s->conns;
+		if (sc->next)
+			sc->next->prev = &sc->next;
+		s->conns = sc;
+		s->conns_n++;
+	}
+	far_mutex_unlock(&s->lock);
+	if (r)
+		free(sc);
+	return r;
+}
+
+int far_server_serve(struct far_server *s, int fd, struct far_error *err)
+{
+	int r = server_add(s, fd);
+
+	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
+}
+
+static void *server_accept(void *arg)
+{
+	struct server_listener *l = arg;
+	struct far_server *s = l->server;
+
+	while (far_net_wait_readable(l->fd, s->cancel, FAR_NEVER) == 0) {
+		int fd;
+		int r = far_net_accept(l->fd, &fd);
+		if (r == 0) {
+			r = server_add(s, fd);
+			if (r) {
+				far_fd_close(&fd);
+				far_log(FAR_LOG_WARNING, "a connection was turned away: %s%s", far_strerror(r),
+					r == -EMFILE ? " (256 connections at most)" : "");
+			}
+		} else if (r == -EMFILE || r == -ENFILE || r == -ENOBUFS || r == -ENOMEM) {
+			/* It stays in the queue: do not spin on it. */
+			far_net_wait_readable(s->cancel, -1, far_now() + 100 * FAR_MSEC);
+		}
+	}
+	return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------ listeners */
+
+struct server_conf {
+	char *socket;
+};
+
+static const struct far_opt server_options[] = {
+	{ "socket", FAR_OPT_STRING, offsetof(struct server_conf, socket), .value_name = "PATH",
+	  .help = "unix socket (grpc+unix)" },
+	FAR_OPT_END,
+};
+
+static int server_address(const struct far_uri *u, const struct server_conf *conf, struct far_net_addr *a,
+			  struct far_error *err)
+{
+	bool local = !strcmp(u->variant, "unix");
+
+	if (strcmp(u->scheme, "grpc") || (u->variant[0] && !local))
+		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT or grpc+unix:///?socket=PATH",
+				     u->text);
+	if (u->path[0] && strcmp(u->path, "/"))
+		return far_error_set(err, EINVAL, "cannot listen on '%s': a listener has no path; clients name the export", u->text);
+	if (local && !conf->socket)
+		return far_error_set(err, EINVAL, "cannot listen on '%s': add ?socket=PATH", u->text);
+	if (!local && conf->socket)
+		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix:// only", u->text);
+	*a = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : SERVER_PORT,
+				    .path = local ? conf->socket : NULL };
+	return 0;
+}
+
+static int server_bound(const struct far_net_addr *a, int port, char **out)
+{
+	if (!out)
+		return 0;
+	int n;
+	if (a->path)
+		n = asprintf(out, "grpc+unix:///?socket=%s", a->path);
+	else
+		n = asprintf(out, strchr(a->host, ':') ? "grpc://[%s]:%d" : "grpc://%s:%d", a->host, port);
+	if (n < 0)
+		*out = NULL;
+	return n < 0 ? -ENOMEM : 0;
+}
+
+static int server_listen_on(struct far_server *s, const struct far_net_addr *a, char **bound, struct far_error *err)
+{
+	int fd, port;
+	int r = far_net_listen(a, s->insecure, &fd, &port, err);
+
+	if (r)
+		return r;
+	char *path = a->path ? strdup(a->path) : NULL;
+	char *text = NULL;
+	r = (a->path && !path) ? -ENOMEM : server_bound(a, port, bound ? &text : NULL);
+	far_mutex_lock(&s->lock);
+	s->busy = true;
+	if (r == 0 && s->stopping)
+		r = -ESHUTDOWN;
+	if (r == 0 && s->listeners_n == SERVER_LISTENERS)
+		r = -EMFILE;
+	if (r == 0) {
+		struct server_listener *l = &s->listeners[s->listeners_n];
+		*l = (struct server_listener){ .server = s, .fd = fd, .path = path };
+		r = far_thread_start(&l->thread, "far-accept", server_accept, l);
+		s->listeners_n += r == 0;
+	}
+	far_mutex_unlock(&s->lock);
+	if (r) {
+		far_fd_close(&fd);
+		free(path);
+		free(text);
+		return far_error_set(err, -r, "cannot listen: %s", far_strerror(r));
+	}
+	if (bound)
+		*bound = text;
+	return 0;
+}
+
+int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err)
+{
+	struct server_conf conf = { 0 };
+	struct far_net_addr a;
+	struct far_uri u;
+
+	if (!s->env.exports_n)
+		return far_error_set(err, EINVAL, "cannot listen on '%s': there is nothing to serve yet", uri);
+	int r = far_uri_parse(&u, uri, err);
+	if (r == 0)
+		r = far_opt_parse(server_options, &conf, uri, u.query, '&', true, err);
+	if (r == 0)
+		r = server_address(&u, &conf, &a, err);
+	if (r == 0)
+		r = server_listen_on(s, &a, bound, err);
+	far_opt_fini(server_options, &conf);
+	far_uri_fini(&u);
+	return r;
+}
+
+/* ------------------------------------------------------------------------------------------------------ end */
+
+static void server_stop_listeners(struct far_server *s) FAR_NO_TSA
+{
+	uint64_t one = 1;
+	ssize_t w = write(s->cancel, &one, sizeof one);
+
+	(void)w;
+	/* Nobody adds one any more: `stopping` is set. */
+	for (unsigned i = 0; i < s->listeners_n; i++) {
+		struct server_listener *l = &s->listeners[i];
+		far_thread_join(&l->thread);
+		if (l->path)
+			unlink(l->path);
+		far_fd_close(&l->fd);
+		free(l->path);
+	}
+}
+
+void far_server_stop(struct far_server *s)
+{
+	if (!s)
+		return;
+	far_mutex_lock(&s->lock);
+	bool first = !s->stopping;
+	s->stopping = true;
+	far_mutex_unlock(&s->lock);
+	if (!first)
+		return;
+	server_stop_listeners(s);
+	far_mutex_lock(&s->lock);
+	for (struct server_conn *c = s->conns; c; c = c->next)
+		far_grpc_conn_kill(c->grpc);
+	far_mutex_unlock(&s->lock);
+	far_crew_close(s->crew);
+	s->crew = NULL;
+}
+
+void far_server_free(struct far_server *s)
+{
+	if (!s)
+		return;
+	far_server_stop(s);
+	for (size_t i = 0; i < s->env.exports_n; i++)
+		free(s->env.exports[i].name);
+	free(s->env.exports);
+	far_fd_close(&s->cancel);
+	far_mutex_fini(&s->lock);
+	free(s);
+}

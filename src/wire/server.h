@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* What the wires' server halves and far_server (server.c) know of each other. */
+#ifndef FAR_SERVER_H
+#define FAR_SERVER_H
+
+#include "base/clock.h"
+#include "base/crew.h"
+
+#include <stdatomic.h>
+
+struct far_export {
+	char *name;
+	struct far_backend *b;
+};
+
+struct far_server_env {
+	/* fixed once connections exist */
+	struct far_export *exports;
+	size_t exports_n;
+	uint64_t max_request;
+	uint64_t handshake, stall; /* patience, ns: for a greeting; for a peer that neither sends nor takes what it must */
+	uint64_t memory_max;
+	/* atomic: bytes of requests and replies that are held for peers. A connection whose peer makes it hold much is
+	 * made to wait once all together hold memory_max. */
+	_Atomic uint64_t memory;
+};
+
+/* The export of that name; "" and "default": the first. NULL: there is none. */
+const struct far_export *far_server_find(const struct far_server_env *env, const char *name, size_t len);
+
+/* For tests: shorter patience. Before the first connection. */
+void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall);
+
+/* The gRPC server half: serve a connected socket, which it owns from success on, on a seat of the crew. ended(opaque) is
+ * called when the connection is gone. */
+struct far_grpc_conn;
+int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew, int fd, void (*ended)(void *opaque),
+			void *opaque, struct far_grpc_conn **out);
+/* End it soon; any thread, as long as ended() has not been called. */
+void far_grpc_conn_kill(struct far_grpc_conn *c);
+
+#endif
