@@ -4,7 +4,7 @@
 #define _GNU_SOURCE
 #include "cli/cli.h"
 
-#include "cli/control.h"
+#include "mount/control.h"
 
 #include <json-c/json.h>
 #include <poll.h>
@@ -164,15 +164,15 @@ static struct json_object *serve_control_cb(void *opaque, const char *op, struct
 
 	if (strcmp(op, "flush") == 0) {
 		int r = serve_flush(s);
-		return r < 0 ? control_error(r, "the flush failed: %s", far_strerror(r)) : control_ok();
+		return r < 0 ? far_control_error(r, "the flush failed: %s", far_strerror(r)) : far_control_ok();
 	}
 	if (strcmp(op, "stop") == 0) {
 		eventfd_write(s->wake, 1);
-		return control_ok();
+		return far_control_ok();
 	}
 	if (strcmp(op, "status") != 0)
-		return control_error(-EOPNOTSUPP, "'%s' is for mounts: this is 'farpage serve'", op);
-	struct json_object *o = control_ok(), *list = json_object_new_array();
+		return far_control_error(-EOPNOTSUPP, "'%s' is for mounts: this is 'farpage serve'", op);
+	struct json_object *o = far_control_ok(), *list = json_object_new_array();
 	json_object_object_add(o, "kind", json_object_new_string("serve"));
 	json_object_object_add(o, "pid", json_object_new_int((int)getpid()));
 	for (size_t i = 0; i < s->n; i++) {
@@ -221,7 +221,7 @@ static void serve_arm_second(void)
 static int serve_run_open(struct serve *s, const struct serve_conf *conf, const struct cli_args *args)
 {
 	struct far_error err = { 0 };
-	struct control *control = NULL;
+	struct far_control *control = NULL;
 	int signals = cli_signals(false);
 
 	if (signals < 0 || s->wake < 0) {
@@ -229,9 +229,9 @@ static int serve_run_open(struct serve *s, const struct serve_conf *conf, const 
 		return CLI_FAILED;
 	}
 	int code = serve_open(s, conf, args);
-	if (code == CLI_GO && conf->control && control_open(conf->control, NULL, &control, &err) < 0)
+	if (code == CLI_GO && conf->control && far_control_open(conf->control, NULL, &control, &err) < 0)
 		code = cli_fail("cannot serve", &err);
-	if (code == CLI_GO && control && control_start(control, serve_control_cb, s, &err) < 0)
+	if (code == CLI_GO && control && far_control_start(control, serve_control_cb, s, &err) < 0)
 		code = cli_fail("cannot serve", &err);
 	if (code == CLI_GO)
 		code = serve_listen(s, conf);
@@ -241,7 +241,7 @@ static int serve_run_open(struct serve *s, const struct serve_conf *conf, const 
 		far_server_stop(s->server);
 		code = serve_flush(s) < 0 ? CLI_UNSAVED : CLI_OK;
 	}
-	control_close(control);
+	far_control_close(control);
 	close(signals);
 	return code;
 }

@@ -5,7 +5,7 @@
 #include "cli/cli.h"
 
 #include "base/clock.h"
-#include "cli/control.h"
+#include "mount/control.h"
 #include "cli/progress.h"
 
 #include <fcntl.h>
@@ -85,7 +85,7 @@ static int target_call(const struct target *t, struct json_object *req, struct j
 	struct far_error err = { 0 };
 	uint64_t ms = t->conf.timeout / FAR_MSEC;
 	int timeout = ms && ms < INT32_MAX - 1000 ? (int)ms + 1000 : -1;
-	int r = control_call(t->conf.control, t->path, req, timeout, reply, &err);
+	int r = far_control_call(t->conf.control, t->path, req, timeout, reply, &err);
 
 	json_object_put(req);
 	if (r == 0)

@@ -6,7 +6,7 @@
 
 #include "base/clock.h"
 #include "cli/cli.h"
-#include "cli/control.h"
+#include "mount/control.h"
 
 #include <json-c/json.h>
 #include <stdlib.h>
@@ -43,39 +43,21 @@ static uint64_t mount_until(struct json_object *req)
 
 static struct json_object *mount_result(int r, const char *what)
 {
-	return r < 0 ? control_error(r, "%s: %s", what, far_strerror(r)) : control_ok();
-}
-
-static void mount_add(struct json_object *o, const char *key, uint64_t v)
-{
-	json_object_object_add(o, key, json_object_new_int64((int64_t)v));
+	return r < 0 ? far_control_error(r, "%s: %s", what, r == -ETIMEDOUT ? "the deadline passed" : far_strerror(r))
+		     : far_control_ok();
 }
 
 static struct json_object *mount_op_status(struct mount_loop *l)
 {
-	struct json_object *o = control_ok();
 	struct far_status st = FAR_STATUS_INIT;
 
 	far_mnt_status(l->mnt, &st);
+	struct json_object *o = far_control_status(&st);
 	json_object_object_add(o, "kind", json_object_new_string("mount"));
 	json_object_object_add(o, "pid", json_object_new_int((int)getpid()));
 	json_object_object_add(o, "source", json_object_new_string(l->source));
 	json_object_object_add(o, "path", json_object_new_string(far_mnt_path(l->mnt)));
-	json_object_object_add(o, "mode", json_object_new_string(st.mode == FAR_MODE_MANAGED ? "managed" : "direct"));
 	json_object_object_add(o, "why", json_object_new_string(far_mnt_why(l->mnt)));
-	mount_add(o, "size", st.bytes);
-	mount_add(o, "local", st.local);
-	mount_add(o, "dirty", st.dirty);
-	mount_add(o, "pulled", st.pulled);
-	mount_add(o, "pushed", st.pushed);
-	mount_add(o, "inflight", st.inflight);
-	mount_add(o, "window", st.window);
-	mount_add(o, "demand_reads", st.demand_reads);
-	mount_add(o, "blocked", st.blocked);
-	mount_add(o, "errors", st.errors);
-	json_object_object_add(o, "pull_rate", json_object_new_int64((int64_t)st.pull_rate));
-	json_object_object_add(o, "last_error",
-			       st.last_error ? json_object_new_string(far_strerror(st.last_error)) : NULL);
 	return o;
 }
 
@@ -92,7 +74,7 @@ static int mount_slices(struct mount_loop *l, uint64_t until, int (*fn)(struct m
 			return r;
 		if (far_now() >= until)
 			return -ETIMEDOUT;
-		if (control_ending(l->control))
+		if (far_control_ending(l->control))
 			return -ESHUTDOWN;
 		if (far_now() - now < MOUNT_SLICE / 2) /* not our slice but a failure of the remote */
 			return r;
@@ -124,7 +106,7 @@ static struct json_object *mount_ranges(struct mount_loop *l, struct json_object
 	far_mnt_status(l->mnt, &st);
 	int r = cli_ranges(text ? text : "0-", st.bytes, &v, &n, &err);
 	if (r < 0)
-		return control_error(r, "%s", err.text);
+		return far_control_error(r, "%s", err.text);
 	uint64_t until = mount_until(req);
 	for (size_t i = 0; i < n && r == 0; i++)
 		r = fn(l, &v[i], until);
@@ -179,10 +161,10 @@ static struct json_object *mount_op_stop(struct mount_loop *l, struct json_objec
 	far_mutex_lock(&l->lock);
 	while (!l->ended)
 		far_cond_wait(&l->changed, &l->lock);
-	o = l->end_code < 0 ? control_error(l->end_code, "stopped, but the flush failed: %s%s%s", far_strerror(l->end_code),
+	o = l->end_code < 0 ? far_control_error(l->end_code, "stopped, but the flush failed: %s%s%s", far_strerror(l->end_code),
 					    l->end_text[0] ? ". " : "", l->end_text)
-			    : control_ok();
-	mount_add(o, "unsaved", l->unsaved);
+			    : far_control_ok();
+	json_object_object_add(o, "unsaved", json_object_new_int64((int64_t)l->unsaved));
 	json_object_object_add(o, "unsaved_text", json_object_new_string(l->end_text));
 	far_mutex_unlock(&l->lock);
 	return o;
@@ -204,5 +186,5 @@ struct json_object *mount_control_cb(void *opaque, const char *op, struct json_o
 		return mount_ranges(l, req, "cannot evict", mount_evict_one);
 	if (strcmp(op, "stop") == 0)
 		return mount_op_stop(l, req);
-	return control_error(EOPNOTSUPP, "this farpage does not know the request '%.60s'", op);
+	return far_control_error(EOPNOTSUPP, "this farpage does not know the request '%.60s'", op);
 }

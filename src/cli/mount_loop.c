@@ -19,7 +19,7 @@
 
 #include "base/clock.h"
 #include "cli/cli.h"
-#include "cli/control.h"
+#include "mount/control.h"
 #include "cli/progress.h"
 
 #include <fcntl.h>
@@ -203,7 +203,7 @@ static void mount_loop_opened(struct mount_run *run)
 	}
 	l->mnt = run->job.opened;
 	run->state = MOUNT_SERVING;
-	if (l->control && control_start(l->control, mount_control_cb, l, &err) < 0)
+	if (l->control && far_control_start(l->control, mount_control_cb, l, &err) < 0)
 		cli_say("%s. status, flush and stop will not reach this mount", err.text);
 	bool background = l->ready_fd >= 0;
 	mount_announce(run);
@@ -336,18 +336,21 @@ static bool mount_stop_asked(struct mount_loop *l)
 static void mount_loop_step(struct mount_run *run)
 {
 	struct mount_loop *l = run->l;
-	struct pollfd p[3] = { { .fd = run->signals, .events = POLLIN },
+	struct pollfd p[4] = { { .fd = run->signals, .events = POLLIN },
 			       { .fd = run->job.done_fd, .events = POLLIN },
-			       { .fd = l->wake_fd, .events = POLLIN } };
+			       { .fd = l->wake_fd, .events = POLLIN },
+			       { .fd = run->asked ? -1 : l->life_fd, .events = POLLIN } };
 	int tick = run->state == MOUNT_SERVING && run->pulling && run->progress.tty ? 100 : 500;
 	eventfd_t value;
 
-	if (poll(p, 3, run->state == MOUNT_SERVING ? tick : -1) < 0 && errno != EINTR)
+	if (poll(p, 4, run->state == MOUNT_SERVING ? tick : -1) < 0 && errno != EINTR)
 		return;
 	if (p[0].revents)
 		mount_signal(run, cli_signal_take(run->signals));
 	if (p[2].revents)
 		eventfd_read(l->wake_fd, &value);
+	if (p[3].revents) /* the program that uses the file has gone */
+		run->asked++;
 	if (p[1].revents && eventfd_read(run->job.done_fd, &value) == 0) {
 		far_thread_join(&run->job.thread);
 		if (run->state == MOUNT_OPENING)
@@ -382,7 +385,7 @@ int mount_loop_run(struct mount_loop *l)
 		mount_loop_step(&run);
 	if (run.child) /* `farpage stop` while --run's command still runs: it loses the file */
 		kill(run.child, SIGTERM);
-	control_close(l->control);
+	far_control_close(l->control);
 	l->control = NULL;
 	far_mnt_close(l->mnt);
 	far_cond_fini(&l->changed);

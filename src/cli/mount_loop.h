@@ -7,8 +7,18 @@
 #include "base/thread.h"
 #include "mount/mount.h"
 
-struct control;
+struct far_control;
 struct json_object;
+
+/* The program that started farpage-serve. */
+struct mount_parent {
+	int life_fd;       /* gets the path once it is usable; its end is ours */
+	int backend_fd;    /* a backend of the program's, over gRPC; -1: open SOURCE */
+	const char *hooks; /* control socket that answers hooks; NULL: none */
+};
+
+/* The verb `mount` for such a program. */
+int mount_for_parent(int argc, char **argv, const struct mount_parent *parent);
 
 struct mount_loop {
 	/* fixed before mount_loop_run() */
@@ -18,8 +28,9 @@ struct mount_loop {
 	const char *local;       /* where unsaved bytes stay; NULL: memory, gone with us */
 	const char *run;         /* --run; NULL: none */
 	int ready_fd;            /* the waiting parent of --background; -1: none */
+	int life_fd;             /* closes when we are to end; -1: none */
 	bool quiet;
-	struct control *control;
+	struct far_control *control;
 
 	/* set once when open ended, by the loop's own thread, before the control socket starts */
 	struct far_mnt *mnt;
@@ -39,7 +50,7 @@ struct mount_loop {
 /* Open, serve, finish. Takes over conf.remote. Returns the exit code. Everything has been said. */
 int mount_loop_run(struct mount_loop *l);
 
-/* A request on the control socket (control_fn). */
+/* A request on the control socket (far_control_fn). */
 struct json_object *mount_control_cb(void *opaque, const char *op, struct json_object *req);
 
 #endif

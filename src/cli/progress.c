@@ -46,7 +46,7 @@ void progress_init(struct progress *p, const char *name, const char *head, uint6
 	snprintf(p->name, sizeof p->name, "%s", name);
 	snprintf(p->head, sizeof p->head, "%s", head);
 	p->tty = isatty(STDERR_FILENO) && !(term && strcmp(term, "dumb") == 0);
-	p->seen_at = far_now();
+	p->began = p->seen_at = far_now();
 }
 
 static size_t progress_columns(void)
@@ -76,7 +76,7 @@ void progress_update(struct progress *p, uint64_t done, double rate)
 	if (p->quiet || (p->tty && p->drawn && now - p->last < 100 * FAR_MSEC))
 		return;
 	unsigned percent = p->total ? (unsigned)((double)far_min(done, p->total) * 100 / (double)p->total) : 0;
-	if (!p->tty && (p->total ? percent / 10 <= p->tenth : now - p->last < 2 * FAR_SEC))
+	if (!p->tty && (p->total ? percent / 10 <= p->tenth || now - p->began < FAR_SEC : now - p->last < 2 * FAR_SEC))
 		return;
 	p->last = now;
 	p->tenth = percent / 10;

@@ -13,7 +13,7 @@ struct progress {
 	bool tty, drawn, quiet;
 	unsigned tenth;
 	size_t width;      /* of the line that stands on the terminal */
-	uint64_t last, seen_at, seen; /* for progress_rate() */
+	uint64_t began, last, seen_at, seen; /* for progress_rate() */
 	double rate;
 };
 

@@ -14,8 +14,9 @@ struct far_fuse_conf {
 	const char *name;        /* of the file inside a directory; no '/' */
 	const char *source;      /* what `mount` shows */
 	bool read_only;
-	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open */
-	unsigned max_blocked;    /* threads; also max_background and congestion_threshold */
+	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open. Else each open drops
+				  * it, and for that waits for every cached read that is under way */
+	unsigned max_blocked;    /* threads that may wait for b; what is more is parked. 0: 256 */
 	uint64_t deadline;       /* ns a request may take; FAR_NEVER: no limit */
 };
 
@@ -25,7 +26,10 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 const char *far_fuse_path(const struct far_fuse *f); /* absolute, of the file */
 /* Drop what the page cache holds of [off, off+len); len 0: to the end. From a thread that serves nothing. */
 int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len);
-/* Calls that are being answered now. */
+/* Every byte is in `local` now and will be found there as long as the mount lives (nothing is evicted): read further
+ * ahead, and straight from local's pages if it shows them. Once; local stays the caller's. */
+void far_fuse_all_local(struct far_fuse *f, struct far_backend *local);
+/* Calls that wait for the backend now. */
 unsigned far_fuse_blocked(const struct far_fuse *f);
 /* Unmount: 0, or -EBUSY while a program holds the file (nothing has changed then). */
 int far_fuse_unmount(struct far_fuse *f);
@@ -33,7 +37,8 @@ int far_fuse_unmount(struct far_fuse *f);
 int far_fuse_detach(struct far_fuse *f);
 /* Wait until it is unmounted by whomever and the last handle is closed, at most until `until`. False: not yet. */
 bool far_fuse_wait(struct far_fuse *f, uint64_t until);
-/* Abort what is left (programs get errors), unmount, end the threads, free. */
+/* Abort what is left (programs get errors), unmount, end the threads, free. Waits for calls that are in the backend:
+ * far_stop() it first to end those. */
 void far_fuse_close(struct far_fuse *f);
 
 #endif

@@ -256,23 +256,22 @@ static int delay_open(const void *conf, struct far_backend *inner, struct far_ba
 {
 	struct far_facts facts = *far_facts(inner);
 	struct delay *d = calloc(1, sizeof *d);
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 
 	if (!d)
 		return far_error_set(err, ENOMEM, "layer delay: %s.", far_strerror(ENOMEM));
 	d->inner = inner;
 	d->conf = *(const struct delay_conf *)conf;
-	d->max_spinners = (int)far_max((uint64_t)far_max(1, (uint64_t)sysconf(_SC_NPROCESSORS_ONLN)) / 2, 1);
+	d->max_spinners = cpus > 2 ? (int)(cpus / 2) : 1;
 	d->rng = far_now();
 	far_mutex_init(&d->lock);
 	far_cond_init(&d->wake);
 	facts.caps &= ~(uint32_t)FAR_CAP_SHARE;
 	facts.caps |= FAR_CAP_REMOTE;
-	int r = far_backend_new(&delay_ops, d, &facts, out);
-	if (r) {
+	int r = far_layer_new(&far_layer_delay, &delay_ops, d, &facts, out, err);
+	if (r)
 		delay_free(d);
-		return far_error_set(err, -r, "layer delay: %s.", far_strerror(r));
-	}
-	return 0;
+	return r;
 }
 
 const struct far_layer far_layer_delay = {

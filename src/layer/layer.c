@@ -10,7 +10,13 @@
 #include <string.h>
 
 const struct far_layer *const far_layers[] = {
+	&far_layer_chunked,
 	&far_layer_delay,
+	&far_layer_fault,
+	&far_layer_gated,
+	&far_layer_retry,
+	&far_layer_strict,
+	&far_layer_tracked,
 	NULL,
 };
 
@@ -20,6 +26,13 @@ static const struct far_layer *layer_find(const char *name, size_t len)
 		if (strlen((*l)->name) == len && !memcmp((*l)->name, name, len))
 			return *l;
 	return NULL;
+}
+
+int far_layer_new(const struct far_layer *l, const struct far_ops *ops, void *self, const struct far_facts *facts,
+		  struct far_backend **out, struct far_error *err)
+{
+	int r = far_backend_new(ops, self, facts, out);
+	return r ? far_error_set(err, -r, "layer %s: %s.", l->name, far_strerror(r)) : 0;
 }
 
 static int layer_unknown(const char *name, size_t len, struct far_error *err)

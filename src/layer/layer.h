@@ -29,6 +29,10 @@ extern const struct far_layer far_layer_delay;   /* round trip, jitter, rate */
 extern const struct far_layer far_layer_fault;   /* errors, disconnects, wrong bytes, on purpose */
 extern const struct far_layer far_layer_retry;   /* tries again, with back-off and a deadline */
 
+/* far_backend_new() for a layer's open, with the sentence when it fails. */
+int far_layer_new(const struct far_layer *l, const struct far_ops *ops, void *self, const struct far_facts *facts,
+		  struct far_backend **out, struct far_error *err);
+
 /* delay: what calls really waited in the layer, the inner call not counted. b must be what the delay layer's open
  * returned; calls of several threads are mixed. */
 struct far_delay_stats {
@@ -36,9 +40,17 @@ struct far_delay_stats {
 };
 void far_delay_stats(struct far_backend *b, struct far_delay_stats *st);
 
-/* gated: closed at first when the option `closed` was given. b must be what the gated layer's open returned. */
+/* gated: closed at first when the option `closed` was given. b must be what the gated layer's open returned. Closing
+ * waits for the calls that are inside: -ETIMEDOUT at the thread's deadline, -ESHUTDOWN; the gate is closed all the
+ * same. */
 void far_gated_open(struct far_backend *b);
-void far_gated_close(struct far_backend *b);
+int far_gated_close(struct far_backend *b);
+
+/* retry: failed tries, tries made again, calls that ended with a passing error all the same. */
+struct far_retry_stats {
+	uint64_t failed, retries, gave_up;
+};
+void far_retry_stats(struct far_backend *b, struct far_retry_stats *st);
 
 /* tracked: start recording; take the offsets of the chunks written since (sorted, malloc'd) and stop or go on. */
 void far_tracked_start(struct far_backend *b);

@@ -539,14 +539,18 @@ void far_pull_stop(struct far_region *r)
 	far_mutex_unlock(&r->pull->lock);
 }
 
+void far_pull_join(struct far_region *r) FAR_NO_TSA
+{
+	for (unsigned k = 0; r->pull && k < r->pull->threads; k++) /* no new ones: it is stopped */
+		far_thread_join(&r->pull->thread[k]);
+}
+
 void far_pull_close(struct far_region *r) FAR_NO_TSA
 {
 	struct far_pull *p = r->pull;
 
 	if (!p)
 		return;
-	for (unsigned k = 0; k < p->threads; k++) /* no new ones: it is stopped */
-		far_thread_join(&p->thread[k]);
 	while (p->requests) {
 		struct pull_request *q = p->requests;
 		p->requests = q->next;

@@ -369,14 +369,18 @@ void far_push_stop(struct far_region *r)
 	far_mutex_unlock(&r->push->lock);
 }
 
+void far_push_join(struct far_region *r) FAR_NO_TSA
+{
+	for (unsigned k = 0; r->push && k < r->push->threads; k++)
+		far_thread_join(&r->push->thread[k]);
+}
+
 void far_push_close(struct far_region *r) FAR_NO_TSA
 {
 	struct far_push *p = r->push;
 
 	if (!p)
 		return;
-	for (unsigned k = 0; k < p->threads; k++)
-		far_thread_join(&p->thread[k]);
 	FAR_ASSERT(!p->flushes);
 	far_cond_fini(&p->work);
 	far_cond_fini(&p->done);

@@ -110,6 +110,7 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 fail:
 	if (r->push)
 		far_push_stop(r);
+	far_push_join(r);
 	far_push_close(r);
 	far_trace_close(r->trace);
 	far_close(r->face);
@@ -172,6 +173,8 @@ void far_region_close(struct far_region *r)
 	if (!r)
 		return;
 	far_region_stop(r);
+	far_pull_join(r);
+	far_push_join(r);
 	far_pull_close(r);
 	far_push_close(r);
 	int err = far_trace_close(r->trace);

@@ -53,7 +53,8 @@ void far_region_remote_failed(struct far_region *r, int err);
 /* pull.c */
 int far_pull_open(struct far_region *r, struct far_error *err);
 void far_pull_stop(struct far_region *r);
-void far_pull_close(struct far_region *r); /* after stop */
+void far_pull_join(struct far_region *r);  /* after stop */
+void far_pull_close(struct far_region *r); /* after both pullers and pushers were joined: they use each other */
 /* A demand fetch begins or ends: it takes window from the puller. */
 void far_pull_demand_begin(struct far_region *r, uint64_t len);
 void far_pull_demand_end(struct far_region *r, uint64_t len, int err);
@@ -67,6 +68,7 @@ void far_pull_status(struct far_region *r, struct far_status *st);
 /* push.c */
 int far_push_open(struct far_region *r);
 void far_push_stop(struct far_region *r);
+void far_push_join(struct far_region *r);
 void far_push_close(struct far_region *r);
 /* Before a write of len bytes: wait while too much is dirty. 0, -EAGAIN (FAR_NOWAIT), -ETIMEDOUT, -ESHUTDOWN. */
 int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags);

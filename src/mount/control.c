@@ -5,14 +5,14 @@
  *
  *   FREE -> BUSY   control_accept_cb(), the accepting thread alone
  *   BUSY -> DONE   the slot's thread, as its last act
- *   DONE -> FREE   control_reap(), the accepting thread (or control_close() after it ended), which joins the thread
+ *   DONE -> FREE   control_reap(), the accepting thread (or far_control_close() after it ended), which joins the thread
  *
- * Only the state is shared, under `lock`; fd and thread belong to whoever the state says. control_close() sets `ending`
+ * Only the state is shared, under `lock`; fd and thread belong to whoever the state says. far_control_close() sets `ending`
  * and shuts the reading side of every connection: a thread that reads a request sees the end, one that carries out a
  * request may still write its answer.
  */
 #define _GNU_SOURCE
-#include "cli/control.h"
+#include "mount/control.h"
 
 #include "base/clock.h"
 #include "base/thread.h"
@@ -36,17 +36,17 @@
 enum control_state { CONTROL_FREE, CONTROL_BUSY, CONTROL_DONE };
 
 struct control_slot {
-	struct control *c;
+	struct far_control *c;
 	enum control_state state; /* under c->lock */
 	int fd;
 	struct far_thread thread;
 };
 
-struct control {
+struct far_control {
 	/* fixed after open */
 	char path[PATH_MAX];
 	int listen_fd, wake_fd;
-	control_fn *fn;
+	far_control_fn *fn;
 	void *opaque;
 	/* under lock */
 	struct far_mutex lock;
@@ -184,7 +184,7 @@ static int control_write_json(int fd, struct json_object *o)
 	return 0;
 }
 
-struct json_object *control_ok(void)
+struct json_object *far_control_ok(void)
 {
 	struct json_object *o = json_object_new_object();
 
@@ -192,7 +192,34 @@ struct json_object *control_ok(void)
 	return o;
 }
 
-struct json_object *control_error(int code, const char *fmt, ...)
+static void control_add(struct json_object *o, const char *key, uint64_t v)
+{
+	json_object_object_add(o, key, json_object_new_int64((int64_t)v));
+}
+
+struct json_object *far_control_status(const struct far_status *st)
+{
+	struct json_object *o = far_control_ok();
+
+	json_object_object_add(o, "mode", json_object_new_string(st->mode == FAR_MODE_MANAGED ? "managed" : "direct"));
+	control_add(o, "size", st->bytes);
+	control_add(o, "local", st->local);
+	control_add(o, "dirty", st->dirty);
+	control_add(o, "pulled", st->pulled);
+	control_add(o, "pushed", st->pushed);
+	control_add(o, "inflight", st->inflight);
+	control_add(o, "window", st->window);
+	control_add(o, "demand_reads", st->demand_reads);
+	control_add(o, "blocked", st->blocked);
+	control_add(o, "errors", st->errors);
+	control_add(o, "pull_rate", (uint64_t)st->pull_rate);
+	control_add(o, "last_errno", (uint64_t)st->last_error);
+	json_object_object_add(o, "last_error",
+			       st->last_error ? json_object_new_string(far_strerror(st->last_error)) : NULL);
+	return o;
+}
+
+struct json_object *far_control_error(int code, const char *fmt, ...)
 {
 	struct json_object *o = json_object_new_object();
 	char text[480];
@@ -209,7 +236,7 @@ struct json_object *control_error(int code, const char *fmt, ...)
 
 /* ------------------------------------------------------------------------------------------------ server */
 
-bool control_ending(struct control *c)
+bool far_control_ending(struct far_control *c)
 {
 	far_mutex_lock(&c->lock);
 	bool ending = c->ending;
@@ -226,13 +253,13 @@ static bool control_may(int fd)
 	return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &n) == 0 && (cred.uid == geteuid() || cred.uid == 0);
 }
 
-static struct json_object *control_answer(struct control *c, const char *line)
+static struct json_object *control_answer(struct far_control *c, const char *line)
 {
 	struct json_object *req = json_tokener_parse(line), *op = NULL, *reply;
 
 	if (!req || !json_object_is_type(req, json_type_object) || !json_object_object_get_ex(req, "op", &op) ||
 	    !json_object_is_type(op, json_type_string))
-		reply = control_error(EPROTO, "the request is not a JSON object with an \"op\"");
+		reply = far_control_error(EPROTO, "the request is not a JSON object with an \"op\"");
 	else
 		reply = c->fn(c->opaque, json_object_get_string(op), req);
 	json_object_put(req);
@@ -242,13 +269,13 @@ static struct json_object *control_answer(struct control *c, const char *line)
 static void *control_slot_main(void *arg)
 {
 	struct control_slot *s = arg;
-	struct control *c = s->c;
+	struct far_control *c = s->c;
 	char *line = malloc(CONTROL_LINE);
 	struct json_object *reply;
 
 	if (line && control_read_line(s->fd, line, CONTROL_LINE, far_now() + 10 * FAR_SEC) == 0) {
 		reply = control_may(s->fd) ? control_answer(c, line)
-					   : control_error(EPERM, "only the user who started this instance may control it");
+					   : far_control_error(EPERM, "only the user who started this instance may control it");
 		control_write_json(s->fd, reply);
 		json_object_put(reply);
 	}
@@ -260,7 +287,7 @@ static void *control_slot_main(void *arg)
 }
 
 /* Join what is done; returns a free slot or NULL. */
-static struct control_slot *control_reap(struct control *c)
+static struct control_slot *control_reap(struct far_control *c)
 {
 	struct control_slot *free_slot = NULL;
 
@@ -271,7 +298,7 @@ static struct control_slot *control_reap(struct control *c)
 		far_mutex_unlock(&c->lock);
 		if (state == CONTROL_DONE) {
 			far_thread_join(&s->thread);
-			far_mutex_lock(&c->lock); /* control_close() must not shut down a number that is another's by now */
+			far_mutex_lock(&c->lock); /* far_control_close() must not shut down a number that is another's by now */
 			far_fd_close(&s->fd);
 			s->state = state = CONTROL_FREE;
 			far_mutex_unlock(&c->lock);
@@ -282,7 +309,7 @@ static struct control_slot *control_reap(struct control *c)
 	return free_slot;
 }
 
-static void control_accept(struct control *c)
+static void control_accept(struct far_control *c)
 {
 	struct control_slot *s = control_reap(c);
 	int fd = accept4(c->listen_fd, NULL, NULL, SOCK_CLOEXEC);
@@ -290,7 +317,7 @@ static void control_accept(struct control *c)
 	if (fd < 0)
 		return;
 	if (!s) {
-		struct json_object *busy = control_error(EBUSY, "%d requests are being answered already", CONTROL_SLOTS);
+		struct json_object *busy = far_control_error(EBUSY, "%d requests are being answered already", CONTROL_SLOTS);
 		control_write_json(fd, busy);
 		json_object_put(busy);
 		close(fd);
@@ -310,10 +337,10 @@ static void control_accept(struct control *c)
 
 static void *control_main(void *arg)
 {
-	struct control *c = arg;
+	struct far_control *c = arg;
 	struct pollfd p[2] = { { .fd = c->listen_fd, .events = POLLIN }, { .fd = c->wake_fd, .events = POLLIN } };
 
-	while (!control_ending(c)) {
+	while (!far_control_ending(c)) {
 		if (poll(p, 2, -1) > 0 && (p[0].revents & POLLIN))
 			control_accept(c);
 	}
@@ -348,10 +375,10 @@ static int control_bind(int fd, const char *path, struct far_error *err)
 			     far_strerror(r));
 }
 
-int control_open(const char *path, const char *target, struct control **out, struct far_error *err)
+int far_control_open(const char *path, const char *target, struct far_control **out, struct far_error *err)
 {
 	char real[PATH_MAX];
-	struct control *c = calloc(1, sizeof *c);
+	struct far_control *c = calloc(1, sizeof *c);
 	int r = 0;
 
 	if (!c)
@@ -388,7 +415,7 @@ int control_open(const char *path, const char *target, struct control **out, str
 	return 0;
 }
 
-int control_start(struct control *c, control_fn *fn, void *opaque, struct far_error *err)
+int far_control_start(struct far_control *c, far_control_fn *fn, void *opaque, struct far_error *err)
 {
 	c->fn = fn;
 	c->opaque = opaque;
@@ -396,7 +423,7 @@ int control_start(struct control *c, control_fn *fn, void *opaque, struct far_er
 	return r < 0 ? far_error_set(err, -r, "cannot start a thread for the control socket: %s", far_strerror(r)) : 0;
 }
 
-void control_close(struct control *c)
+void far_control_close(struct far_control *c)
 {
 	if (!c)
 		return;
@@ -458,7 +485,7 @@ static int control_reach(const char *path, const char *target, struct far_error 
 	return fd;
 }
 
-int control_call(const char *path, const char *target, struct json_object *req, int timeout_ms,
+int far_control_call(const char *path, const char *target, struct json_object *req, int timeout_ms,
 		 struct json_object **reply, struct far_error *err)
 {
 	uint64_t deadline = timeout_ms < 0 ? FAR_NEVER : far_now() + (uint64_t)timeout_ms * FAR_MSEC;
