@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -235,7 +236,8 @@ static int conn_listen_unix(const struct far_net_addr *a, int *out, struct far_e
 		int probe = -1;
 		int e = conn_try((struct sockaddr *)&sun, sizeof sun, far_now() + FAR_SEC, -1, &probe);
 		far_fd_close(&probe);
-		if (e == -ECONNREFUSED && unlink(a->path) == 0)
+		struct stat st; /* a file that is no socket refuses connections too, and is not ours to remove */
+		if (e == -ECONNREFUSED && lstat(a->path, &st) == 0 && S_ISSOCK(st.st_mode) && unlink(a->path) == 0)
 			r = bind(fd, (struct sockaddr *)&sun, sizeof sun) ? -errno : 0;
 	}
 	if (r == 0 && listen(fd, 128))

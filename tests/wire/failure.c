@@ -199,6 +199,27 @@ static void test_deadline(void **state)
 	rig_close(&r);
 }
 
+/* The server hears of the deadline: it does not go on waiting in its backend for a caller who has gone. */
+static void test_deadline_travels(void **state)
+{
+	struct rig r;
+	struct caller c = { .deadline = 50 * FAR_MSEC };
+
+	rig_open(&r, 0, 0);
+	c.b = r.far;
+	slow_hold(&r.slow, true);
+	caller_run(&c);
+	assert_int_equal(c.result, -ETIMEDOUT);
+	uint64_t end = far_now() + 10 * FAR_SEC;
+	far_mutex_lock(&r.slow.lock);
+	while ((!r.slow.max_inside || r.slow.inside) && far_cond_wait_until(&r.slow.cond, &r.slow.lock, end))
+		;
+	assert_int_equal(r.slow.max_inside, 1);
+	assert_int_equal(r.slow.inside, 0);
+	far_mutex_unlock(&r.slow.lock);
+	rig_close(&r);
+}
+
 /* The URI's timeout, and a connection on which nothing is heard for so long is given up. */
 static void test_timeout(void **state)
 {
@@ -498,6 +519,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_server_killed), /* first: it forks, and must have no threads then */
 		cmocka_unit_test(test_nowait),        cmocka_unit_test(test_deadline),
+		cmocka_unit_test(test_deadline_travels),
 		cmocka_unit_test(test_timeout),       cmocka_unit_test(test_stop),
 		cmocka_unit_test(test_server_stop),   cmocka_unit_test(test_half_open),
 		cmocka_unit_test(test_never_takes),   cmocka_unit_test(test_flood),

@@ -413,7 +413,7 @@ static void channel_unlink(struct far_channel *c, struct far_call *call) FAR_REQ
 }
 
 /* Put the request into the session. */
-static int channel_submit(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
 {
 	static const nghttp2_nv fixed[] = {
 		FAR_H2_NV(":method", "POST"),
@@ -422,9 +422,10 @@ static int channel_submit(struct far_channel *c, struct far_call *call) FAR_REQU
 		FAR_H2_NV("te", "trailers"),
 		FAR_H2_NV("user-agent", "farpage/0.1"),
 	};
-	nghttp2_nv nv[8] = { fixed[0], fixed[1] };
+	nghttp2_nv nv[9] = { fixed[0], fixed[1] };
 	nghttp2_nv path = FAR_H2_NV(":path", ""), authority = FAR_H2_NV(":authority", "");
-	nghttp2_nv export = FAR_H2_NV("farpage-export", "");
+	nghttp2_nv export = FAR_H2_NV("farpage-export", ""), timeout = FAR_H2_NV("grpc-timeout", "");
+	char seconds[16];
 	size_t n = 2;
 
 	call->grpc_status = FAR_CALL_NO_STATUS;
@@ -448,6 +449,14 @@ static int channel_submit(struct far_channel *c, struct far_call *call) FAR_REQU
 		export.valuelen = strlen(call->export_header);
 		export.flags = NGHTTP2_NV_FLAG_NO_COPY_NAME;
 		nv[n++] = export;
+	}
+	uint64_t now = call->tell_deadline && deadline != FAR_NEVER ? far_now() : deadline;
+	if (now < deadline && deadline - now < 1000000 * FAR_SEC) {
+		/* So that the peer does not work on for nobody. Whole seconds: a few values, which header compression learns. */
+		timeout.value = (uint8_t *)seconds;
+		timeout.valuelen = (size_t)snprintf(seconds, sizeof seconds, "%" PRIu64 "S", far_div_up(deadline - now, FAR_SEC));
+		timeout.flags = NGHTTP2_NV_FLAG_NO_COPY_NAME;
+		nv[n++] = timeout;
 	}
 	far_h2_queue(&c->h2, &call->s, &call->req);
 	int r = far_h2_request(&c->h2, &call->s, nv, n);
@@ -571,7 +580,7 @@ int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t dead
 		call->result = c->dead ? c->error : -ECONNRESET;
 		channel_pass(c);
 	} else {
-		call->result = channel_submit(c, call);
+		call->result = channel_submit(c, call, deadline);
 		if (call->result == 0) {
 			channel_link(c, call);
 			channel_wait(c, call, deadline, silence);
@@ -655,7 +664,7 @@ int far_channel_submit(struct far_channel *c, struct far_call *call)
 {
 	far_cond_init(&call->cond);
 	far_mutex_lock(&c->lock);
-	int r = channel_submit(c, call);
+	int r = channel_submit(c, call, FAR_NEVER);
 	if (r == 0)
 		channel_link(c, call);
 	far_mutex_unlock(&c->lock);

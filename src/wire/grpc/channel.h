@@ -16,6 +16,7 @@ struct far_call {
 	/* fixed before the call */
 	const char *path;          /* "/package.Service/Method" */
 	const char *export_header; /* metadata farpage-export; NULL: none */
+	bool tell_deadline;        /* send grpc-timeout */
 	struct far_h2_msg req;     /* head, body; filled by far_call_request() */
 	/* How the reply is taken. With `fields` its fields are taken as they come (long byte strings straight to their
 	 * place); else the whole message goes to `buf`, which holds at most buf_cap. */

@@ -163,7 +163,7 @@ static int client_pick(struct client *c, int lane, uint64_t deadline, struct far
 
 static uint64_t client_deadline(const struct client *c)
 {
-	return far_min(far_deadline(), far_now() + c->timeout);
+	return c->timeout == FAR_NEVER ? far_deadline() : far_min(far_deadline(), far_now() + c->timeout);
 }
 
 /* Make the call; one that the peer cannot have seen is made again on another connection. */
@@ -179,6 +179,7 @@ static int client_call(struct client *c, struct far_call *call, unsigned flags, 
 		if (r)
 			return r;
 		far_channel_load(channel, (int64_t)bytes);
+		call->tell_deadline = c->region;
 		r = far_channel_call(channel, call, deadline, c->timeout);
 		far_channel_load(channel, -(int64_t)bytes);
 		far_channel_put(channel);
@@ -686,8 +687,11 @@ int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts
 	one.demand_connections = one.bulk_connections = 1;
 	struct client *c = client_new(where, "", &one);
 	int r = c ? 0 : -ENOMEM;
+	int own = dup(fd); /* the caller keeps fd if this fails later */
 	if (r == 0)
-		r = far_conn_socket(&conn, dup(fd)); /* the caller keeps fd if this fails later */
+		r = far_conn_socket(&conn, own);
+	if (r)
+		far_fd_close(&own);
 	struct far_channel *channel = NULL;
 	if (r == 0)
 		r = far_channel_new(&conn, "localhost", &channel);
@@ -697,7 +701,9 @@ int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts
 			client_close(c);
 		return far_error_set(err, -r, "cannot use the connection to %s: %s", where, far_strerror(r));
 	}
+	/* There is no second connection to turn to, so a slow peer is waited for; the thread's deadline still holds. */
 	c->once = true;
+	c->timeout = FAR_NEVER;
 	far_mutex_lock(&c->lock);
 	for (int lane = 0; lane < LANES; lane++) {
 		if (lane)

@@ -302,8 +302,8 @@ static void session_header(struct far_h2 *h, struct far_h2_stream *st, const cha
 		r->method = far_grpc_method_of(value, value_n);
 		if (far_grpc_is_region(r->method) && r->session->env->plain)
 			r->method = FAR_M_NONE;
-		/* Kept for the message of a refusal. */
-		snprintf(r->text, sizeof r->text, "%.*s", (int)far_min(value_n, 120), value);
+		if (r->method == FAR_M_NONE) /* for the message of the refusal */
+			snprintf(r->text, sizeof r->text, "%.*s", (int)far_min(value_n, 120), value);
 		r->has_path = true;
 	} else if (IS(":method")) {
 		r->post = value_n == 4 && !memcmp(value, "POST", 4);
