@@ -51,7 +51,7 @@ static const struct far_opt retry_options[] = {
 	  "longest wait", "2s" },
 	{ "budget", FAR_OPT_INT, offsetof(struct retry_conf, budget), 1, 0x1p31, NULL, "N",
 	  "retries of all calls in ten seconds", "1000" },
-	{ "deadline", FAR_OPT_DURATION, offsetof(struct retry_conf, deadline), 1e6, 86400e9, NULL, "TIME",
+	{ "deadline", FAR_OPT_DURATION, offsetof(struct retry_conf, deadline), 1e6, 31536000e9, NULL, "TIME",
 	  "for one call with all its tries", "30s" },
 	FAR_OPT_END,
 };

@@ -106,10 +106,10 @@ class World:
         return json.loads(self.run('status', target, '--json', code=0).out)
 
     def close(self):
-        for r in self.running:
+        for r in reversed(self.running):  # mounts before the servers that they need
             if r.p.poll() is None:
+                r.p.send_signal(signal.SIGCONT)
                 r.p.terminate()
-        for r in self.running:
             try:
                 r.p.wait(10)
             except subprocess.TimeoutExpired:
@@ -174,6 +174,7 @@ def main(cases):
     for i, case in enumerate(cases, 1):
         name = case.__name__.replace('_', ' ')
         w = World()
+        began = time.monotonic()
         try:
             case(w)
             print('ok %d - %s' % (i, name), flush=True)
@@ -188,4 +189,6 @@ def main(cases):
             print('not ok %d - %s' % (i, name), flush=True)
         finally:
             w.close()
+        if time.monotonic() - began > 3:
+            print('# %s took %.1f s' % (name, time.monotonic() - began), flush=True)
     sys.exit(1 if failed else 0)
