@@ -21,6 +21,7 @@
 #include <stdlib.h>
 
 #define RETRY_REFILL (10 * FAR_SEC)
+#define RETRY_ANSWERS 4 /* EIO is the store's own answer, not a lost connection: it is not asked until the deadline */
 
 struct retry_conf {
 	int64_t tries;
@@ -51,7 +52,7 @@ static const struct far_opt retry_options[] = {
 	  "longest wait", "2s" },
 	{ "budget", FAR_OPT_INT, offsetof(struct retry_conf, budget), 1, 0x1p31, NULL, "N",
 	  "retries of all calls in ten seconds", "1000" },
-	{ "deadline", FAR_OPT_DURATION, offsetof(struct retry_conf, deadline), 1e6, 86400e9, NULL, "TIME",
+	{ "deadline", FAR_OPT_DURATION, offsetof(struct retry_conf, deadline), 1e6, 31536000e9, NULL, "TIME",
 	  "for one call with all its tries", "30s" },
 	FAR_OPT_END,
 };
@@ -91,7 +92,7 @@ static int retry_again(struct retry *t, unsigned tried, int r)
 {
 	uint64_t deadline = far_deadline();
 
-	if (!far_error_is_transient(r))
+	if (!far_error_is_transient(r) || (r == -EIO && tried >= RETRY_ANSWERS))
 		return r;
 	far_mutex_lock(&t->lock);
 	uint64_t now = far_now(); /* under the lock: the budget's time never runs backwards */

@@ -50,7 +50,8 @@ static int mnt_round_trip(struct far_backend *b, uint64_t *rtt, struct far_error
 		uint64_t began = far_now();
 		int e = far_read(b, 0, buf, len, 0);
 		if (e)
-			return far_error_set(err, -e, "cannot read the remote: %s", far_strerror(e));
+			return far_error_set(err, -e, "the first bytes of the remote cannot be read: %s. Look at the host that "
+					     "serves it", far_strerror(e));
 		uint64_t took = far_now() - began;
 		*rtt = k ? far_min(*rtt, took) : took;
 	}
@@ -214,9 +215,9 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 	m->remote = conf->remote;
 	m->bytes = far_size(m->remote);
 	uint64_t old = far_deadline_limit(far_now() + m->o.deadline_ms * FAR_MSEC);
-	e = mnt_choose_mode(m, conf, err);
+	e = mnt_harden(m, conf->network, &m->remote, err);
 	if (!e)
-		e = mnt_harden(m, conf->network, &m->remote, err);
+		e = mnt_choose_mode(m, conf, err);
 	if (!e && m->mode == FAR_MODE_MANAGED)
 		e = mnt_open_region(m, conf, err);
 	far_deadline_restore(old);
