@@ -189,15 +189,17 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 /* One retry budget a mount, and whole chunks for who needs them. On failure *b is what it was. */
 static int mnt_harden(struct far_mnt *m, bool network, struct far_backend **b, struct far_error *err)
 {
-	char spec[64];
+	/* Back-off alone keeps 256 blocked calls from being a storm; a program gets its error at the deadline, not before. */
+	static const char always[] = "eio-tries=4,budget=1000000";
+	char spec[96];
 	int e = far_facts(*b)->chunk ? mnt_wrap(b, "chunked", err) : 0;
 
 	if (e || !network) /* what fails on this host's own disks fails again */
 		return e;
 	if (m->deadline == FAR_NEVER)
-		snprintf(spec, sizeof spec, "retry:deadline=8760h");
+		snprintf(spec, sizeof spec, "retry:deadline=8760h,%s", always);
 	else
-		snprintf(spec, sizeof spec, "retry:deadline=%ums", m->o.deadline_ms);
+		snprintf(spec, sizeof spec, "retry:deadline=%ums,%s", m->o.deadline_ms, always);
 	return mnt_wrap(b, spec, err);
 }
 
