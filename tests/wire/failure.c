@@ -60,6 +60,7 @@ struct caller {
 	int result;
 	uint64_t began, ended;
 	uint64_t deadline; /* from now; 0: none */
+	uint64_t off;
 	unsigned flags;
 	bool write;
 };
@@ -70,8 +71,8 @@ static void *caller_run(void *arg)
 
 	c->began = far_now();
 	uint64_t old = far_deadline_limit(c->deadline ? c->began + c->deadline : FAR_NEVER);
-	c->result = c->write ? far_write(c->b, 0, c->buf, sizeof c->buf, c->flags) :
-			       far_read(c->b, 0, c->buf, sizeof c->buf, c->flags);
+	c->result = c->write ? far_write(c->b, c->off, c->buf, sizeof c->buf, c->flags) :
+			       far_read(c->b, c->off, c->buf, sizeof c->buf, c->flags);
 	far_deadline_restore(old);
 	c->ended = far_now();
 	return NULL;
@@ -89,7 +90,8 @@ static void test_server_killed(void **state)
 	snprintf(uri, sizeof uri, "grpc://127.0.0.1:%d", port);
 	assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
 	for (int i = 0; i < N; i++) {
-		c[i] = (struct caller){ .b = far, .flags = i & 1 ? FAR_BULK : 0, .write = i & 2 };
+		c[i] = (struct caller){ .b = far, .off = (uint64_t)i * 4096, .flags = i & 1 ? FAR_BULK : 0,
+					.write = i & 2 };
 		assert_int_equal(far_thread_start(&c[i].t, "caller", caller_run, &c[i]), 0);
 	}
 	/* They wait: a call with a short deadline that runs out behind them is the sign that the server has them. */
@@ -229,7 +231,8 @@ static void test_stop(void **state)
 	rig_open(&r, 0, 0);
 	slow_hold(&r.slow, true);
 	for (int i = 0; i < N; i++) {
-		c[i] = (struct caller){ .b = r.far, .flags = i & 1 ? FAR_BULK : 0, .write = i & 2 };
+		c[i] = (struct caller){ .b = r.far, .off = (uint64_t)i * 4096, .flags = i & 1 ? FAR_BULK : 0,
+					.write = i & 2 };
 		assert_int_equal(far_thread_start(&c[i].t, "caller", caller_run, &c[i]), 0);
 	}
 	assert_true(slow_wait_inside(&r.slow, N));
