@@ -264,11 +264,11 @@ static void *bench_random_cb(void *arg)
 	void *buf = bench_buffer(io->block);
 	int fd = -1;
 
-	w->result = buf ? bench_open(io, O_RDONLY, &fd, NULL) : -ENOMEM;
+	w->result = !buf ? -ENOMEM : io->remote ? 0 : bench_open(io, O_RDONLY, &fd, NULL);
 	uint64_t start = far_now(), now = start;
 	while (!w->result && now - start < io->ns) {
 		uint64_t off = bench_next(&w->seed) % (io->size / io->block) * io->block, begin = now;
-		w->result = far_io_pread(fd, off, buf, io->block, 0);
+		w->result = io->remote ? far_read(io->remote, off, buf, io->block, 0) : far_io_pread(fd, off, buf, io->block, 0);
 		now = far_now();
 		bench_times_add(&w->times, now - begin);
 		w->wrong += bench_check(buf, off, io->block, true);

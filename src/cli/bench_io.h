@@ -13,6 +13,7 @@ enum bench_way { BENCH_BUFFERED, BENCH_DIRECT, BENCH_MAPPED };
 
 struct bench_io {
 	const char *path;
+	struct far_backend *remote; /* bench_random(): instead of the file, by far_read(); else NULL */
 	uint64_t size;       /* bytes at the start of the file that are used; a multiple of 4096 */
 	uint64_t block;      /* of one read or write */
 	uint64_t chunk;      /* acts on distinct chunks: how far apart they may be at least */

@@ -48,6 +48,7 @@ struct rig_answer {
 	int result;
 	struct far_error err;
 	struct bench_rig_status status;
+	uint64_t cpu_made;
 	char text[RIG_NAME_MAX]; /* the mount's path, the server's URI */
 };
 
@@ -61,6 +62,7 @@ struct bench_rig {
 	struct rig_child server, mount;
 	char uri[RIG_NAME_MAX], path[RIG_NAME_MAX];
 	uint64_t open_ns, touched;
+	uint64_t cpu_made; /* what making and filling the store took */
 	_Atomic uint64_t *delays; /* shared with the mount's child, one a chunk; NULL without probe */
 	size_t n_delays;
 };
@@ -299,6 +301,8 @@ static void rig_server_child(struct rig_work *w)
 		r = far_server_listen(w->server, "grpc://127.0.0.1:0", &bound, &err);
 	snprintf(w->answer.text, sizeof w->answer.text, "%s", bound ? bound : "");
 	free(bound);
+	rig_usage(&w->answer.status);
+	w->answer.cpu_made = w->answer.status.cpu_ns;
 	rig_loop(w, r, &err);
 	if (w->server)
 		far_server_stop(w->server);
@@ -367,6 +371,7 @@ static void rig_mount_child(struct rig_work *w)
 		r = rig_mount(w, b, target, &err);
 	w->answer.status.open_ns = far_now() - begin;
 	rig_usage(&w->answer.status);
+	w->answer.cpu_made = before.cpu_ns;
 	w->answer.status.touched = w->answer.status.rss - far_min(before.rss, w->answer.status.rss);
 	snprintf(w->answer.text, sizeof w->answer.text, "%s", w->mnt ? far_mnt_path(w->mnt) : "");
 	rig_loop(w, r, &err);
@@ -437,12 +442,14 @@ int bench_rig_open(const struct bench_rig_conf *conf, struct bench_rig **out, st
 	if (conf->grpc) {
 		r = rig_spawn(rig, &rig->server, rig_server_child, &a, err);
 		memcpy(rig->uri, a.text, sizeof rig->uri);
+		rig->cpu_made = a.cpu_made;
 	}
 	if (!r)
 		r = rig_spawn(rig, &rig->mount, rig_mount_child, &a, err);
 	memcpy(rig->path, a.text, sizeof rig->path);
 	rig->open_ns = a.status.open_ns;
 	rig->touched = a.status.touched;
+	rig->cpu_made += a.cpu_made;
 	if (r)
 		bench_rig_close(rig);
 	else
@@ -475,6 +482,7 @@ int bench_rig_status(struct bench_rig *r, struct bench_rig_status *st)
 		e = rig_call(&r->mount, (struct rig_request){ .op = RIG_STATUS }, &a);
 	*st = a.status;
 	st->cpu_ns += cpu;
+	st->cpu_ns -= far_min(r->cpu_made, st->cpu_ns);
 	st->open_ns = r->open_ns;
 	st->touched = r->touched;
 	return e;

@@ -29,7 +29,7 @@ struct bench_rig_conf {
 struct bench_rig_status {
 	struct far_status st;
 	uint64_t open_ns; /* from opening the source to a file that can be used */
-	uint64_t cpu_ns;  /* of all processes of the rig since they began */
+	uint64_t cpu_ns;  /* of all processes of the rig since the store was full */
 	uint64_t rss, touched; /* of the mount's process now; pages it touched to open */
 };
 

@@ -99,7 +99,7 @@ static int bench_case_act(struct bench_case *c, struct bench_rig *rig, struct fa
 	c->row.wrong = res.wrong;
 	/* A managed mount pulls from its first moment on: what it used before the act belongs to the same bytes. */
 	uint64_t cpu = after.cpu_ns - (c->rig.managed && !c->local_first ? 0 : before.cpu_ns);
-	if (res.bytes >= 64 * FAR_MIB && !c->rig.managed)
+	if (res.bytes >= 64 * FAR_MIB)
 		c->row.cpu_s_gib = (double)cpu / 1e9 * (double)FAR_GIB / (double)res.bytes;
 	bench_latencies(&c->row, &res);
 	c->row.unit = c->row.unit ? c->row.unit : "MiB/s";
@@ -115,6 +115,8 @@ static void bench_run(struct bench_case *c)
 	struct far_error err = { 0 };
 	struct bench_rig *rig = NULL;
 
+	if (c->b->mode != FAR_MODE_AUTO && (c->b->mode == FAR_MODE_MANAGED) != c->rig.managed)
+		return;
 	c->rig.size = c->rig.size ? c->rig.size : c->b->size ? c->b->size : 256 * FAR_MIB;
 	c->rig.chunk = c->rig.chunk ? c->rig.chunk : c->b->chunk ? c->b->chunk : 64 * FAR_KIB;
 	c->rig.pull_workers = c->rig.pull_workers ? 0 : -1; /* cases say `true` for "no background pull" */
@@ -133,6 +135,15 @@ static void bench_run(struct bench_case *c)
 	}
 	bench_rig_close(rig);
 	bench_add(c);
+}
+
+/* The store that was asked for, where a set has none of its own. */
+static void bench_store(const struct bench *b, struct bench_rig_conf *rig)
+{
+	if (b->backend == BENCH_ON_GRPC)
+		rig->grpc = true;
+	else if (b->backend != BENCH_ON_OWN)
+		rig->store = (enum bench_store)b->backend;
 }
 
 static struct bench_case bench_case(struct bench *b, const char *set, const char *series, const char *x)
@@ -187,6 +198,7 @@ static void bench_latency(struct bench *b)
 						 .managed = managed, .probe = true };
 		/* The pull takes about as long as the reads. */
 		c.rig.rate = managed ? c.rig.size * 9 / 10 * FAR_SEC / ns : 0;
+		bench_store(b, &c.rig);
 		c.io = (struct bench_io){ .way = BENCH_DIRECT, .ns = ns * 3 / 4, .less = bench_rig_delay };
 		c.io.ops = (unsigned)(c.rig.size / (b->chunk ? b->chunk : 64 * FAR_KIB));
 		c.row.unit = "us over R";
@@ -204,9 +216,10 @@ static void bench_one_rate(struct bench *b, const char *set, const char *series,
 	struct bench_case c = bench_case(b, set, series, x);
 
 	c.rig = rig;
+	bench_store(b, &c.rig);
 	c.local_first = local_first;
 	c.act = write ? bench_fill : bench_read;
-	c.io.ns = b->ns ? b->ns : 5 * FAR_SEC;
+	c.io.ns = b->ns ? b->ns : 10 * FAR_SEC;
 	bench_run(&c);
 }
 
@@ -264,7 +277,7 @@ static void bench_backend(struct bench *b)
 {
 	static const char *const stores[] = { "memory", "file", "directory" };
 
-	for (unsigned i = 0; i < 4 * BENCH_STORES; i++) {
+	for (unsigned i = 0; i < 4 * BENCH_STORES && b->backend == BENCH_ON_OWN; i++) {
 		bool grpc = i % 4 >= 2, write = i % 2;
 		char series[32];
 		struct bench_rig_conf rig = { .store = (enum bench_store)(i / 4), .grpc = grpc };
@@ -441,15 +454,20 @@ int bench_on(struct bench *b, const struct bench_act *act, const char *path)
 {
 	struct bench_case c = bench_case(b, act->name, "file", "given");
 	struct bench_io_result res = { 0 };
+	struct far_backend *remote = NULL;
 	struct far_error err = { 0 };
-	struct stat st;
+	struct stat st = { 0 };
 
-	if (stat(path, &st) < 0) {
+	if (act->act == bench_random && cli_is_network(path)) {
+		if (far_open(path, NULL, &remote, &err) < 0)
+			return cli_fail("cannot measure", &err);
+		st.st_size = (off_t)far_size(remote);
+	} else if (stat(path, &st) < 0) {
 		cli_say("cannot measure %s: %s. Give a file to --on", path, far_strerror(errno));
 		return CLI_FAILED;
 	}
 	uint64_t size = b->size ? b->size : (uint64_t)st.st_size;
-	c.io = (struct bench_io){ .path = path, .block = b->block ? b->block : act->latency ? 4096 : BENCH_BLOCK,
+	c.io = (struct bench_io){ .path = path, .remote = remote, .block = b->block ? b->block : act->latency ? 4096 : BENCH_BLOCK,
 				  .chunk = b->chunk ? b->chunk : 64 * FAR_KIB, .ns = b->ns, .way = b->way, .seed = b->seed,
 				  .threads = b->threads ? b->threads : act->act == bench_absent ? 64 : 1 };
 	c.io.size = (act->writes ? size : far_min(size, (uint64_t)st.st_size)) & ~(uint64_t)4095;
@@ -461,6 +479,7 @@ int bench_on(struct bench *b, const struct bench_act *act, const char *path)
 	int r = strcmp(act->name, "cold") == 0 ? bench_drop(path, &err) : 0;
 	if (!r)
 		r = act->act(&c.io, &res, &err);
+	far_close(remote);
 	if (r)
 		return cli_fail("cannot measure", &err);
 	bench_latencies(&c.row, &res);

@@ -7,7 +7,11 @@
 #include "cli/bench_io.h"
 #include "cli/bench_out.h"
 
+enum bench_backend { BENCH_ON_OWN = -1, BENCH_ON_MEM, BENCH_ON_FILE, BENCH_ON_DIR, BENCH_ON_GRPC };
+
 struct bench {
+	enum far_mode mode;         /* AUTO: both */
+	enum bench_backend backend; /* OWN: the set's own */
 	uint64_t size, ns, block; /* of a case; 0: the set's own */
 	uint64_t rtt;             /* FAR_NEVER: the set's own */
 	uint64_t chunk;

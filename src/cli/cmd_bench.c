@@ -16,9 +16,11 @@ struct bench_conf {
 	bool json, quiet;
 	uint64_t size, seconds, block, rtt, chunk;
 	int64_t ops, threads, seed;
-	int way;
+	int way, mode, backend;
 };
 
+static const char *const bench_modes[] = { "both", "direct", "managed", NULL };
+static const char *const bench_backends[] = { "memory", "file", "directory", "grpc", NULL };
 static const char *const bench_ways[] = { "buffered", "direct", "mapped", NULL };
 
 #define OPT(k, knd, field) { .key = (k), .kind = FAR_OPT_##knd, .offset = offsetof(struct bench_conf, field)
@@ -30,12 +32,16 @@ static const struct far_opt bench_options[] = {
 	OPT("seconds", DURATION, seconds), .min = 1e6, .value_name = "DURATION", .def = "the set's own",
 	    .help = "how long one measurement may take" },
 	OPT("rtt", DURATION, rtt), .value_name = "DURATION", .def = "the set's own", .help = "round trip to the store" },
+	OPT("mode", ENUM, mode), .names = bench_modes, .value_name = "both|direct|managed", .def = "both",
+	    .help = "mounts that are measured" },
+	OPT("backend", ENUM, backend), .names = bench_backends, .value_name = "memory|file|directory|grpc",
+	    .def = "the set's own", .help = "the store; grpc: memory served over loopback" },
 	OPT("chunk", SIZE, chunk), .min = 4096, .max = 32 << 20, .value_name = "SIZE", .def = "64K",
 	    .help = "unit of transfer; with --on, how far apart distinct chunks are" },
 	OPT("block", SIZE, block), .min = 4096, .max = 1 << 30, .value_name = "SIZE", .def = "1M",
 	    .help = "of one read or write" },
 	OPT("on", STRING, on), .value_name = "FILE",
-	    .help = "do NAME to FILE: fill, read, cold, verify, random, first, absent, scatter or drop" },
+	    .help = "do NAME to FILE, or random to a URI: fill, read, cold, verify, random, first, absent, scatter or drop" },
 	OPT("way", ENUM, way), .names = bench_ways, .value_name = "buffered|direct|mapped", .def = "buffered",
 	    .help = "how FILE is read or written" },
 	OPT("ops", INT, ops), .min = 1, .max = 1 << 30, .value_name = "N", .def = "the set's own",
@@ -79,7 +85,7 @@ static int bench_check_conf(const struct bench_conf *c, const struct cli_args *a
 
 static int bench_go(const struct bench_conf *c, const struct cli_args *args)
 {
-	struct bench b = { .size = c->size, .ns = c->seconds, .block = c->block, .rtt = c->rtt, .chunk = c->chunk,
+	struct bench b = { .mode = (enum far_mode)c->mode, .backend = (enum bench_backend)c->backend, .size = c->size, .ns = c->seconds, .block = c->block, .rtt = c->rtt, .chunk = c->chunk,
 			   .ops = (unsigned)c->ops, .threads = (unsigned)c->threads, .way = (enum bench_way)c->way,
 			   .seed = (uint64_t)c->seed, .quiet = c->json };
 	int code = CLI_OK;
@@ -101,7 +107,7 @@ static int bench_go(const struct bench_conf *c, const struct cli_args *args)
 
 static int bench_run_verb(int argc, char **argv)
 {
-	struct bench_conf conf = { .rtt = FAR_NEVER, .seed = 1 };
+	struct bench_conf conf = { .rtt = FAR_NEVER, .seed = 1, .backend = BENCH_ON_OWN };
 	struct cli_args args;
 	int code = cli_parse(&cli_bench, &conf, argc, argv, &args);
 
