@@ -128,6 +128,7 @@ struct fuse_call {
 /* The seat this thread receives at, while it does. */
 static _Thread_local struct fuse_seat *fuse_here;
 static _Thread_local bool fuse_thread_ready;
+static _Thread_local bool fuse_small; /* what it answered last was a small read: somebody waits for each of them */
 
 /* ---------------------------------------------------------------------------------------------- small things */
 
@@ -477,6 +478,7 @@ static void fuse_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off,
 		return;
 	}
 	size_t len = (size_t)far_min(size, f->bytes - at);
+	fuse_small = len < FUSE_SHARE_MIN;
 	const char *share = len < FUSE_SHARE_MIN ? NULL : atomic_load_explicit(&f->share, memory_order_acquire);
 	if (share && fuse_reply_shared(share, req, at, len))
 		return;
@@ -658,9 +660,11 @@ static const struct fuse_lowlevel_ops fuse_ops = {
 
 /* ------------------------------------------------------------------------------------------------- receivers */
 
-/* Wait for a request where the connection cannot be aborted. False: told to end. */
+/* Wait for a request where the connection cannot be aborted and does not block. False: told to end. */
 static bool fuse_poll(const struct far_fuse *f)
 {
+	if (f->poll_fd < 0)
+		return true;
 	struct pollfd p[2] = { { .fd = f->fd, .events = POLLIN }, { .fd = f->poll_fd, .events = POLLIN } };
 
 	while (poll(p, 2, -1) < 0) {
@@ -687,18 +691,19 @@ static bool fuse_receive(void *opaque, struct far_seat *seat)
 		prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
 		fuse_thread_ready = true;
 	}
-	if (f->poll_fd >= 0 && !fuse_poll(f))
-		return false;
 	if (!s->in)
 		s->in = far_buf_get(FUSE_IN);
 	if (!s->in)
 		return fuse_out_of_memory();
 	/* libfuse has a call for this, which writes to standard error when the connection is aborted. */
 	ssize_t n = read(f->fd, s->in + FUSE_IN_SKIP, FUSE_IN - FUSE_IN_SKIP);
+	if (n < 0 && errno == EAGAIN)
+		return fuse_poll(f);
 	if (n < 0) /* ENOENT: that request was interrupted; EIO: it had no room; ENODEV, ECONNABORTED: the end */
-		return errno == EINTR || errno == EAGAIN || errno == ENOENT || errno == EIO;
+		return errno == EINTR || errno == ENOENT || errno == EIO;
 	struct fuse_buf buf = { .mem = s->in + FUSE_IN_SKIP, .size = (size_t)n };
 	fuse_here = s;
+	fuse_small = false;
 	s->seat = seat;
 	fuse_session_process_buf(f->se, &buf);
 	/* From here on the seat may be another thread's. */
@@ -712,7 +717,8 @@ static bool fuse_receive(void *opaque, struct far_seat *seat)
 	 * The kernel wakes the receiver that has waited longest, wherever it is. If the program has just been woken on this
 	 * CPU, let it run first: its next request is then there before this thread waits, and stays on this CPU.
 	 */
-	sched_yield();
+	if (fuse_small)
+		sched_yield();
 	return true;
 }
 
