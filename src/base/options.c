@@ -156,8 +156,8 @@ static int options_unknown(const struct far_opt *table, const char *where, const
 static int options_bad(const struct far_opt *o, const char *where, const char *value, const char *want,
 		       struct far_error *err)
 {
-	return far_error_set(err, EINVAL, "%s: '%.60s' is no value for '%s': give %s%s%s%s.", where, value, o->key, want,
-			     o->also ? " or '" : "", o->also ? o->also : "", o->also ? "'" : "");
+	return far_error_set(err, EINVAL, "%s: '%.60s' is no value for '%s': give %s%s%s.", where, value, o->key, want,
+			     o->also ? " or " : "", o->also ? o->also : "");
 }
 
 static int options_range(const struct far_opt *o, double v, const char *where, const char *value, struct far_error *err)
@@ -179,11 +179,9 @@ static int options_range(const struct far_opt *o, double v, const char *where, c
 		snprintf(lo, sizeof lo, "%g", o->min);
 		snprintf(hi, sizeof hi, "%.15g", o->max);
 	}
-	if (open_end)
-		return far_error_set(err, EINVAL, "%s: '%.60s' is out of range for '%s': give %s or more.", where, value,
-				     o->key, lo);
-	return far_error_set(err, EINVAL, "%s: '%.60s' is out of range for '%s': give %s to %s.", where, value, o->key, lo,
-			     hi);
+	return far_error_set(err, EINVAL, "%s: '%.60s' is out of range for '%s': give %s %s%s%s%s.", where, value, o->key,
+			     lo, open_end ? "or more" : "to ", open_end ? "" : hi, o->also ? " or " : "",
+			     o->also ? o->also : "");
 }
 
 static int options_bool(const char *value, bool *out)

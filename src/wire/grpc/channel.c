@@ -286,6 +286,9 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 			break;
 		}
 	}
+	/* A session that has nothing more to say or hear has ended itself over what the peer sent. */
+	if (!r && !c->dead && all && far_h2_over(&c->h2))
+		r = c->draining ? -ECONNRESET : -EPROTO;
 	if (r)
 		channel_die(c, r);
 	c->sending = false;
