@@ -95,6 +95,7 @@ struct far_chunkmap {
 
 	/* atomic */
 	_Atomic uint64_t local, dirty;
+	_Atomic uint64_t unwritten; /* bytes of chunks in the side table that nobody wrote */
 	_Atomic unsigned waiters; /* that sleep on `changed` */
 
 	struct far_mutex lock;
@@ -229,6 +230,13 @@ uint64_t far_chunkmap_local(struct far_chunkmap *m)
 uint64_t far_chunkmap_dirty(struct far_chunkmap *m)
 {
 	return atomic_load_explicit(&m->dirty, memory_order_relaxed);
+}
+
+/* The two counters move one after the other: what is read in between is off by a chunk, for a moment. */
+uint64_t far_chunkmap_written(struct far_chunkmap *m)
+{
+	uint64_t dirty = far_chunkmap_dirty(m);
+	return dirty - far_min(dirty, atomic_load_explicit(&m->unwritten, memory_order_relaxed));
 }
 
 static void count_local(struct far_chunkmap *m, uint64_t i, bool add)
@@ -370,6 +378,12 @@ static struct far_partial **partial_at_locked(struct far_chunkmap *m, uint64_t i
 	return p;
 }
 
+static uint64_t partial_unwritten(const struct far_chunkmap *m, const struct far_partial *e)
+{
+	uint64_t len = far_chunkmap_len(m, e->chunk);
+	return len - far_min(len, (uint64_t)e->n_valid * SECTOR);
+}
+
 static struct far_partial *partial_new_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
 {
 	uint32_t sectors = (uint32_t)far_div_up(far_chunkmap_len(m, i), SECTOR);
@@ -386,6 +400,7 @@ static struct far_partial *partial_new_locked(struct far_chunkmap *m, uint64_t i
 	e->next = *p;
 	*p = e;
 	m->n_partial++;
+	atomic_fetch_add_explicit(&m->unwritten, partial_unwritten(m, e), memory_order_relaxed);
 	return e;
 }
 
@@ -395,6 +410,7 @@ static void partial_free_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES
 	FAR_ASSERT(e);
 	*p = e->next;
 	m->n_partial--;
+	atomic_fetch_sub_explicit(&m->unwritten, partial_unwritten(m, e), memory_order_relaxed);
 	free(e);
 }
 
@@ -656,8 +672,11 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 	}
 	FAR_ASSERT(e && e->pending >= ragged);
 	e->pending -= ragged;
-	if (ok)
+	if (ok) {
+		uint64_t before = partial_unwritten(m, e);
 		partial_add(m, e, from, to);
+		atomic_fetch_sub_explicit(&m->unwritten, before - partial_unwritten(m, e), memory_order_relaxed);
+	}
 	bool whole = e->n_valid == e->sectors;
 	for (;;) {
 		enum far_chunk s = state_of(w);
@@ -987,4 +1006,5 @@ void far_chunkmap_check(struct far_chunkmap *m)
 	/* The counters are exact when nobody works. */
 	FAR_ASSERT(local == far_chunkmap_local(m));
 	FAR_ASSERT(dirty == far_chunkmap_dirty(m));
+	FAR_ASSERT(partial || atomic_load_explicit(&m->unwritten, memory_order_relaxed) == 0);
 }
