@@ -249,7 +249,7 @@ static int copy_engine_loop(struct copy *c, struct copy_engine *e, struct copy_r
 		far_stop(c->src);
 		far_stop(c->dst);
 	}
-	progress_end(p, NULL);
+	progress_clear(p);
 	return res->error || res->differs ? -1 : 0;
 }
 
@@ -320,7 +320,7 @@ static int copy_from_stream(struct copy *c, uint64_t limit)
 		progress_update(&p, c->res.done, progress_rate(&p, c->res.done));
 	}
 	free(buf);
-	progress_end(&p, NULL);
+	progress_clear(&p);
 	return r;
 }
 

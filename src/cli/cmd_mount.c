@@ -8,6 +8,8 @@
 #include "base/uri.h"
 #include "mount/control.h"
 #include "cli/mount_loop.h"
+#include "cli/serve_hooks.h"
+#include "wire/wire.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -219,7 +221,8 @@ static int mount_daemonise(int *fd)
 	return CLI_GO;
 }
 
-static int mount_open_source(const struct mount_conf *conf, const char *source, struct far_backend **out)
+static int mount_open_source(const struct mount_conf *conf, const char *source, const struct mount_parent *parent,
+			     struct far_backend **out)
 {
 	struct far_open_opts opts = FAR_OPEN_OPTS_INIT;
 	struct far_error err = { 0 };
@@ -228,16 +231,19 @@ static int mount_open_source(const struct mount_conf *conf, const char *source, 
 	opts.deadline_ms = (uint32_t)far_min(conf->deadline / FAR_MSEC, UINT32_MAX);
 	if (cli_connections(conf->connections, &opts, &err) < 0)
 		return cli_usage(&cli_mount, "%s", err.text);
-	if (cli_open(source, &opts, &conf->layer, out, &err) < 0)
-		return cli_fail("cannot mount", &err);
-	return CLI_GO;
+	int r = parent && parent->backend_fd >= 0
+			? far_grpc_open_fd(parent->backend_fd, "the program's own backend", &opts, out, &err)
+			: cli_open(source, &opts, &conf->layer, out, &err);
+	return r < 0 ? cli_fail("cannot mount", &err) : CLI_GO;
 }
 
-static int mount_go(const struct mount_conf *conf, const char *source, const char *target)
+static int mount_go(const struct mount_conf *conf, const char *source, const char *target,
+		    const struct mount_parent *parent)
 {
 	bool in_memory = !conf->local || strncmp(conf->local, "mem:", 4) == 0;
 	struct mount_loop l = { .deadline = conf->deadline, .source = source, .local = in_memory ? NULL : conf->local,
-				.run = conf->run, .ready_fd = -1, .quiet = conf->quiet };
+				.run = conf->run, .ready_fd = -1, .life_fd = -1, .quiet = conf->quiet };
+	struct serve_hooks *hooks = NULL;
 	struct far_error err = { 0 };
 	char name[256];
 	int code = mount_name(conf, source, name, sizeof name);
@@ -248,7 +254,7 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	l.conf.source = source;
 	l.conf.name = name;
 	l.conf.target = target;
-	l.conf.network = cli_is_network(source);
+	l.conf.network = !parent || parent->backend_fd < 0 ? cli_is_network(source) : false;
 	l.conf.asked_managed = mount_asked_managed(conf);
 	l.conf.local_layers = conf->local_layer.v;
 	l.conf.n_local_layers = conf->local_layer.n;
@@ -256,18 +262,25 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 		code = mount_daemonise(&l.ready_fd);
 	if (code != CLI_GO)
 		return code;
-	code = mount_open_source(conf, source, &l.conf.remote);
+	if (parent) {
+		l.life_fd = parent->life_fd;
+		l.ready_fd = fcntl(parent->life_fd, F_DUPFD_CLOEXEC, 0);
+		if (parent->hooks && serve_hooks_open(parent->hooks, &l.conf.opts, &hooks, &err) < 0)
+			return cli_fail("cannot mount", &err);
+	}
+	code = mount_open_source(conf, source, parent, &l.conf.remote);
 	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0) {
 		far_close(l.conf.remote);
 		code = cli_fail("cannot mount", &err);
 	}
 	if (code == CLI_GO)
 		code = mount_loop_run(&l);
+	serve_hooks_close(hooks);
 	far_fd_close(&l.ready_fd);
 	return code;
 }
 
-static int mount_run(int argc, char **argv)
+static int mount_main(int argc, char **argv, const struct mount_parent *parent)
 {
 	struct mount_conf conf = { .durable = -1, .local_max = MOUNT_UNSET, .dirty_max = MOUNT_UNSET,
 				   .push_interval = MOUNT_UNSET, .pull_first = MOUNT_UNSET, .window = MOUNT_UNSET,
@@ -279,9 +292,19 @@ static int mount_run(int argc, char **argv)
 	if (code == CLI_GO)
 		code = mount_check(&conf, &args);
 	if (code == CLI_GO)
-		code = mount_go(&conf, args.v[0], args.v[1]);
+		code = mount_go(&conf, args.v[0], args.v[1], parent);
 	cli_parse_fini(&cli_mount, &conf, &args);
 	return code;
+}
+
+int mount_for_parent(int argc, char **argv, const struct mount_parent *parent)
+{
+	return mount_main(argc, argv, parent);
+}
+
+static int mount_run(int argc, char **argv)
+{
+	return mount_main(argc, argv, NULL);
 }
 
 const struct cli_verb cli_mount = {

@@ -47,36 +47,17 @@ static struct json_object *mount_result(int r, const char *what)
 		     : far_control_ok();
 }
 
-static void mount_add(struct json_object *o, const char *key, uint64_t v)
-{
-	json_object_object_add(o, key, json_object_new_int64((int64_t)v));
-}
-
 static struct json_object *mount_op_status(struct mount_loop *l)
 {
-	struct json_object *o = far_control_ok();
 	struct far_status st = FAR_STATUS_INIT;
 
 	far_mnt_status(l->mnt, &st);
+	struct json_object *o = far_control_status(&st);
 	json_object_object_add(o, "kind", json_object_new_string("mount"));
 	json_object_object_add(o, "pid", json_object_new_int((int)getpid()));
 	json_object_object_add(o, "source", json_object_new_string(l->source));
 	json_object_object_add(o, "path", json_object_new_string(far_mnt_path(l->mnt)));
-	json_object_object_add(o, "mode", json_object_new_string(st.mode == FAR_MODE_MANAGED ? "managed" : "direct"));
 	json_object_object_add(o, "why", json_object_new_string(far_mnt_why(l->mnt)));
-	mount_add(o, "size", st.bytes);
-	mount_add(o, "local", st.local);
-	mount_add(o, "dirty", st.dirty);
-	mount_add(o, "pulled", st.pulled);
-	mount_add(o, "pushed", st.pushed);
-	mount_add(o, "inflight", st.inflight);
-	mount_add(o, "window", st.window);
-	mount_add(o, "demand_reads", st.demand_reads);
-	mount_add(o, "blocked", st.blocked);
-	mount_add(o, "errors", st.errors);
-	json_object_object_add(o, "pull_rate", json_object_new_int64((int64_t)st.pull_rate));
-	json_object_object_add(o, "last_error",
-			       st.last_error ? json_object_new_string(far_strerror(st.last_error)) : NULL);
 	return o;
 }
 
@@ -183,7 +164,7 @@ static struct json_object *mount_op_stop(struct mount_loop *l, struct json_objec
 	o = l->end_code < 0 ? far_control_error(l->end_code, "stopped, but the flush failed: %s%s%s", far_strerror(l->end_code),
 					    l->end_text[0] ? ". " : "", l->end_text)
 			    : far_control_ok();
-	mount_add(o, "unsaved", l->unsaved);
+	json_object_object_add(o, "unsaved", json_object_new_int64((int64_t)l->unsaved));
 	json_object_object_add(o, "unsaved_text", json_object_new_string(l->end_text));
 	far_mutex_unlock(&l->lock);
 	return o;

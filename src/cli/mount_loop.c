@@ -336,18 +336,21 @@ static bool mount_stop_asked(struct mount_loop *l)
 static void mount_loop_step(struct mount_run *run)
 {
 	struct mount_loop *l = run->l;
-	struct pollfd p[3] = { { .fd = run->signals, .events = POLLIN },
+	struct pollfd p[4] = { { .fd = run->signals, .events = POLLIN },
 			       { .fd = run->job.done_fd, .events = POLLIN },
-			       { .fd = l->wake_fd, .events = POLLIN } };
+			       { .fd = l->wake_fd, .events = POLLIN },
+			       { .fd = run->asked ? -1 : l->life_fd, .events = POLLIN } };
 	int tick = run->state == MOUNT_SERVING && run->pulling && run->progress.tty ? 100 : 500;
 	eventfd_t value;
 
-	if (poll(p, 3, run->state == MOUNT_SERVING ? tick : -1) < 0 && errno != EINTR)
+	if (poll(p, 4, run->state == MOUNT_SERVING ? tick : -1) < 0 && errno != EINTR)
 		return;
 	if (p[0].revents)
 		mount_signal(run, cli_signal_take(run->signals));
 	if (p[2].revents)
 		eventfd_read(l->wake_fd, &value);
+	if (p[3].revents) /* the program that uses the file has gone */
+		run->asked++;
 	if (p[1].revents && eventfd_read(run->job.done_fd, &value) == 0) {
 		far_thread_join(&run->job.thread);
 		if (run->state == MOUNT_OPENING)

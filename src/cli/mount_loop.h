@@ -10,6 +10,16 @@
 struct far_control;
 struct json_object;
 
+/* The program that started farpage-serve. */
+struct mount_parent {
+	int life_fd;       /* gets the path once it is usable; its end is ours */
+	int backend_fd;    /* a backend of the program's, over gRPC; -1: open SOURCE */
+	const char *hooks; /* control socket that answers hooks; NULL: none */
+};
+
+/* The verb `mount` for such a program. */
+int mount_for_parent(int argc, char **argv, const struct mount_parent *parent);
+
 struct mount_loop {
 	/* fixed before mount_loop_run() */
 	struct far_mnt_conf conf;
@@ -18,6 +28,7 @@ struct mount_loop {
 	const char *local;       /* where unsaved bytes stay; NULL: memory, gone with us */
 	const char *run;         /* --run; NULL: none */
 	int ready_fd;            /* the waiting parent of --background; -1: none */
+	int life_fd;             /* closes when we are to end; -1: none */
 	bool quiet;
 	struct far_control *control;
 

@@ -41,6 +41,7 @@
 #include <fuse3/fuse_lowlevel.h>
 #include <limits.h>
 #include <linux/falloc.h>
+#include <linux/fuse.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -61,21 +62,25 @@
 
 #define FUSE_FOREVER 86400.0 /* seconds that the kernel may keep names and attributes */
 #define FUSE_INO_FILE 2      /* in a directory; as a file mount the root, 1, is the file */
-#define FUSE_READ_MAX ((size_t)1 << 20)
+#define FUSE_IO_MAX ((size_t)1 << 20) /* of one request: the kernel's limit of 256 pages */
+#define FUSE_IN (FUSE_IO_MAX + 2 * 4096)
+#define FUSE_IN_SKIP (4096 - sizeof(struct fuse_in_header) - sizeof(struct fuse_write_in)) /* aligns a write's data */
 #define FUSE_EXTENTS 64
 #define FUSE_INIT_WAIT (10 * FAR_SEC)
 #define FUSE_SHARE_MIN ((size_t)32 << 10) /* below, a copy costs less than the look whether the pages are there */
 #define FUSE_PAGE ((size_t)4096)
+#define FUSE_BACKGROUND 4096
 /* KiB that the kernel reads ahead. Two requests of 1 MiB at once keep two CPUs busy; across a network a fault in a mapping
- * would wait for all of it. */
+ * waits for all of it. While a puller is at work it is the one that reads ahead, and in larger pieces. */
 #define FUSE_AHEAD_LOCAL 2048
 #define FUSE_AHEAD_REMOTE 1024
+#define FUSE_AHEAD_PULLING 256
 
 struct fuse_seat {
 	struct far_fuse *f;
 	struct far_seat *seat; /* of the thread that sits */
-	struct fuse_buf in;
-	void *out; /* FUSE_READ_MAX, or NULL */
+	char *in;              /* FUSE_IN bytes, or NULL */
+	void *out;             /* FUSE_IO_MAX bytes, or NULL */
 };
 
 struct far_fuse {
@@ -118,12 +123,13 @@ struct fuse_call {
 	uint64_t off, len, until;
 	int whence;
 	const void *data; /* of a write, inside mem */
-	void *mem;        /* a receive buffer, freed after the answer */
+	void *mem;        /* a receive buffer, given back after the answer */
 };
 
 /* The seat this thread receives at, while it does. */
 static _Thread_local struct fuse_seat *fuse_here;
 static _Thread_local bool fuse_thread_ready;
+static _Thread_local bool fuse_small; /* what it answered last was a small read: somebody waits for each of them */
 
 /* ---------------------------------------------------------------------------------------------- small things */
 
@@ -292,7 +298,7 @@ static void fuse_answer(struct fuse_call *c)
 		break;
 	}
 	far_deadline_restore(old);
-	free(c->mem);
+	far_buf_put(c->mem, FUSE_IN);
 	atomic_fetch_sub(&f->blocked, 1);
 }
 
@@ -307,9 +313,8 @@ static void fuse_parked(void *arg)
 /* Take the receive buffer along: the seat's next receive makes itself a new one. */
 static void fuse_take(struct fuse_seat *s, struct fuse_call *c)
 {
-	c->mem = s->in.mem;
-	s->in.mem = NULL;
-	s->in.size = 0;
+	c->mem = s->in;
+	s->in = NULL;
 }
 
 /* From a handler, its last act: the request may block from here on. */
@@ -334,7 +339,7 @@ static void fuse_call(struct fuse_call c)
 		free(p);
 	}
 	atomic_fetch_sub(&f->blocked, 1);
-	free(c.mem);
+	far_buf_put(c.mem, FUSE_IN);
 	fuse_reply_err(c.req, ENOMEM);
 }
 
@@ -350,7 +355,11 @@ static void fuse_op_init(void *opaque, struct fuse_conn_info *conn)
 				  FUSE_CAP_AUTO_INVAL_DATA | FUSE_CAP_ATOMIC_O_TRUNC | FUSE_CAP_WRITEBACK_CACHE |
 				  FUSE_CAP_POSIX_LOCKS | FUSE_CAP_FLOCK_LOCKS);
 	conn->want |= conn->capable & (FUSE_CAP_ASYNC_READ | FUSE_CAP_ASYNC_DIO | FUSE_CAP_PARALLEL_DIROPS);
-	conn->max_background = conn->congestion_threshold = f->max_blocked;
+	conn->max_write = FUSE_IO_MAX;
+	/* Read-ahead, write-back and O_DIRECT count against this. At the limit the kernel holds back those for local bytes
+	 * too; we park and go on, so it has to be far above the number of threads. */
+	conn->max_background = conn->congestion_threshold =
+		f->max_blocked > FUSE_BACKGROUND ? f->max_blocked : FUSE_BACKGROUND;
 }
 
 static void fuse_op_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
@@ -446,7 +455,7 @@ static void fuse_op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_inf
  */
 static bool fuse_reply_shared(const char *share, fuse_req_t req, uint64_t off, size_t len)
 {
-	unsigned char there[FUSE_READ_MAX / FUSE_PAGE + 1];
+	unsigned char there[FUSE_IO_MAX / FUSE_PAGE + 1];
 	size_t skip = off % FUSE_PAGE, pages = (skip + len + FUSE_PAGE - 1) / FUSE_PAGE;
 
 	if (pages > sizeof there || mincore((char *)share + off - skip, skip + len, there))
@@ -470,13 +479,14 @@ static void fuse_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off,
 		return;
 	}
 	size_t len = (size_t)far_min(size, f->bytes - at);
+	fuse_small = len < FUSE_SHARE_MIN;
 	const char *share = len < FUSE_SHARE_MIN ? NULL : atomic_load_explicit(&f->share, memory_order_acquire);
 	if (share && fuse_reply_shared(share, req, at, len))
 		return;
 	if (!s->out)
-		s->out = far_buf_get(FUSE_READ_MAX);
+		s->out = far_buf_get(FUSE_IO_MAX);
 	int r = -EAGAIN;
-	if (s->out && len <= FUSE_READ_MAX)
+	if (s->out && len <= FUSE_IO_MAX)
 		r = far_read(f->b, at, s->out, len, FAR_NOWAIT);
 	if (r == -EAGAIN)
 		fuse_call((struct fuse_call){ .f = f, .req = req, .what = FUSE_CALL_READ, .off = at, .len = len });
@@ -651,9 +661,11 @@ static const struct fuse_lowlevel_ops fuse_ops = {
 
 /* ------------------------------------------------------------------------------------------------- receivers */
 
-/* Wait for a request where the connection cannot be aborted. False: told to end. */
+/* Wait for a request where the connection cannot be aborted and does not block. False: told to end. */
 static bool fuse_poll(const struct far_fuse *f)
 {
+	if (f->poll_fd < 0)
+		return true;
 	struct pollfd p[2] = { { .fd = f->fd, .events = POLLIN }, { .fd = f->poll_fd, .events = POLLIN } };
 
 	while (poll(p, 2, -1) < 0) {
@@ -661,6 +673,13 @@ static bool fuse_poll(const struct far_fuse *f)
 			return false;
 	}
 	return p[1].revents == 0;
+}
+
+/* Without a receive buffer: again in a moment. */
+static bool fuse_out_of_memory(void)
+{
+	far_sleep_until(far_now() + 10 * FAR_MSEC, false);
+	return true;
 }
 
 static bool fuse_receive(void *opaque, struct far_seat *seat)
@@ -673,16 +692,21 @@ static bool fuse_receive(void *opaque, struct far_seat *seat)
 		prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
 		fuse_thread_ready = true;
 	}
-	if (f->poll_fd >= 0 && !fuse_poll(f))
-		return false;
-	int r = fuse_session_receive_buf(f->se, &s->in);
-	if (r == -EINTR || r == -EAGAIN)
-		return true;
-	if (r <= 0)
-		return false;
+	if (!s->in)
+		s->in = far_buf_get(FUSE_IN);
+	if (!s->in)
+		return fuse_out_of_memory();
+	/* libfuse has a call for this, which writes to standard error when the connection is aborted. */
+	ssize_t n = read(f->fd, s->in + FUSE_IN_SKIP, FUSE_IN - FUSE_IN_SKIP);
+	if (n < 0 && errno == EAGAIN)
+		return fuse_poll(f);
+	if (n < 0) /* ENOENT: that request was interrupted; EIO: it had no room; ENODEV, ECONNABORTED: the end */
+		return errno == EINTR || errno == ENOENT || errno == EIO;
+	struct fuse_buf buf = { .mem = s->in + FUSE_IN_SKIP, .size = (size_t)n };
 	fuse_here = s;
+	fuse_small = false;
 	s->seat = seat;
-	fuse_session_process_buf(f->se, &s->in);
+	fuse_session_process_buf(f->se, &buf);
 	/* From here on the seat may be another thread's. */
 	if (!atomic_load_explicit(&f->ready, memory_order_relaxed)) {
 		far_mutex_lock(&f->lock);
@@ -694,7 +718,8 @@ static bool fuse_receive(void *opaque, struct far_seat *seat)
 	 * The kernel wakes the receiver that has waited longest, wherever it is. If the program has just been woken on this
 	 * CPU, let it run first: its next request is then there before this thread waits, and stays on this CPU.
 	 */
-	sched_yield();
+	if (fuse_small)
+		sched_yield();
 	return true;
 }
 
@@ -703,8 +728,8 @@ static void fuse_seat_ended(void *opaque)
 	struct fuse_seat *s = opaque;
 	struct far_fuse *f = s->f;
 
-	free(s->in.mem);
-	far_buf_put(s->out, FUSE_READ_MAX);
+	far_buf_put(s->in, FUSE_IN);
+	far_buf_put(s->out, FUSE_IO_MAX);
 	far_mutex_lock(&f->lock);
 	f->live--;
 	far_cond_broadcast(&f->changed);
@@ -753,8 +778,12 @@ static int fuse_start(struct far_fuse *f)
 static int fuse_check_target(struct far_fuse *f, const char *shown, struct far_error *err)
 {
 	struct stat st;
+	struct statvfs v;
+	unsigned major, minor;
+	bool ours = false;
 
-	if (stat(shown, &st)) {
+	/* Attributes may be cached, what statvfs says is not. */
+	if (stat(shown, &st) || statvfs(shown, &v)) {
 		int e = errno;
 		if (e == ENOENT)
 			return far_error_set(err, e, "cannot mount on %s: there is no such file or directory. "
@@ -770,6 +799,9 @@ static int fuse_check_target(struct far_fuse *f, const char *shown, struct far_e
 	f->target = realpath(shown, NULL);
 	if (!f->target)
 		return far_error_set(err, errno, "cannot mount on %s: %s", shown, far_strerror(errno));
+	if (far_fuse_mount_find(f->target, &major, &minor, &ours) && ours)
+		return far_error_set(err, EBUSY, "cannot mount on %s: a region is mounted there already. "
+				     "End that with 'farpage stop %s'", shown, shown);
 	return 0;
 }
 
@@ -838,7 +870,7 @@ static int fuse_connect(struct far_fuse *f, const struct far_fuse_conf *conf, st
 		far_fd_close(&f->fd);
 		return far_error_set(err, EIO, "cannot mount on %s: libfuse refuses the connection", conf->target);
 	}
-	if (far_fuse_mount_find(f->target, &f->major, &f->minor))
+	if (far_fuse_mount_find(f->target, &f->major, &f->minor, NULL))
 		f->abort_fd = far_fuse_mount_abort_fd(f->minor);
 	if (f->abort_fd < 0) {
 		f->poll_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -891,7 +923,8 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 		far_fuse_close(f);
 		return r;
 	}
-	fuse_read_ahead(f, far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
+	fuse_read_ahead(f, conf->pulling ? FUSE_AHEAD_PULLING :
+			   far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
 	*out = f;
 	return 0;
 }
@@ -929,7 +962,7 @@ static bool fuse_mounted(struct far_fuse *f)
 	far_mutex_lock(&f->lock);
 	bool gone = f->detached;
 	far_mutex_unlock(&f->lock);
-	return !gone && far_fuse_mount_find(f->target, &major, &minor) && major == f->major && minor == f->minor;
+	return !gone && far_fuse_mount_find(f->target, &major, &minor, NULL) && major == f->major && minor == f->minor;
 }
 
 static int fuse_take_off(struct far_fuse *f, bool lazy)

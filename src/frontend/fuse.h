@@ -14,8 +14,10 @@ struct far_fuse_conf {
 	const char *name;        /* of the file inside a directory; no '/' */
 	const char *source;      /* what `mount` shows */
 	bool read_only;
-	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open */
-	unsigned max_blocked;    /* threads; also max_background and congestion_threshold */
+	bool pulling;            /* only a part is local yet; far_fuse_all_local() says when that is over */
+	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open. Else each open drops
+				  * it, and for that waits for every cached read that is under way */
+	unsigned max_blocked;    /* threads that may wait for b; what is more is parked. 0: 256 */
 	uint64_t deadline;       /* ns a request may take; FAR_NEVER: no limit */
 };
 

@@ -170,11 +170,12 @@ int far_fuse_mount_attach(const struct far_fuse_mount_conf *conf, int *out, stru
 	if (fd < 0 && (errno == ENOENT || errno == ENODEV || errno == ENXIO))
 		return far_error_set(err, ENOENT, "cannot mount on %s: " FUSE_DEVICE " is missing. "
 				     "Load it with 'modprobe fuse', or use --as nbd-socket.", conf->shown);
-	if (fd < 0 && geteuid() != 0)
-		return fuse_attach_helper(conf, out, err); /* it opens the device with its own rights */
+	if (fd < 0 && errno == EACCES)
+		return far_error_set(err, EACCES, "cannot mount on %s: this user may not open " FUSE_DEVICE ". "
+				     "Allow it with 'chmod 666 " FUSE_DEVICE "' as root, or use --as nbd-socket", conf->shown);
 	if (fd < 0)
 		return far_error_set(err, errno, "cannot mount on %s: opening " FUSE_DEVICE ": %s. Give this process the "
-				     "device (docker run --device /dev/fuse), or use --as nbd-socket", conf->shown,
+				     "device (docker run --device " FUSE_DEVICE "), or use --as nbd-socket", conf->shown,
 				     far_strerror(errno));
 	snprintf(opts, sizeof opts, "fd=%d,rootmode=%o,user_id=%u,group_id=%u,default_permissions", fd,
 		 conf->dir ? S_IFDIR : S_IFREG, geteuid(), getegid());
@@ -215,7 +216,7 @@ static void fuse_unescape(char *s)
 	*o = 0;
 }
 
-bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor)
+bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor, bool *ours)
 {
 	FILE *f = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL;
@@ -234,10 +235,13 @@ bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor)
 		if (!end)
 			continue;
 		*end = 0;
+		char *type = strstr(end + 1, " - "); /* optional fields end here, then the type */
 		fuse_unescape(path);
 		if (!strcmp(path, target)) {
 			*major = ma;
 			*minor = mi;
+			if (ours)
+				*ours = type && !strncmp(type + 3, "fuse." FUSE_SUBTYPE " ", sizeof "fuse." FUSE_SUBTYPE);
 			found = true; /* later lines lie on top */
 		}
 	}

@@ -192,6 +192,33 @@ struct json_object *far_control_ok(void)
 	return o;
 }
 
+static void control_add(struct json_object *o, const char *key, uint64_t v)
+{
+	json_object_object_add(o, key, json_object_new_int64((int64_t)v));
+}
+
+struct json_object *far_control_status(const struct far_status *st)
+{
+	struct json_object *o = far_control_ok();
+
+	json_object_object_add(o, "mode", json_object_new_string(st->mode == FAR_MODE_MANAGED ? "managed" : "direct"));
+	control_add(o, "size", st->bytes);
+	control_add(o, "local", st->local);
+	control_add(o, "dirty", st->dirty);
+	control_add(o, "pulled", st->pulled);
+	control_add(o, "pushed", st->pushed);
+	control_add(o, "inflight", st->inflight);
+	control_add(o, "window", st->window);
+	control_add(o, "demand_reads", st->demand_reads);
+	control_add(o, "blocked", st->blocked);
+	control_add(o, "errors", st->errors);
+	control_add(o, "pull_rate", (uint64_t)st->pull_rate);
+	control_add(o, "last_errno", (uint64_t)st->last_error);
+	json_object_object_add(o, "last_error",
+			       st->last_error ? json_object_new_string(far_strerror(st->last_error)) : NULL);
+	return o;
+}
+
 struct json_object *far_control_error(int code, const char *fmt, ...)
 {
 	struct json_object *o = json_object_new_object();
@@ -253,6 +280,7 @@ static void *control_slot_main(void *arg)
 		json_object_put(reply);
 	}
 	free(line);
+	shutdown(s->fd, SHUT_RDWR); /* the number is closed when the slot is used again: the caller must not wait for that */
 	far_mutex_lock(&c->lock);
 	s->state = CONTROL_DONE;
 	far_mutex_unlock(&c->lock);

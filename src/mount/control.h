@@ -26,6 +26,8 @@ bool far_control_ending(struct far_control *c);
 void far_control_close(struct far_control *c);
 
 struct json_object *far_control_ok(void);
+/* A status as an answer's fields, after "ok". */
+struct json_object *far_control_status(const struct far_status *st);
 struct json_object *far_control_error(int code, const char *fmt, ...) FAR_PRINTF(2, 3);
 
 /* Send one request to the instance that holds target (or that listens at path) and wait for its answer. timeout_ms -1:

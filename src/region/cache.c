@@ -106,6 +106,18 @@ int far_cache_need(struct far_region *r, uint64_t i, uint64_t max)
 
 /* ---------------------------------------------------------------------------------------------------------- reads */
 
+/* The local store is full: the remote's bytes go to the reader alone. Only while the chunk is wholly absent: whatever was
+ * written here before this read began has made it something else. */
+static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len)
+{
+	if (far_chunkmap_state(r->map, i) != FAR_ABSENT)
+		return -ENOSPC;
+	int err = far_read(r->remote, off, buf, len, 0);
+	if (err)
+		far_region_remote_failed(r, err);
+	return err;
+}
+
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct far_region *r = self;
@@ -126,6 +138,11 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 			if (r->trace)
 				far_trace_touch(r->trace, i, 1);
 			err = far_cache_need(r, i, last - i + 1);
+			if (err == -ENOSPC || err == -EDQUOT) {
+				err = cache_read_past(r, i, off, p, (size_t)(stop - off));
+				p += stop - off;
+				off = stop;
+			}
 			if (err)
 				return err;
 			continue;

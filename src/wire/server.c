@@ -75,6 +75,11 @@ void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stal
 	s->env.stall = stall;
 }
 
+void far_server_plain(struct far_server *s)
+{
+	s->env.plain = true;
+}
+
 int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
 {
 	struct far_server_opts o = FAR_SERVER_OPTS_INIT;
@@ -192,6 +197,7 @@ static void *server_accept(void *arg)
 {
 	struct server_listener *l = arg;
 	struct far_server *s = l->server;
+	uint64_t told = 0;
 
 	while (far_net_wait_readable(l->fd, s->cancel, FAR_NEVER) == 0) {
 		int fd;
@@ -200,8 +206,11 @@ static void *server_accept(void *arg)
 			r = server_add(s, fd);
 			if (r) {
 				far_fd_close(&fd);
-				far_log(FAR_LOG_WARNING, "a connection was turned away: %s%s", far_strerror(r),
-					r == -EMFILE ? " (256 connections at most)" : "");
+				uint64_t now = far_now();
+				if (!told || now - told > 10 * FAR_SEC)
+					far_log(FAR_LOG_WARNING, "a connection was turned away: %s%s", far_strerror(r),
+						r == -EMFILE ? " (256 at most)" : "");
+				told = now;
 			}
 		} else if (r == -EMFILE || r == -ENFILE || r == -ENOBUFS || r == -ENOMEM) {
 			/* It stays in the queue: do not spin on it. */

@@ -21,6 +21,7 @@ struct far_server_env {
 	uint64_t max_request;
 	uint64_t handshake, stall; /* patience, ns: for a greeting; for a peer that neither sends nor takes what it must */
 	uint64_t memory_max;
+	bool plain; /* only the Backend service, as the Go servers of the r3map family */
 	/* atomic: bytes of requests and replies that are held for peers. A connection whose peer makes it hold much is
 	 * made to wait once all together hold memory_max. */
 	_Atomic uint64_t memory;
@@ -29,8 +30,9 @@ struct far_server_env {
 /* The export of that name; "" and "default": the first. NULL: there is none. */
 const struct far_export *far_server_find(const struct far_server_env *env, const char *name, size_t len);
 
-/* For tests: shorter patience. Before the first connection. */
+/* For tests: shorter patience; the plain service only. Before the first connection. */
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall);
+void far_server_plain(struct far_server *s);
 
 /* The gRPC server half: serve a connected socket, which it owns from success on, on a seat of the crew. ended(opaque) is
  * called when the connection is gone. */

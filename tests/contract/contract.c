@@ -591,7 +591,9 @@ static void check_sparse(void **state)
 	assert_int_equal(far_extents(r.b, 0, r.bytes, e, 4, &n), 0);
 	if (!(s->flags & CONTRACT_BLIND))
 		assert_int_equal(e[0].kind, FAR_EXTENT_ZERO);
-	assert_int_equal(far_discard(r.b, 0, r.bytes, 0), 0);
+	/* who is blind to holes takes all of them for data that was cleared: less of it, at the end */
+	uint64_t from = s->flags & CONTRACT_BLIND ? r.bytes - (64 << 20) : 0;
+	assert_int_equal(far_discard(r.b, from, r.bytes - from, 0), 0);
 	assert_int_equal(far_read(r.b, off, buf, len, 0), 0);
 	assert_int_equal(buf[0] | buf[len - 1], 0);
 	free(buf);

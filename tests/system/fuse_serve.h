@@ -11,6 +11,7 @@
 #include "base/clock.h"
 #include "base/io.h"
 #include "frontend/fuse.h"
+#include "region/region.h"
 
 #include <fcntl.h>
 #include <setjmp.h>
@@ -56,6 +57,8 @@ struct serve_conf {
 	unsigned max_blocked;
 	uint64_t deadline; /* 0: 30 s */
 	const char *uri;   /* instead of the test backend */
+	bool managed;      /* the test backend is the remote of a region that pulls, pushes and, with local_max, evicts */
+	uint64_t local_max;
 };
 
 /* ------------------------------------------------------------------------------------------------- the child */
@@ -187,12 +190,36 @@ static int serve_backend(struct serve *s, const struct serve_conf *conf, struct 
 	return far_backend_new(&ops, s, &facts, b);
 }
 
+static int serve_region(const struct serve_conf *conf, struct far_backend *remote, struct far_region **out)
+{
+	struct far_mount_opts opts = FAR_MOUNT_OPTS_INIT;
+	struct far_backend *local;
+	struct far_error err = { 0 };
+	char uri[60];
+
+	snprintf(uri, sizeof uri, "mem:%" PRIu64, conf->bytes);
+	int r = far_open(uri, NULL, &local, &err);
+	if (r)
+		return r;
+	opts.chunk = 65536;
+	opts.pull_workers = 2;
+	opts.push_workers = 2;
+	opts.push_interval_ms = 5;
+	opts.local_max = conf->local_max;
+	r = far_region_open(&(struct far_region_conf){ .remote = remote, .local = local, .local_is_zero = true,
+						       .opts = &opts }, out, &err);
+	if (r)
+		fprintf(stderr, "%s\n", err.text);
+	return r;
+}
+
 /* u: unmount, d: detach, w: wait up to the limit, W: is it over, s: stop the backend, b: blocked calls,
  * i: invalidate everything, a: everything is local, q: close and end. Each is answered with a number. */
 static void serve_child(struct serve *s, const struct serve_conf *conf)
 {
 	struct far_backend *b = NULL;
 	struct far_fuse *f = NULL;
+	struct far_region *region = NULL;
 	struct far_error err = { 0 };
 	struct far_fuse_conf fc = { .target = s->path, .name = "region", .source = "test,with comma",
 				    .read_only = conf->read_only, .keep_cache = conf->keep_cache,
@@ -201,6 +228,10 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 	char c;
 	int64_t r = serve_backend(s, conf, &b);
 
+	if (!r && conf->managed)
+		r = serve_region(conf, b, &region);
+	if (region)
+		b = far_region_backend(region);
 	fc.b = b;
 	if (!r)
 		r = far_fuse_open(&fc, &f, &err);
@@ -219,7 +250,7 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 		else if (c == 'W')
 			r = far_fuse_wait(f, far_now());
 		else if (c == 's')
-			far_stop(b);
+			region ? far_region_stop(region) : far_stop(b);
 		else if (c == 'b')
 			r = far_fuse_blocked(f);
 		else if (c == 'i')
@@ -231,9 +262,9 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 		if (far_io_write(s->sock, &r, sizeof r))
 			break;
 	}
-	far_stop(b);
+	region ? far_region_stop(region) : far_stop(b);
 	far_fuse_close(f);
-	far_close(b);
+	region ? far_region_close(region) : far_close(b);
 	r = 0;
 	far_io_write(s->sock, &r, sizeof r);
 	_exit(0);

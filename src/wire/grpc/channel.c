@@ -67,7 +67,8 @@ void far_call_request(struct far_call *call, const struct far_pb_out *o, const v
 {
 	FAR_ASSERT(o->n <= o->cap && o->n + FAR_GRPC_PREFIX <= FAR_H2_HEAD && o->n + body_n <= UINT32_MAX);
 	far_grpc_prefix(call->req.head, (uint32_t)(o->n + body_n));
-	memcpy(call->req.head + FAR_GRPC_PREFIX, o->p, o->n);
+	if (o->n)
+		memcpy(call->req.head + FAR_GRPC_PREFIX, o->p, o->n);
 	call->req.head_n = (uint8_t)(o->n + FAR_GRPC_PREFIX);
 	call->req.body = body;
 	call->req.body_n = body_n;
@@ -286,6 +287,9 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 			break;
 		}
 	}
+	/* A session that has nothing more to say or hear has ended itself over what the peer sent. */
+	if (!r && !c->dead && all && far_h2_over(&c->h2))
+		r = c->draining ? -ECONNRESET : -EPROTO;
 	if (r)
 		channel_die(c, r);
 	c->sending = false;

@@ -179,7 +179,6 @@ static ssize_t h2_read_cb(nghttp2_session *session, int32_t id, uint8_t *buf, si
 		return (ssize_t)length;
 	if (!s->more) {
 		*flags |= NGHTTP2_DATA_FLAG_EOF;
-		s->body_done = true;
 		if (h->ops->body_out) {
 			*flags |= NGHTTP2_DATA_FLAG_NO_END_STREAM;
 			h->ops->body_out(h, s);
@@ -336,13 +335,31 @@ static int h2_frame_cb(nghttp2_session *session, const nghttp2_frame *frame, voi
 	struct far_h2_stream *s = h2_stream(h, frame->hd.stream_id);
 	bool headers = frame->hd.type == NGHTTP2_HEADERS, data = frame->hd.type == NGHTTP2_DATA;
 
+	/* Whether the peer has said all is known before its headers are judged. */
+	if (s && headers)
+		s->peer_done = (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) != 0;
 	if (s && headers)
 		h->ops->headers_end(h, s);
 	/* The owner may have let go of it just now. */
-	if ((headers || data) && (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) && (s = h2_stream(h, frame->hd.stream_id)))
+	if ((headers || data) && (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) && (s = h2_stream(h, frame->hd.stream_id))) {
+		s->peer_done = true;
 		h->ops->end(h, s);
+	}
 	if (h->ops->frame)
 		h->ops->frame(h, frame);
+	return 0;
+}
+
+/* A reset that is queued with the answer would overtake it: it is queued when the answer has gone. */
+static int h2_sent_cb(nghttp2_session *session, const nghttp2_frame *frame, void *user)
+{
+	struct far_h2 *h = user;
+
+	if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM))
+		return 0;
+	struct far_h2_stream *s = h2_stream(h, frame->hd.stream_id);
+	if (s && s->early && !s->peer_done)
+		far_h2_reset(h, s->id, NGHTTP2_NO_ERROR);
 	return 0;
 }
 
@@ -396,6 +413,7 @@ static int h2_session(struct far_h2 *h, bool server)
 	nghttp2_session_callbacks_set_on_header_callback(cb, h2_header_cb);
 	nghttp2_session_callbacks_set_on_data_chunk_recv_callback(cb, h2_data_cb);
 	nghttp2_session_callbacks_set_on_frame_recv_callback(cb, h2_frame_cb);
+	nghttp2_session_callbacks_set_on_frame_send_callback(cb, h2_sent_cb);
 	nghttp2_session_callbacks_set_on_stream_close_callback(cb, h2_close_cb);
 	nghttp2_session_callbacks_set_send_data_callback(cb, h2_send_data_cb);
 	nghttp2_session_callbacks_set_data_source_read_length_callback(cb, h2_length_cb);

@@ -37,7 +37,8 @@ struct far_h2_msg {
 struct far_h2_stream {
 	int32_t id;
 	bool more;              /* more messages will be queued: do not end the body yet */
-	bool body_done;         /* the body was handed out whole */
+	bool peer_done;         /* the peer has said all */
+	bool early;             /* answered before that: tell the peer to stop once the answer is out */
 	struct far_h2_msg *out; /* to be sent, in order */
 	struct far_grpc_deframer in;
 };

@@ -204,8 +204,8 @@ static void session_refuse(struct far_session *s, struct far_request *r, enum fa
 {
 	far_request_fail(r, status, "%s", text);
 	session_body_free(r);
+	r->s.early = true;
 	session_respond_status(s, r);
-	far_h2_reset(&s->h2, r->s.id, NGHTTP2_NO_ERROR);
 }
 
 static void session_body_out(struct far_h2 *h, struct far_h2_stream *st)
@@ -300,6 +300,8 @@ static void session_header(struct far_h2 *h, struct far_h2_stream *st, const cha
 		return;
 	if (IS(":path")) {
 		r->method = far_grpc_method_of(value, value_n);
+		if (far_grpc_is_region(r->method) && r->session->env->plain)
+			r->method = FAR_M_NONE;
 		/* Kept for the message of a refusal. */
 		snprintf(r->text, sizeof r->text, "%.*s", (int)far_min(value_n, 120), value);
 		r->has_path = true;
@@ -327,8 +329,8 @@ static void session_headers_end(struct far_h2 *h, struct far_h2_stream *st)
 	if (r->answered)
 		return;
 	if (!r->post || !r->grpc) {
+		r->s.early = true;
 		session_respond_http(s, r, r->post ? "415" : "405");
-		far_h2_reset(h, st->id, NGHTTP2_NO_ERROR);
 	} else if (r->header_bytes > SESSION_HEADERS) {
 		session_refuse(s, r, FAR_GRPC_RESOURCE_EXHAUSTED, "too many headers");
 	} else if (r->method == FAR_M_NONE) {

@@ -1,0 +1,318 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* The library's file face, built against the installed header and the shared library alone. */
+#include <farpage.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#define SIZE (8u << 20)
+
+static char dir[] = "/tmp/farpage-library-XXXXXX";
+
+/* A backend of ours: what the child reads and writes comes back to this process. */
+static struct {
+	unsigned char data[SIZE];
+	_Atomic unsigned flushes;
+	_Atomic int fail;
+} own;
+
+static int own_read(void *opaque, uint64_t off, void *buf, size_t len)
+{
+	if (own.fail)
+		return -own.fail;
+	memcpy(buf, own.data + off, len);
+	return 0;
+}
+
+static int own_write(void *opaque, uint64_t off, const void *buf, size_t len)
+{
+	if (own.fail)
+		return -own.fail;
+	memcpy(own.data + off, buf, len);
+	return 0;
+}
+
+static int own_flush(void *opaque)
+{
+	own.flushes++;
+	return 0;
+}
+
+static struct far_backend *own_backend(void)
+{
+	struct far_backend *b;
+
+	own.fail = 0;
+	for (unsigned k = 0; k < SIZE; k++)
+		own.data[k] = (unsigned char)(k * 7 + (k >> 12));
+	assert_int_equal(far_backend_from(own_read, own_write, SIZE, own_flush, NULL, &b), 0);
+	return b;
+}
+
+struct calls {
+	_Atomic unsigned before_flush, before_close, progress;
+	_Atomic uint64_t local;
+	_Atomic int refuse;
+};
+
+static int before_flush(void *opaque)
+{
+	struct calls *c = opaque;
+	c->before_flush++;
+	return -c->refuse;
+}
+
+static int before_close(void *opaque)
+{
+	((struct calls *)opaque)->before_close++;
+	return 0;
+}
+
+static void chunk_local(void *opaque, uint64_t off, uint64_t len)
+{
+	((struct calls *)opaque)->local += len;
+}
+
+static void progress(void *opaque, const struct far_status *st)
+{
+	assert_int_equal(st->bytes, SIZE);
+	((struct calls *)opaque)->progress++;
+}
+
+static struct far_mount *open_own(const struct far_mount_opts *o)
+{
+	struct far_backend *b = own_backend();
+	struct far_error err = { 0 };
+	struct far_mount *m = NULL;
+
+	if (far_mount_open(b, dir, o, &m, &err) < 0)
+		fail_msg("%s", err.text);
+	return m;
+}
+
+static void a_backend_of_ours_is_a_file(void **state)
+{
+	struct far_mount *m = open_own(NULL);
+	unsigned char buf[5000];
+	int fd = far_fd(m);
+
+	assert_true(fd >= 0);
+	assert_int_equal(pread(fd, buf, sizeof buf, 12345), sizeof buf);
+	assert_memory_equal(buf, own.data + 12345, sizeof buf);
+	memset(buf, 0xaa, sizeof buf);
+	assert_int_equal(pwrite(fd, buf, sizeof buf, 777), sizeof buf);
+	/* A store through a mapping is there after a flush too. */
+	unsigned char *p = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	assert_true(p != MAP_FAILED);
+	p[SIZE - 1] = 0x5a;
+	assert_int_equal(far_mount_flush(m), 0);
+	assert_memory_equal(own.data + 777, buf, sizeof buf);
+	assert_int_equal(own.data[SIZE - 1], 0x5a);
+	assert_true(own.flushes > 0);
+	munmap(p, SIZE);
+	struct far_status st = FAR_STATUS_INIT;
+	assert_int_equal(far_mount_status(m, &st), 0);
+	assert_int_equal(st.bytes, SIZE);
+	assert_int_equal(st.mode, FAR_MODE_DIRECT);
+	assert_int_equal(far_mount_close(m), 0);
+}
+
+static void managed_with_hooks(void **state)
+{
+	struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
+	struct calls c = { 0 };
+	unsigned char buf[1000];
+
+	o.mode = FAR_MODE_MANAGED;
+	o.chunk = 65536;
+	o.opaque = &c;
+	o.before_flush = before_flush;
+	o.before_close = before_close;
+	o.chunk_local = chunk_local;
+	o.progress = progress;
+	struct far_mount *m = open_own(&o);
+	assert_int_equal(far_mount_wait_range(m, SIZE - 100, 100, 20000), 0);
+	assert_int_equal(far_mount_wait(m, 100, 20000), 0);
+	memset(buf, 0x33, sizeof buf);
+	assert_int_equal(pwrite(far_fd(m), buf, sizeof buf, 4000), sizeof buf);
+	struct far_status st = FAR_STATUS_INIT;
+	assert_int_equal(far_mount_status(m, &st), 0);
+	assert_int_equal(st.local, SIZE);
+	c.refuse = EBUSY;
+	assert_int_equal(far_mount_flush(m), -EBUSY);
+	c.refuse = 0;
+	assert_int_equal(far_mount_flush(m), 0);
+	assert_memory_equal(own.data + 4000, buf, sizeof buf);
+	assert_true(c.before_flush >= 2);
+	memset(own.data + 4000, 0, sizeof buf); /* what is written now must come with close */
+	memset(buf, 0x44, sizeof buf);
+	assert_int_equal(pwrite(far_fd(m), buf, sizeof buf, 4000), sizeof buf);
+	assert_int_equal(far_mount_close(m), 0);
+	assert_memory_equal(own.data + 4000, buf, sizeof buf);
+	assert_int_equal(c.before_close, 1);
+	assert_int_equal(c.local, SIZE);
+	assert_true(c.progress > 0);
+}
+
+static void a_uri_is_opened_by_the_child(void **state)
+{
+	struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
+	struct far_error err = { 0 };
+	struct far_mount *m;
+	char uri[100], target[100], buf[6];
+
+	snprintf(uri, sizeof uri, "file:%s/source?size=100000", dir);
+	snprintf(target, sizeof target, "%s/target", dir);
+	close(open(target, O_CREAT | O_WRONLY, 0600));
+	o.mode = FAR_MODE_MANAGED;
+	if (far_mount_open_uri(uri, target, &o, &m, &err) < 0)
+		fail_msg("%s", err.text);
+	assert_string_equal(far_path(m), target);
+	assert_int_equal(pwrite(far_fd(m), "hello", 6, 99990), 6);
+	assert_int_equal(far_mount_close(m), 0);
+	snprintf(target, sizeof target, "%s/source", dir);
+	int fd = open(target, O_RDONLY);
+	assert_int_equal(pread(fd, buf, 6, 99990), 6);
+	assert_string_equal(buf, "hello");
+	close(fd);
+}
+
+static void errors_have_the_childs_sentence(void **state)
+{
+	const struct {
+		const char *uri, *target, *says;
+	} bad[] = {
+		{ "file:/nonexistent/x", NULL, "/nonexistent/x" },
+		{ "gopher://x", NULL, "gopher" },
+		{ "mem:1M", "/nonexistent", "/nonexistent" },
+		{ "mem:1M?what=1", NULL, "what" },
+	};
+
+	for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++) {
+		struct far_error err = { 0 };
+		struct far_mount *m = NULL;
+		assert_true(far_mount_open_uri(bad[k].uri, bad[k].target ? bad[k].target : dir, NULL, &m, &err) < 0);
+		assert_null(m);
+		assert_true(err.code > 0);
+		if (!strstr(err.text, bad[k].says))
+			fail_msg("'%s' does not name '%s'", err.text, bad[k].says);
+	}
+}
+
+static void a_failing_backend_is_an_error_for_the_program(void **state)
+{
+	struct far_mount *m = open_own(NULL);
+	char c;
+
+	own.fail = EIO;
+	assert_int_equal(pread(far_fd(m), &c, 1, 1 << 20), -1);
+	assert_int_equal(errno, EIO);
+	own.fail = 0;
+	assert_int_equal(pread(far_fd(m), &c, 1, 1 << 20), 1);
+	assert_int_equal(far_mount_close(m), 0);
+}
+
+static int child_of_ours(void)
+{
+	char name[300] = "";
+	FILE *p = popen("ps -o pid= -C farpage-serve --sort=-start_time | head -n 1", "r");
+	if (p) {
+		if (!fgets(name, sizeof name, p))
+			name[0] = 0;
+		pclose(p);
+	}
+	return atoi(name);
+}
+
+static void a_killed_child_is_an_error_not_a_hang(void **state)
+{
+	struct far_mount *m = open_own(NULL);
+	char c;
+	int fd = far_fd(m), pid = child_of_ours();
+
+	assert_true(pid > 0);
+	kill(pid, SIGKILL);
+	assert_int_equal(pread(fd, &c, 1, 0), -1);
+	assert_true(errno == ENOTCONN || errno == ECONNABORTED || errno == EIO);
+	assert_int_equal(far_mount_flush(m) < 0, 1);
+	assert_int_equal(far_mount_close(m), -ENOTCONN);
+}
+
+/* A program that dies takes its mount along: nothing is left behind but what it had written. */
+static void the_program_dies(void **state)
+{
+	int up[2];
+	char c = 0, line[300], target[100];
+
+	assert_int_equal(pipe(up), 0);
+	snprintf(target, sizeof target, "%s/target", dir);
+	pid_t pid = fork();
+	if (pid == 0) {
+		struct far_mount *m;
+		char uri[100];
+		snprintf(uri, sizeof uri, "file:%s/source", dir);
+		if (far_mount_open_uri(uri, target, NULL, &m, NULL) == 0 && pwrite(far_fd(m), "after", 6, 5) == 6)
+			c = 1;
+		if (write(up[1], &c, 1) != 1)
+			_exit(1);
+		pause();
+		_exit(0);
+	}
+	assert_int_equal(read(up[0], &c, 1), 1);
+	assert_int_equal(c, 1);
+	kill(pid, SIGKILL);
+	waitpid(pid, NULL, 0);
+	close(up[0]);
+	close(up[1]);
+	bool mounted = true;
+	for (time_t until = time(NULL) + 20; mounted && time(NULL) < until; usleep(10000)) {
+		FILE *f = fopen("/proc/self/mounts", "r");
+		mounted = false;
+		while (fgets(line, sizeof line, f))
+			mounted = mounted || strstr(line, target);
+		fclose(f);
+	}
+	assert_false(mounted);
+	snprintf(target, sizeof target, "%s/source", dir);
+	int fd = open(target, O_RDONLY);
+	assert_int_equal(pread(fd, line, 6, 5), 6);
+	assert_string_equal(line, "after");
+	close(fd);
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(a_backend_of_ours_is_a_file),
+		cmocka_unit_test(managed_with_hooks),
+		cmocka_unit_test(a_uri_is_opened_by_the_child),
+		cmocka_unit_test(errors_have_the_childs_sentence),
+		cmocka_unit_test(a_failing_backend_is_an_error_for_the_program),
+		cmocka_unit_test(a_killed_child_is_an_error_not_a_hang),
+		cmocka_unit_test(the_program_dies),
+	};
+	if (access("/dev/fuse", R_OK | W_OK)) {
+		printf("1..0 # SKIP /dev/fuse cannot be used: %s\n", strerror(errno));
+		return 77;
+	}
+	if (!mkdtemp(dir))
+		return 1;
+	int r = cmocka_run_group_tests_name("library", tests, NULL, NULL);
+	char cmd[200];
+	snprintf(cmd, sizeof cmd, "rm -rf %s", dir);
+	return system(cmd) ? 1 : r;
+}
