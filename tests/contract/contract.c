@@ -714,6 +714,7 @@ static int open_minimal(const struct contract_subject *s, const char *dir, uint6
 
 static const struct contract_subject builtin[] = {
 	URI("mem", "mem:%s", CONTRACT_SPARSE),
+	URI("mem-private", "mem:%s?private=1", CONTRACT_SPARSE | CONTRACT_BLIND),
 	URI("file", "file:%d/x?size=%s", CONTRACT_SPARSE),
 	URI("file-direct", "file:%d/x?size=%s&direct=1", CONTRACT_SPARSE | CONTRACT_SLOW),
 	URI("dir", "dir:%d?size=%s", CONTRACT_SPARSE | CONTRACT_SLOW),
