@@ -323,7 +323,10 @@ static void fuse_call(struct fuse_call c)
 	struct fuse_seat *s = fuse_here;
 	struct far_fuse *f = c.f;
 
-	c.until = f->deadline == FAR_NEVER ? FAR_NEVER : far_now() + f->deadline;
+	/* A flush moves all that was written since the last one, however long that takes; the calls below it that wait for
+	 * the remote have deadlines of their own. */
+	bool unlimited = f->deadline == FAR_NEVER || c.what == FUSE_CALL_FLUSH;
+	c.until = unlimited ? FAR_NEVER : far_now() + f->deadline;
 	atomic_fetch_add(&f->blocked, 1);
 	if (c.what == FUSE_CALL_WRITE)
 		fuse_take(s, &c);
