@@ -226,14 +226,14 @@ int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags)
 	struct far_push *p = r->push;
 	int err = 0;
 
-	if (far_chunkmap_written(r->map) + len <= r->o.dirty_max)
+	if (far_chunkmap_dirty(r->map) + len <= r->o.dirty_max)
 		return 0;
 	if (flags & FAR_NOWAIT)
 		return -EAGAIN;
 	far_mutex_lock(&p->lock);
 	p->throttled++;
 	/* A write longer than the whole budget goes on when nothing else is dirty. */
-	while (!err && far_chunkmap_dirty(r->map) && far_chunkmap_written(r->map) + len > r->o.dirty_max) {
+	while (!err && far_chunkmap_dirty(r->map) && far_chunkmap_dirty(r->map) + len > r->o.dirty_max) {
 		if (p->stopped)
 			err = -ESHUTDOWN;
 		else if (!p->round && far_now() >= p->next_round - far_min(p->next_round, p->backoff ? 0 : FAR_NEVER))
