@@ -934,11 +934,8 @@ const char *far_fuse_path(const struct far_fuse *f)
 	return f->path;
 }
 
-void far_fuse_all_local(struct far_fuse *f, struct far_backend *local)
+void far_fuse_all_local(struct far_fuse *f)
 {
-	FAR_ASSERT(far_size(local) == f->bytes);
-	if (!atomic_load(&f->share))
-		fuse_map_share(f, local);
 	fuse_read_ahead(f, FUSE_AHEAD_LOCAL);
 }
 

@@ -20,6 +20,7 @@
 #include "mount/holders.h"
 #include "region/region.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,8 @@ struct far_mnt {
 	struct far_backend *remote;   /* direct: the whole stack; managed: owned by the region */
 	struct far_region *region;    /* NULL when direct */
 	struct far_fuse *fuse;        /* NULL once unmounted */
+	_Atomic(struct far_fuse *) ready; /* the frontend, once mounted */
+	_Atomic bool all_local;       /* whoever of this and `ready` comes second tells the frontend */
 	char *path;
 	uint64_t deadline;            /* ns; FAR_NEVER: wait */
 };
@@ -145,9 +148,20 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 	return 0;
 }
 
+/* From a thread of the puller, or of a caller. */
+static void mnt_all_local_cb(void *opaque)
+{
+	struct far_mnt *m = opaque;
+
+	atomic_store(&m->all_local, true);
+	struct far_fuse *f = atomic_load(&m->ready);
+	if (f)
+		far_fuse_all_local(f);
+}
+
 static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
-	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o };
+	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o, .all_local = mnt_all_local_cb, .opaque = m };
 	int e = mnt_open_local(m, conf, &rc.local, &rc.local_is_zero, err);
 
 	if (e)
@@ -184,6 +198,9 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 	e = far_fuse_open(&fc, &m->fuse, err);
 	if (e)
 		return e;
+	atomic_store(&m->ready, m->fuse);
+	if (atomic_load(&m->all_local))
+		far_fuse_all_local(m->fuse);
 	m->path = strdup(far_fuse_path(m->fuse));
 	return m->path ? 0 : far_error_set(err, ENOMEM, "no memory for the path");
 }
@@ -330,10 +347,12 @@ void far_mnt_close(struct far_mnt *m)
 	if (!m)
 		return;
 	/* Whoever is blocked in a backend must get out before the frontend's threads can end. */
-	if (m->region)
+	if (m->region) {
 		far_region_stop(m->region);
-	else if (m->fuse)
+		far_region_join(m->region); /* they may be telling the frontend something */
+	} else if (m->fuse) {
 		far_stop(m->remote);
+	}
 	far_fuse_close(m->fuse);
 	if (m->region)
 		far_region_close(m->region);
