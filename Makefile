@@ -4,7 +4,7 @@ BUILD ?= build
 O ?=
 
 all: $(BUILD)/build.ninja
-	@ninja -C $(BUILD) --quiet
+	@ninja -C $(BUILD) -n | grep -q 'no work to do' || ninja -C $(BUILD) --quiet
 
 $(BUILD)/build.ninja:
 	@tests/deps build

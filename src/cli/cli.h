@@ -35,7 +35,7 @@ struct cli_verb {
 	int (*run)(int argc, char **argv); /* argv[0] is the verb; returns an exit code */
 };
 
-extern const struct cli_verb cli_serve, cli_mount, cli_copy, cli_info, cli_doctor, cli_status, cli_flush, cli_wait,
+extern const struct cli_verb cli_bench, cli_serve, cli_mount, cli_copy, cli_info, cli_doctor, cli_status, cli_flush, cli_wait,
 	cli_stop, cli_pull, cli_evict;
 
 /* Parse "--key value", "--key=value", "-x value", positional arguments and "--" into conf (already holding defaults)

@@ -254,7 +254,7 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	l.conf.source = source;
 	l.conf.name = name;
 	l.conf.target = target;
-	l.conf.network = cli_is_network(source);
+	l.conf.network = !parent || parent->backend_fd < 0 ? cli_is_network(source) : false;
 	l.conf.asked_managed = mount_asked_managed(conf);
 	l.conf.local_layers = conf->local_layer.v;
 	l.conf.n_local_layers = conf->local_layer.n;

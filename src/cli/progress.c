@@ -130,3 +130,12 @@ void progress_end(struct progress *p, const char *text)
 	p->drawn = false;
 	p->width = 0;
 }
+
+void progress_clear(struct progress *p)
+{
+	if (!p->tty || !p->drawn)
+		return;
+	fprintf(stderr, "\r%*s\r", (int)p->width, "");
+	p->drawn = false;
+	p->width = 0;
+}

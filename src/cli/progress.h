@@ -25,6 +25,9 @@ double progress_rate(struct progress *p, uint64_t done);
 /* The last line: "HEAD  TEXT" over the bar on a terminal, "NAME  TEXT" else. NULL: only end the line. */
 void progress_end(struct progress *p, const char *text);
 
+/* Take the bar off the terminal: what is printed next stands in its place. */
+void progress_clear(struct progress *p);
+
 /* "256 MiB", "1.5 GiB", "25 MB/s"; buf holds at least 24. */
 const char *progress_size(char *buf, size_t n, uint64_t bytes);
 const char *progress_speed(char *buf, size_t n, double rate);

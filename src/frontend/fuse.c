@@ -71,9 +71,10 @@
 #define FUSE_PAGE ((size_t)4096)
 #define FUSE_BACKGROUND 4096
 /* KiB that the kernel reads ahead. Two requests of 1 MiB at once keep two CPUs busy; across a network a fault in a mapping
- * would wait for all of it. */
+ * waits for all of it. While a puller is at work it is the one that reads ahead, and in larger pieces. */
 #define FUSE_AHEAD_LOCAL 2048
 #define FUSE_AHEAD_REMOTE 1024
+#define FUSE_AHEAD_PULLING 256
 
 struct fuse_seat {
 	struct far_fuse *f;
@@ -128,6 +129,7 @@ struct fuse_call {
 /* The seat this thread receives at, while it does. */
 static _Thread_local struct fuse_seat *fuse_here;
 static _Thread_local bool fuse_thread_ready;
+static _Thread_local bool fuse_small; /* what it answered last was a small read: somebody waits for each of them */
 
 /* ---------------------------------------------------------------------------------------------- small things */
 
@@ -321,7 +323,10 @@ static void fuse_call(struct fuse_call c)
 	struct fuse_seat *s = fuse_here;
 	struct far_fuse *f = c.f;
 
-	c.until = f->deadline == FAR_NEVER ? FAR_NEVER : far_now() + f->deadline;
+	/* A flush moves all that was written since the last one, however long that takes; the calls below it that wait for
+	 * the remote have deadlines of their own. */
+	bool unlimited = f->deadline == FAR_NEVER || c.what == FUSE_CALL_FLUSH;
+	c.until = unlimited ? FAR_NEVER : far_now() + f->deadline;
 	atomic_fetch_add(&f->blocked, 1);
 	if (c.what == FUSE_CALL_WRITE)
 		fuse_take(s, &c);
@@ -477,6 +482,7 @@ static void fuse_op_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off,
 		return;
 	}
 	size_t len = (size_t)far_min(size, f->bytes - at);
+	fuse_small = len < FUSE_SHARE_MIN;
 	const char *share = len < FUSE_SHARE_MIN ? NULL : atomic_load_explicit(&f->share, memory_order_acquire);
 	if (share && fuse_reply_shared(share, req, at, len))
 		return;
@@ -658,9 +664,11 @@ static const struct fuse_lowlevel_ops fuse_ops = {
 
 /* ------------------------------------------------------------------------------------------------- receivers */
 
-/* Wait for a request where the connection cannot be aborted. False: told to end. */
+/* Wait for a request where the connection cannot be aborted and does not block. False: told to end. */
 static bool fuse_poll(const struct far_fuse *f)
 {
+	if (f->poll_fd < 0)
+		return true;
 	struct pollfd p[2] = { { .fd = f->fd, .events = POLLIN }, { .fd = f->poll_fd, .events = POLLIN } };
 
 	while (poll(p, 2, -1) < 0) {
@@ -687,18 +695,19 @@ static bool fuse_receive(void *opaque, struct far_seat *seat)
 		prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
 		fuse_thread_ready = true;
 	}
-	if (f->poll_fd >= 0 && !fuse_poll(f))
-		return false;
 	if (!s->in)
 		s->in = far_buf_get(FUSE_IN);
 	if (!s->in)
 		return fuse_out_of_memory();
 	/* libfuse has a call for this, which writes to standard error when the connection is aborted. */
 	ssize_t n = read(f->fd, s->in + FUSE_IN_SKIP, FUSE_IN - FUSE_IN_SKIP);
+	if (n < 0 && errno == EAGAIN)
+		return fuse_poll(f);
 	if (n < 0) /* ENOENT: that request was interrupted; EIO: it had no room; ENODEV, ECONNABORTED: the end */
-		return errno == EINTR || errno == EAGAIN || errno == ENOENT || errno == EIO;
+		return errno == EINTR || errno == ENOENT || errno == EIO;
 	struct fuse_buf buf = { .mem = s->in + FUSE_IN_SKIP, .size = (size_t)n };
 	fuse_here = s;
+	fuse_small = false;
 	s->seat = seat;
 	fuse_session_process_buf(f->se, &buf);
 	/* From here on the seat may be another thread's. */
@@ -712,7 +721,8 @@ static bool fuse_receive(void *opaque, struct far_seat *seat)
 	 * The kernel wakes the receiver that has waited longest, wherever it is. If the program has just been woken on this
 	 * CPU, let it run first: its next request is then there before this thread waits, and stays on this CPU.
 	 */
-	sched_yield();
+	if (fuse_small)
+		sched_yield();
 	return true;
 }
 
@@ -916,7 +926,8 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 		far_fuse_close(f);
 		return r;
 	}
-	fuse_read_ahead(f, far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
+	fuse_read_ahead(f, conf->pulling ? FUSE_AHEAD_PULLING :
+			   far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
 	*out = f;
 	return 0;
 }
@@ -926,11 +937,8 @@ const char *far_fuse_path(const struct far_fuse *f)
 	return f->path;
 }
 
-void far_fuse_all_local(struct far_fuse *f, struct far_backend *local)
+void far_fuse_all_local(struct far_fuse *f)
 {
-	FAR_ASSERT(far_size(local) == f->bytes);
-	if (!atomic_load(&f->share))
-		fuse_map_share(f, local);
 	fuse_read_ahead(f, FUSE_AHEAD_LOCAL);
 }
 

@@ -14,6 +14,7 @@ struct far_fuse_conf {
 	const char *name;        /* of the file inside a directory; no '/' */
 	const char *source;      /* what `mount` shows */
 	bool read_only;
+	bool pulling;            /* only a part is local yet; far_fuse_all_local() says when that is over */
 	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open. Else each open drops
 				  * it, and for that waits for every cached read that is under way */
 	unsigned max_blocked;    /* threads that may wait for b; what is more is parked. 0: 256 */
@@ -26,9 +27,8 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 const char *far_fuse_path(const struct far_fuse *f); /* absolute, of the file */
 /* Drop what the page cache holds of [off, off+len); len 0: to the end. From a thread that serves nothing. */
 int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len);
-/* Every byte is in `local` now and will be found there as long as the mount lives (nothing is evicted): read further
- * ahead, and straight from local's pages if it shows them. Once; local stays the caller's. */
-void far_fuse_all_local(struct far_fuse *f, struct far_backend *local);
+/* Everything is local now, so the kernel may read further ahead. Any thread that does not serve. */
+void far_fuse_all_local(struct far_fuse *f);
 /* Calls that wait for the backend now. */
 unsigned far_fuse_blocked(const struct far_fuse *f);
 /* Unmount: 0, or -EBUSY while a program holds the file (nothing has changed then). */

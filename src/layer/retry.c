@@ -23,7 +23,7 @@
 #define RETRY_REFILL (10 * FAR_SEC)
 
 struct retry_conf {
-	int64_t tries;
+	int64_t tries, eio_tries;
 	uint64_t backoff, max_backoff, deadline;
 	int64_t budget;
 };
@@ -45,13 +45,15 @@ struct retry {
 static const struct far_opt retry_options[] = {
 	{ "tries", FAR_OPT_INT, offsetof(struct retry_conf, tries), 1, 0x1p31, NULL, "N", "tries in all",
 	  "as many as the deadline allows", "unlimited", 0 },
+	{ "eio-tries", FAR_OPT_INT, offsetof(struct retry_conf, eio_tries), 1, 0x1p31, NULL, "N",
+	  "tries of what fails with EIO: the store's own answer, not a lost connection", "unlimited", "unlimited", 0 },
 	{ "backoff", FAR_OPT_DURATION, offsetof(struct retry_conf, backoff), 1, 3600e9, NULL, "TIME",
 	  "wait before the second try; doubles", "20ms" },
 	{ "max-backoff", FAR_OPT_DURATION, offsetof(struct retry_conf, max_backoff), 1, 3600e9, NULL, "TIME",
 	  "longest wait", "2s" },
 	{ "budget", FAR_OPT_INT, offsetof(struct retry_conf, budget), 1, 0x1p31, NULL, "N",
 	  "retries of all calls in ten seconds", "1000" },
-	{ "deadline", FAR_OPT_DURATION, offsetof(struct retry_conf, deadline), 1e6, 86400e9, NULL, "TIME",
+	{ "deadline", FAR_OPT_DURATION, offsetof(struct retry_conf, deadline), 1e6, 31536000e9, NULL, "TIME",
 	  "for one call with all its tries", "30s" },
 	FAR_OPT_END,
 };
@@ -91,7 +93,7 @@ static int retry_again(struct retry *t, unsigned tried, int r)
 {
 	uint64_t deadline = far_deadline();
 
-	if (!far_error_is_transient(r))
+	if (!far_error_is_transient(r) || (r == -EIO && t->conf.eio_tries && tried >= t->conf.eio_tries))
 		return r;
 	far_mutex_lock(&t->lock);
 	uint64_t now = far_now(); /* under the lock: the budget's time never runs backwards */

@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include "base/clock.h"
 #include "base/thread.h"
+#include "frontend/fuse_mount.h"
 #include "mount/control.h"
 
 #include <dlfcn.h>
@@ -44,7 +45,7 @@ struct far_mount {
 	struct far_mount_opts o;
 	char dir[64];             /* of the sockets */
 	char control[96], hooks_path[96];
-	char *path;
+	char *path, *target;
 	pid_t pid;
 	int life_fd;
 	struct far_backend *backend; /* the caller's; NULL: the child opened a URI */
@@ -367,6 +368,7 @@ static void child_free(struct far_mount *m)
 		rmdir(m->dir);
 	far_mutex_fini(&m->lock);
 	free(m->path);
+	free(m->target);
 	free(m);
 }
 
@@ -415,6 +417,7 @@ static int child_open(struct far_backend *b, const char *uri, const char *target
 	if (m->o.local_backend || m->o.priority)
 		r = far_error_set(err, EOPNOTSUPP, "cannot mount on %s: a local store or an order given as code is not in "
 				  "this version; give a URI or a list of ranges", target);
+	m->target = realpath(target, NULL); /* NULL: the child says what is wrong with it */
 	if (!r)
 		r = child_prepare(m, err);
 	if (!r)
@@ -542,6 +545,10 @@ int far_mount_close(struct far_mount *m)
 	far_fd_close(&m->fd);
 	int r = child_ask(m, child_request("stop", -1), -1, NULL);
 	child_reap(m);
+	unsigned major, minor;
+	bool ours;
+	if (r == -ENOTCONN && m->target && far_fuse_mount_find(m->target, &major, &minor, &ours) && ours)
+		far_fuse_mount_detach(m->target, true); /* what a killed child left behind */
 	struct far_backend *b = m->backend;
 	child_free(m);
 	far_close(b);

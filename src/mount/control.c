@@ -280,6 +280,7 @@ static void *control_slot_main(void *arg)
 		json_object_put(reply);
 	}
 	free(line);
+	shutdown(s->fd, SHUT_RDWR); /* the number is closed when the slot is used again: the caller must not wait for that */
 	far_mutex_lock(&c->lock);
 	s->state = CONTROL_DONE;
 	far_mutex_unlock(&c->lock);

@@ -20,6 +20,7 @@
 #include "mount/holders.h"
 #include "region/region.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,8 @@ struct far_mnt {
 	struct far_backend *remote;   /* direct: the whole stack; managed: owned by the region */
 	struct far_region *region;    /* NULL when direct */
 	struct far_fuse *fuse;        /* NULL once unmounted */
+	_Atomic(struct far_fuse *) ready; /* the frontend, once mounted */
+	_Atomic bool all_local;       /* whoever of this and `ready` comes second tells the frontend */
 	char *path;
 	uint64_t deadline;            /* ns; FAR_NEVER: wait */
 };
@@ -50,7 +53,8 @@ static int mnt_round_trip(struct far_backend *b, uint64_t *rtt, struct far_error
 		uint64_t began = far_now();
 		int e = far_read(b, 0, buf, len, 0);
 		if (e)
-			return far_error_set(err, -e, "cannot read the remote: %s", far_strerror(e));
+			return far_error_set(err, -e, "the first bytes of the remote cannot be read: %s. Look at the host that "
+					     "serves it", far_strerror(e));
 		uint64_t took = far_now() - began;
 		*rtt = k ? far_min(*rtt, took) : took;
 	}
@@ -103,7 +107,7 @@ static bool mnt_is_zero(struct far_backend *b)
 }
 
 static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_backend **out,
-			  struct far_error *err)
+			  bool *is_zero, struct far_error *err)
 {
 	const char *uri = m->o.local ? m->o.local : "mem:";
 	struct far_backend *b = NULL;
@@ -113,8 +117,9 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 	if (m->o.local_backend) {
 		b = m->o.local_backend;
 	} else {
-		if (strcmp(uri, "mem:") == 0)
-			e = asprintf(&full, "mem:%" PRIu64, m->bytes);
+		if (strcmp(uri, "mem:") == 0) /* huge pages, if all of it will be here anyway */
+			e = asprintf(&full, "mem:%" PRIu64 "%s", m->bytes,
+				     m->o.pull_workers && !m->o.local_max ? "?private=1" : "");
 		else if (strstr(uri, "size=") || strncmp(uri, "mem:", 4) == 0)
 			e = asprintf(&full, "%s", uri);
 		else
@@ -138,18 +143,29 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 			far_close(b);
 		return e;
 	}
+	*is_zero = strncmp(uri, "mem:", 4) == 0 && !m->o.local_backend ? true : mnt_is_zero(b);
 	*out = b;
 	return 0;
 }
 
+/* From a thread of the puller, or of a caller. */
+static void mnt_all_local_cb(void *opaque)
+{
+	struct far_mnt *m = opaque;
+
+	atomic_store(&m->all_local, true);
+	struct far_fuse *f = atomic_load(&m->ready);
+	if (f)
+		far_fuse_all_local(f);
+}
+
 static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
-	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o };
-	int e = mnt_open_local(m, conf, &rc.local, err);
+	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o, .all_local = mnt_all_local_cb, .opaque = m };
+	int e = mnt_open_local(m, conf, &rc.local, &rc.local_is_zero, err);
 
 	if (e)
 		return e;
-	rc.local_is_zero = mnt_is_zero(rc.local);
 	e = far_region_open(&rc, &m->region, err);
 	if (e && !m->o.local_backend)
 		far_close(rc.local);
@@ -164,6 +180,7 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		.name = conf->name,
 		.source = conf->source,
 		.read_only = m->o.read_only || !(far_facts(m->remote)->caps & FAR_CAP_WRITE),
+		.pulling = m->mode == FAR_MODE_MANAGED,
 		.keep_cache = m->mode == FAR_MODE_MANAGED,
 		.max_blocked = m->o.max_blocked ? m->o.max_blocked : 256,
 		.deadline = m->deadline,
@@ -181,6 +198,9 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 	e = far_fuse_open(&fc, &m->fuse, err);
 	if (e)
 		return e;
+	atomic_store(&m->ready, m->fuse);
+	if (atomic_load(&m->all_local))
+		far_fuse_all_local(m->fuse);
 	m->path = strdup(far_fuse_path(m->fuse));
 	return m->path ? 0 : far_error_set(err, ENOMEM, "no memory for the path");
 }
@@ -188,15 +208,17 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 /* One retry budget a mount, and whole chunks for who needs them. On failure *b is what it was. */
 static int mnt_harden(struct far_mnt *m, bool network, struct far_backend **b, struct far_error *err)
 {
-	char spec[64];
+	/* Back-off alone keeps 256 blocked calls from being a storm; a program gets its error at the deadline, not before. */
+	static const char always[] = "eio-tries=4,budget=1000000";
+	char spec[96];
 	int e = far_facts(*b)->chunk ? mnt_wrap(b, "chunked", err) : 0;
 
 	if (e || !network) /* what fails on this host's own disks fails again */
 		return e;
 	if (m->deadline == FAR_NEVER)
-		snprintf(spec, sizeof spec, "retry:deadline=8760h");
+		snprintf(spec, sizeof spec, "retry:deadline=8760h,%s", always);
 	else
-		snprintf(spec, sizeof spec, "retry:deadline=%ums", m->o.deadline_ms);
+		snprintf(spec, sizeof spec, "retry:deadline=%ums,%s", m->o.deadline_ms, always);
 	return mnt_wrap(b, spec, err);
 }
 
@@ -214,9 +236,9 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 	m->remote = conf->remote;
 	m->bytes = far_size(m->remote);
 	uint64_t old = far_deadline_limit(far_now() + m->o.deadline_ms * FAR_MSEC);
-	e = mnt_choose_mode(m, conf, err);
+	e = mnt_harden(m, conf->network, &m->remote, err);
 	if (!e)
-		e = mnt_harden(m, conf->network, &m->remote, err);
+		e = mnt_choose_mode(m, conf, err);
 	if (!e && m->mode == FAR_MODE_MANAGED)
 		e = mnt_open_region(m, conf, err);
 	far_deadline_restore(old);
@@ -293,17 +315,9 @@ bool far_mnt_ended(struct far_mnt *m, uint64_t until)
 	return !m->fuse || far_fuse_wait(m->fuse, until);
 }
 
-static int mnt_flush_until(struct far_mnt *m)
-{
-	uint64_t old = far_deadline_limit(m->deadline == FAR_NEVER ? FAR_NEVER : far_now() + m->deadline);
-	int err = far_mnt_flush(m);
-	far_deadline_restore(old);
-	return err;
-}
-
 int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len)
 {
-	int err = mnt_flush_until(m);
+	int err = far_mnt_flush(m); /* each push below it has the deadline; the whole may take longer */
 
 	if (holders_len)
 		holders[0] = 0;
@@ -314,10 +328,13 @@ int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t hold
 	/* Unmounting makes the kernel write back what programs stored through mappings: flush again after it. */
 	if (far_fuse_unmount(m->fuse) == -EBUSY) {
 		far_holders(m->path, holders, holders_len);
+		if (holders_len && holders[0])
+			far_log(FAR_LOG_WARNING, "%s is held open by %s: it is served until they close it or the deadline passes.",
+				m->path, holders);
 		far_fuse_detach(m->fuse);
 	}
 	far_fuse_wait(m->fuse, until);
-	return mnt_flush_until(m);
+	return far_mnt_flush(m);
 }
 
 void far_mnt_close(struct far_mnt *m)
@@ -325,10 +342,12 @@ void far_mnt_close(struct far_mnt *m)
 	if (!m)
 		return;
 	/* Whoever is blocked in a backend must get out before the frontend's threads can end. */
-	if (m->region)
+	if (m->region) {
 		far_region_stop(m->region);
-	else if (m->fuse)
+		far_region_join(m->region); /* they may be telling the frontend something */
+	} else if (m->fuse) {
 		far_stop(m->remote);
+	}
 	far_fuse_close(m->fuse);
 	if (m->region)
 		far_region_close(m->region);

@@ -53,6 +53,14 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 	return err;
 }
 
+void far_cache_arrived(struct far_region *r)
+{
+	far_pull_progress(r);
+	if (r->all_local && far_chunkmap_local(r->map) == r->bytes &&
+	    !atomic_exchange_explicit(&r->was_all_local, true, memory_order_relaxed))
+		r->all_local(r->all_local_opaque);
+}
+
 int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, unsigned flags)
 {
 	uint64_t off = first << r->shift, len = far_min(n << r->shift, r->bytes - off);
@@ -72,7 +80,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 		err = cache_fill(r, f, i, buf + ((i - first) << r->shift));
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
-	far_pull_progress(r);
+	far_cache_arrived(r);
 	far_cache_trim(r);
 	return err;
 }
@@ -106,6 +114,18 @@ int far_cache_need(struct far_region *r, uint64_t i, uint64_t max)
 
 /* ---------------------------------------------------------------------------------------------------------- reads */
 
+/* The local store is full: the remote's bytes go to the reader alone. Only while the chunk is wholly absent: whatever was
+ * written here before this read began has made it something else. */
+static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len)
+{
+	if (far_chunkmap_state(r->map, i) != FAR_ABSENT)
+		return -ENOSPC;
+	int err = far_read(r->remote, off, buf, len, 0);
+	if (err)
+		far_region_remote_failed(r, err);
+	return err;
+}
+
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct far_region *r = self;
@@ -126,6 +146,11 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 			if (r->trace)
 				far_trace_touch(r->trace, i, 1);
 			err = far_cache_need(r, i, last - i + 1);
+			if (err == -ENOSPC || err == -EDQUOT) {
+				err = cache_read_past(r, i, off, p, (size_t)(stop - off));
+				p += stop - off;
+				off = stop;
+			}
 			if (err)
 				return err;
 			continue;
@@ -217,11 +242,18 @@ static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint
 				return err;
 			continue;
 		}
+		if ((flags & FAR_NOWAIT) && stop < end) {
+			/* The rest might have to wait, and -EAGAIN says that nothing was written. */
+			batch_end(r, &b, -EAGAIN);
+			return -EAGAIN;
+		}
 		if (r->trace)
 			far_trace_touch(r->trace, b.first, b.n);
 		err = buf ? far_write(r->local, off, buf, (size_t)(stop - off), flags & FAR_NOWAIT)
 			  : far_zero(r->local, off, stop - off, flags & FAR_NOWAIT);
 		batch_end(r, &b, err);
+		if (b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT)
+			far_cache_arrived(r);
 		far_push_dirtied(r);
 		if (err)
 			return err;

@@ -26,6 +26,7 @@ struct remote {
 	_Atomic int fail_reads, fail_writes, fail_flush; /* errno; 0: works */
 	_Atomic unsigned reads, writes, flushes;
 	_Atomic bool hold_reads, hold_writes;
+	_Atomic uint64_t hold_from; /* hold_reads concerns reads from here on */
 	struct far_mutex lock;
 	struct far_cond changed;
 	bool stopped;
@@ -64,7 +65,7 @@ static int remote_read(void *self, uint64_t off, void *buf, size_t len, unsigned
 	if (flags & FAR_NOWAIT)
 		return -EAGAIN;
 	s->reads++;
-	int err = s->hold_reads ? remote_hold(s, &s->hold_reads) : 0;
+	int err = s->hold_reads && off >= s->hold_from ? remote_hold(s, &s->hold_reads) : 0;
 	if (err || s->fail_reads)
 		return err ? err : -s->fail_reads;
 	far_mutex_lock(&s->lock);
@@ -464,7 +465,7 @@ static void flush_fails_until_the_bytes_are_there(void **state)
 	assert_int_equal(far_write(f.face, 0, "data", 4, 0), 0);
 	assert_int_equal(far_region_flush(f.r), -EIO);
 	assert_int_equal(far_region_flush(f.r), -EIO);
-	assert_int_equal(status(&f).dirty, CHUNK);
+	assert_true(status(&f).dirty >= 4 && status(&f).dirty <= CHUNK / 15);
 	f.s.fail_writes = 0;
 	f.s.fail_flush = ENOSPC;
 	assert_int_equal(far_region_flush(f.r), -ENOSPC);
@@ -832,22 +833,39 @@ static void evicted_chunks_are_fetched_again_and_dirty_ones_stay(void **state)
 	teardown(&f);
 }
 
+static unsigned order_of(struct fixture *f, uint64_t chunk)
+{
+	for (unsigned k = 0; k < f->s.n_order; k++)
+		if (f->s.order[k] == chunk * CHUNK)
+			return k;
+	return UINT32_MAX;
+}
+
+/* The background is held up at chunk 1000; what lies ahead of a sequential reader is fetched before it goes on. */
 static void a_sequential_reader_is_fetched_ahead(void **state)
 {
 	struct far_mount_opts o = quiet();
 	struct fixture f;
 	unsigned char c;
 
-	o.pull_workers = 4;
-	o.order = "ranges:4000K-"; /* keep the background busy elsewhere first */
+	o.pull_workers = 1;
+	o.order = "ranges:4000K-";
 	o.window = CHUNK;
 	setup(&f, 2000, &o);
-	f.s.n_order = 0;
-	for (unsigned k = 0; k < 200; k++) {
+	f.s.hold_from = 1000 * CHUNK;
+	f.s.hold_reads = true;
+	EVENTUALLY(f.s.held == 1 || status(&f).local >= 1000 * CHUNK);
+	for (unsigned k = 0; k < 4; k++) {
 		assert_int_equal(far_read(f.face, k * CHUNK, &c, 1, 0), 0);
 		assert_int_equal(c, pattern(k * CHUNK));
 	}
-	assert_true(status(&f).demand_reads < 200);
+	bool held = f.s.held == 1;
+	remote_release(&f.s);
+	assert_int_equal(far_region_wait_local(f.r, UINT64_MAX), 0);
+	if (held)
+		assert_true(order_of(&f, 4) < order_of(&f, 1999));
+	else
+		skip();
 	teardown(&f);
 }
 

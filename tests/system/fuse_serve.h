@@ -256,7 +256,7 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 		else if (c == 'i')
 			r = far_fuse_invalidate(f, 0, 0);
 		else if (c == 'a')
-			far_fuse_all_local(f, b);
+			far_fuse_all_local(f);
 		if (c == 'q')
 			break;
 		if (far_io_write(s->sock, &r, sizeof r))

@@ -504,8 +504,11 @@ static int client_describe(struct client *c, struct far_grpc_export *e, struct f
 	if (r == -ETIMEDOUT)
 		return far_error_set(err, ETIMEDOUT, "%s does not answer in time; is it a gRPC server, and is it alive?",
 				     c->where);
-	return far_error_set(err, -r, "cannot open %s: %s%s%s", c->where, far_strerror(r), call.text[0] ? ": " : "",
-			     call.text);
+	const char *next = r == -ECONNREFUSED ? "Is the server running, and is this its port?"
+			   : r == -ECONNRESET || r == -EPIPE ? "It hung up: is it a gRPC server, or one that wants TLS?"
+			   : "Look at the server's messages";
+	return far_error_set(err, -r, "cannot open %s: %s%s%s. %s", c->where, far_strerror(r), call.text[0] ? ": " : "",
+			     call.text, next);
 }
 
 /* A peer with the plain service only: its size must be told, and its last byte is looked at. */

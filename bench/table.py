@@ -1,0 +1,545 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the farpage authors
+"""bench/run [--quick] [ROW...]: farpage beside what else there is, in about three minutes.
+
+Each row is a ratio of two things that were measured in this run, in alternating pairs; each side is represented by its
+best. A row names its mechanism. What falls short is printed with its figure and 'short'; what cannot be measured here is
+printed as 'skip: reason'. The exit code is 1 only when bytes were wrong or a measurement could not be made: never
+because something was slow.
+
+Both sides are read by the same program, `farpage bench --on FILE`, which checks what it reads. The page cache of a file
+that is read cold is dropped before each run by fdatasync and POSIX_FADV_DONTNEED, which needs no root.
+"""
+import glob
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BUILD = os.path.join(HERE, os.environ.get('BUILD', 'build'))
+FARPAGE = os.path.join(BUILD, 'farpage')
+RAWTCP = os.path.join(BUILD, 'bench', 'rawtcp')
+MIB, GIB = 1 << 20, 1 << 30
+ROOT = os.geteuid() == 0
+
+# The Go family's engine (r3map v0.1.1, pull over gRPC on loopback, 64 KiB chunks, one connection) as it was measured on
+# two shared cores: MiB/s, and CPU seconds a GiB of both ends. It is quoted, not run.
+GO_ENGINE_RATE, GO_ENGINE_CPU = 185.7, 5.0
+
+
+class Skip(Exception):
+    """This row cannot be measured here."""
+
+
+class Broken(Exception):
+    """A measurement failed that ought to work."""
+
+
+# ---------------------------------------------------------------------------------------------- what is started
+
+class Things:
+    """All that has to be undone, last first."""
+
+    def __init__(self):
+        self.undo = []
+        self.dir = None
+
+    def add(self, fn, *args):
+        self.undo.append((fn, args))
+
+    def close(self, down_to=0):
+        while len(self.undo) > down_to:
+            fn, args = self.undo.pop()
+            try:
+                fn(*args)
+            except Exception as e:  # the rest is to be undone all the same
+                print('bench: cleaning up: %s' % e, file=sys.stderr)
+
+
+things = Things()
+
+
+def end(proc, seconds=10):
+    if proc.poll() is None:
+        proc.terminate()
+        try:
+            proc.wait(seconds)
+        except subprocess.TimeoutExpired:
+            proc.kill()
+            proc.wait()
+
+
+def start(*argv, **kw):
+    kw.setdefault('stdout', subprocess.PIPE)
+    kw.setdefault('stderr', subprocess.PIPE)
+    # A group of its own: Ctrl-C is for us, and we end our children in order.
+    proc = subprocess.Popen([str(a) for a in argv], text=True, start_new_session=True, **kw)
+    things.add(end, proc)
+    return proc
+
+
+def is_mounted(path):
+    with open('/proc/self/mountinfo') as f:
+        return any(line.split()[4] == path for line in f)
+
+
+def unmount(path):
+    for _ in range(50):
+        if not is_mounted(path):
+            return
+        if subprocess.run(['fusermount3', '-u', path], capture_output=True).returncode == 0:
+            return
+        time.sleep(0.1)
+    subprocess.run(['fusermount3', '-u', '-z', path], capture_output=True)
+
+
+def until(what, fn, seconds=20, proc=None):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        got = fn()
+        if got:
+            return got
+        if proc and proc.poll() is not None:
+            raise Broken('%s: it ended: %s' % (what, (proc.stderr.read() or '').strip()[-300:]))
+        time.sleep(0.02)
+    raise Broken('%s did not happen in %d s' % (what, seconds))
+
+
+def folder():
+    return tempfile.mkdtemp(dir=things.dir)
+
+
+def mount(source, *options):
+    """farpage mount; returns the file and the process."""
+    need_fuse()
+    where = folder()
+    proc = start(FARPAGE, 'mount', source, where, '--quiet', '--control', where + '.sock', *options)
+    things.add(unmount, where)
+    line = proc.stdout.readline().strip()
+    if not line:
+        raise Broken('farpage mount %s: %s' % (source, proc.stderr.read().strip()[-300:]))
+    return line, proc
+
+
+def serve(source):
+    proc = start(FARPAGE, 'serve', source, '--listen', 'grpc://127.0.0.1:0')
+    words = proc.stdout.readline().split()
+    uris = [w for w in words if w.startswith('grpc://')]
+    if not uris:
+        raise Broken('farpage serve %s: %s' % (source, proc.stderr.read().strip()[-300:]))
+    return uris[0], proc
+
+
+def nbdfuse(size):
+    need_fuse()
+    for program in ('nbdkit', 'nbdfuse'):
+        if not shutil.which(program):
+            raise Skip('%s is not installed (apt-get install nbdkit libnbd-bin)' % program)
+    where = folder()
+    proc = start('nbdfuse', where + '/nbd', '[', 'nbdkit', '--exit-with-parent', 'memory', str(size), ']')
+    things.add(unmount, where)
+    until('nbdfuse', lambda: is_mounted(where), proc=proc)
+    path = where + '/nbd'
+    until('nbdfuse', lambda: os.path.exists(path) and os.stat(path).st_size == size, proc=proc)
+    return path
+
+
+def need_fuse():
+    if not os.access('/dev/fuse', os.R_OK | os.W_OK):
+        raise Skip('/dev/fuse is missing')
+
+
+def need_memory(bytes_):
+    with open('/proc/meminfo') as f:
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+    if free < bytes_ + GIB:
+        raise Skip('%d MiB of memory are needed and %d are free' % (bytes_ // MIB + 1024, free // MIB))
+
+
+def cpu_seconds(*procs):
+    ticks = 0
+    for p in procs:
+        with open('/proc/%d/stat' % p.pid) as f:
+            fields = f.read().rsplit(')', 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf('SC_CLK_TCK')
+
+
+def read_ahead(path, kib):
+    """Set it for the file system of path; needs root."""
+    dev = os.stat(os.path.dirname(path)).st_dev
+    with open('/sys/class/bdi/%d:%d/read_ahead_kb' % (os.major(dev), os.minor(dev)), 'r+') as f:
+        old = f.read().strip()
+        f.seek(0)
+        f.write(str(kib))
+    return int(old)
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+
+running = None  # the measurement that Ctrl-C must end
+
+
+def farpage_rows(*argv):
+    global running
+    proc = subprocess.Popen([FARPAGE, 'bench', '--json'] + [str(a) for a in argv], text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = proc
+    out, err = proc.communicate()
+    running = None
+    try:
+        rows = json.loads(out)['rows']
+    except ValueError:
+        raise Broken('farpage bench %s: %s' % (' '.join(map(str, argv)), err.strip()[-300:]))
+    for row in rows:
+        if 'skip' in row:
+            raise Skip(row['skip'].replace('skip: ', ''))
+        if 'failed' in row:
+            raise Broken(row['failed'].replace('failed: ', ''))
+        if row['bytes_wrong']:
+            raise Broken('%d wrong bytes in %s' % (row['bytes_wrong'], row['set']))
+    return rows
+
+
+def act(name, path, *options):
+    return farpage_rows(name, '--on', path, *options)[0]
+
+
+def value(row):
+    return row['value']
+
+
+def pairs(n, ours, theirs):
+    """Alternate; the best of each (more is better)."""
+    a, b = [], []
+    for _ in range(n):
+        a.append(ours())
+        b.append(theirs())
+    return max(a), max(b)
+
+
+def raw_tcp():
+    """The best write size of one raw loopback stream, MiB/s."""
+    best = 0
+    for block in (64 << 10, 256 << 10, 1 << 20):
+        out = subprocess.run([RAWTCP, str(GIB), str(block)], capture_output=True, text=True)
+        if out.returncode:
+            raise Broken('rawtcp: %s' % out.stderr.strip())
+        best = max(best, float(out.stdout.split()[0]))
+    return best
+
+
+def congestion():
+    try:
+        with open('/proc/sys/net/ipv4/tcp_congestion_control') as f:
+            return f.read().strip()
+    except OSError:
+        return 'unknown'
+
+
+# --------------------------------------------------------------------------------------------------------- table
+
+broken = 0
+
+
+def show(name, figure, unit, target, more, mechanism, upwards=True):
+    """target None: a figure without one."""
+    if target is None:
+        verdict, want = '', ''
+    else:
+        verdict = 'ok' if (figure >= target if upwards else figure <= target) else 'short'
+        want = '%s %g' % ('>=' if upwards else '<=', target)
+    print('%-44s %8.2f %-3s %-9s %-6s %s' % (name, figure, unit, want, verdict, more))
+    if mechanism:
+        print('%-44s %s' % ('', '  ' + mechanism))
+    sys.stdout.flush()
+
+
+def rates(ours, theirs):
+    return '%.0f against %.0f MiB/s' % (ours, theirs)
+
+
+ROWS = []
+
+
+def row(name):
+    def wrap(fn):
+        ROWS.append((name, fn))
+        return fn
+    return wrap
+
+
+# ---------------------------------------------------------------------------------------------------------- rows
+
+@row('direct')
+def row_direct(o):
+    size = GIB
+    need_memory(3 * size)
+    ours, _ = mount('mem:%d' % size, '--mode', 'direct')
+    theirs = nbdfuse(size)
+    for path in (ours, theirs):
+        act('fill', path)
+        act('read', path)
+    what = 'FUSE <- memory against nbdfuse <- nbdkit memory'
+    a, b = pairs(o.pairs, lambda: value(act('cold', ours)), lambda: value(act('cold', theirs)))
+    show('cold sequential read', a / b, 'x', 3.0 if ROOT else 2.5, rates(a, b), what + ', each with its own read-ahead')
+    if ROOT:
+        for path in (ours, theirs):
+            read_ahead(path, 128)
+        a, b = pairs(o.pairs, lambda: value(act('cold', ours)), lambda: value(act('cold', theirs)))
+        show('the same, read-ahead 128 KiB as for a user', a / b, 'x', 2.5, rates(a, b), what)
+
+    def random(path):
+        row_ = act('random', path, '--way', 'direct', '--seconds', '500ms')
+        return 1e6 / row_['p50_us'], float(row_['note'].split()[0])
+    a, b = pairs(o.pairs, lambda: random(ours)[1], lambda: random(theirs)[1])
+    show('random 4 KiB O_DIRECT reads, depth 1', a / b, 'x', 4.0, '%.0f against %.0f a second' % (a, b), what)
+
+
+@row('local')
+def row_local(o):
+    size = GIB
+    need_memory(4 * size)
+    ours, proc = mount('mem:%d' % size, '--mode', 'managed')
+    control = os.path.dirname(ours)
+    tmpfs = '/dev/shm/farpage-bench.%d' % os.getpid()
+    things.add(lambda: os.path.exists(tmpfs) and os.unlink(tmpfs))
+    with open(tmpfs, 'wb') as f:
+        f.truncate(size)
+    act('fill', tmpfs)
+    act('fill', ours)
+    subprocess.run([FARPAGE, 'wait', control, '--control', control + '.sock'], capture_output=True)
+    act('cold', ours)
+    act('read', ours)
+    what = 'page cache over FUSE <- region, all local, against tmpfs'
+    a, b = pairs(o.pairs, lambda: value(act('read', ours)), lambda: value(act('read', tmpfs)))
+    show('all local, warm', a / b, 'x', 0.9, rates(a, b), what)
+    a, b = pairs(o.pairs, lambda: value(act('cold', ours)), lambda: value(act('read', tmpfs)))
+    show('all local, page cache dropped', a / b, 'x', 0.4, rates(a, b), 'FUSE <- region, all local, against tmpfs')
+
+
+@row('pull')
+def row_pull(o):
+    size = GIB
+    need_memory(3 * size)
+    need_fuse()
+    cpu = []
+
+    def pull():
+        r = farpage_rows('rtt', '--rtt', '0', '--backend', 'grpc', '--mode', 'managed', '--size', size)[0]
+        cpu.append(r['cpu_s_per_gib'])
+        return r['with_open']
+    a, b = pairs(o.pairs, pull, raw_tcp)
+    what = 'FUSE <- region, pulling <- gRPC <- memory, opening counted'
+    show('managed over gRPC, pulling while reading', a / b, 'x', 0.18, rates(a, b),
+         '%s, against one raw TCP stream (best of three write sizes, %s both)' % (what, congestion()))
+    show('the same against the Go engine\'s figure', a / GO_ENGINE_RATE, 'x', 10, '%.0f against %.0f MiB/s' % (a, GO_ENGINE_RATE),
+         what + '; Go: r3map v0.1.1, 64 KiB chunks, its best figure elsewhere')
+    show('CPU of both ends', min(cpu), 's', 2.0, 'a GiB; Go\'s engine: %.0f to 20 s' % GO_ENGINE_CPU, what, upwards=False)
+
+    uri, server = serve('mem:%d' % size)
+    filler, proc = mount(uri, '--mode', 'direct')
+    act('fill', filler)
+
+    def copy():
+        begin = time.monotonic()
+        out = subprocess.run([FARPAGE, 'copy', uri, 'null:', '--quiet', '--json'], capture_output=True, text=True)
+        if out.returncode:
+            raise Broken('farpage copy: %s' % out.stderr.strip())
+        return size / MIB / (time.monotonic() - begin)
+    before = cpu_seconds(server)
+    a, b = pairs(o.pairs, copy, raw_tcp)
+    show('farpage copy grpc://... null:', a / b, 'x', 0.6, rates(a, b),
+         'far_read <- gRPC <- memory, the whole command counted, against one raw TCP stream')
+
+
+@row('far')
+def row_far(o):
+    size = 4 * GIB
+    try:
+        need_memory(2 * size + GIB)
+    except Skip:
+        size = GIB
+        need_memory(3 * size)
+    n = 1 if o.quick else 2
+    options = ('--mode', 'managed', '--size', size, '--seconds', '60s')
+    a, b = pairs(n, lambda: farpage_rows('rtt', '--rtt', '40ms', *options)[0]['with_open'],
+                 lambda: farpage_rows('rtt', '--rtt', '0', *options)[0]['with_open'])
+    show('managed at 40 ms against 0 ms, %d GiB' % (size // GIB), a / b, 'x', 0.8, rates(a, b) + ', best of %d' % n,
+         'FUSE <- region, pulling <- delay 40 ms, unlimited <- memory, opening counted')
+
+
+@row('absent')
+def row_absent(o):
+    best = {}
+    for _ in range(1 if o.quick else 3):
+        for r in farpage_rows('fault-64', '--rtt', '40ms'):
+            idle, busy = [float(w) for w in r['note'].replace(',', '').split() if w.replace('.', '').isdigit()][:2]
+            old = best.get(r['series'])
+            if not old or r['value'] < old[0]:
+                best[r['series']] = (r['value'], idle, busy)
+    for way, (trips, idle, busy) in best.items():
+        show('64 threads, 64 absent chunks, %s' % way, trips, 'RTT', 2, 'the last one served, 40 ms',
+             'FUSE receivers that leave their seat <- region <- delay', upwards=False)
+        show('a local read meanwhile, its p99', busy / idle, 'x', 2, '%.0f us, idle %.0f us' % (busy, idle), None,
+             upwards=False)
+
+
+@row('first')
+def row_first(o):
+    for r in farpage_rows('latency', '--rtt', '10ms', '--seconds', '3s'):
+        what = '%s, %s' % (r['how'], r['note'].split(';')[0])
+        show('first chunk, %s: p50 over R' % r['series'], r['p50_us'] / 1e3, 'ms', 0.15, '', what, upwards=False)
+        show('first chunk, %s: p99 over R' % r['series'], r['p99_us'] / 1e3, 'ms', 1, '', None, upwards=False)
+
+
+@row('scatter')
+def row_scatter(o):
+    n = 1 if o.quick else 3
+    a, b = pairs(n, lambda: value(farpage_rows('scatter', '--rtt', '40ms')[0]),
+                 lambda: value(farpage_rows('scatter', '--rtt', '0')[0]))
+    show('20000 O_DIRECT 4 KiB writes, absent, 40 ms', a / b, 'x', 0.95,
+         '%.0f against %.0f a second, best of %d' % (a, b, n), 'FUSE <- region (side table) <- delay, against 0 ms')
+
+
+@row('dirty')
+def row_dirty(o):
+    r = farpage_rows('dirty')[0]
+    show('writes past the dirty budget', r['value'] / 50, 'x', 0.95, '%.1f MiB/s, the push may use 50' % r['value'],
+         r['how'])
+    show('the longest stall meanwhile', r['longest_us'] / 1e3, 'ms', 100, 'of a 128 KiB write', None, upwards=False)
+
+
+def go_pair():
+    """The Go family's server and client of the Backend service, built where Go and its modules are at hand."""
+    binary = os.path.join(BUILD, 'bench', 'gopair')
+    source = os.path.join(HERE, 'bench', 'go')
+    if os.path.exists(binary) and os.path.getmtime(binary) > os.path.getmtime(os.path.join(source, 'main.go')):
+        return binary
+    if not shutil.which('go'):
+        raise Skip('go is not installed: no pair to hold it against')
+    env = dict(os.environ, CGO_ENABLED='0', GOFLAGS='-mod=readonly -buildvcs=false', TMPDIR=things.dir)
+    try:
+        out = subprocess.run(['go', 'build', '-o', binary, '.'], cwd=source, env=env, capture_output=True, text=True,
+                             timeout=120)
+    except subprocess.TimeoutExpired:
+        raise Skip('the Go pair was not built within 120 s')
+    if out.returncode:
+        raise Skip('the Go pair does not build: %s' % out.stderr.strip()[-200:])
+    return binary
+
+
+@row('grpc')
+def row_grpc(o):
+    size, ms = 256 * MIB, 500 if o.quick else 1000
+    uri, server = serve('mem:%d' % size)
+    filler, proc = mount(uri, '--mode', 'direct')
+    act('fill', filler)
+    binary = go_pair()
+    other = start(binary, 'serve', size)
+    address = other.stdout.readline().strip()
+    if not address:
+        raise Broken('gopair: %s' % other.stderr.read().strip())
+
+    def ours(block, depth):
+        r = act('random', uri, '--block', block, '--threads', depth, '--seconds', '%dms' % ms)
+        return float(r['note'].split()[0])
+
+    def theirs(block, depth):
+        out = subprocess.run([binary, 'read', address, str(size), str(block), str(depth), str(ms)], capture_output=True,
+                             text=True)
+        if out.returncode:
+            raise Broken(out.stderr.strip())
+        return float(out.stdout)
+    for block in (64 << 10, MIB):
+        for depth in (1, 32):
+            a, b = pairs(2, lambda: ours(block, depth), lambda: theirs(block, depth))
+            show('gRPC reads of %d KiB, depth %d' % (block >> 10, depth), a / b, 'x', 2,
+                 rates(a * block / MIB, b * block / MIB) + ', best of 2',
+                 'far_read <- gRPC <- memory against r3map\'s services on grpc-go, both ends')
+
+
+@row('huge')
+def row_huge(o):
+    r = farpage_rows('huge')[0]
+    words = r['note'].split()
+    show('open a region of 1 TiB', r['value'], 'ms', 20, '', r['how'], upwards=False)
+    show('memory touched for that', float(words[0]) / 1024, 'MiB', 1, '', None, upwards=False)
+    show('idle mount', float(words[words.index('idle') + 1]), '%', 0, 'of a CPU', None, upwards=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+
+class Options:
+    quick = False
+    pairs = 5
+
+
+def on_signal(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def run_rows(o, wanted):
+    global broken
+    for name, fn in ROWS:
+        if wanted and name not in wanted:
+            continue
+        mark = len(things.undo)
+        try:
+            fn(o)
+        except Skip as e:
+            print('%-44s skip: %s' % (name, e))
+        except Broken as e:
+            broken += 1
+            print('%-44s failed: %s' % (name, e))
+        sys.stdout.flush()
+        things.close(mark)
+
+
+def main():
+    o = Options()
+    wanted = [a for a in sys.argv[1:] if not a.startswith('-')]
+    o.quick = '--quick' in sys.argv
+    o.pairs = 2 if o.quick else 5
+    unknown = [w for w in wanted if w not in [name for name, _ in ROWS]]
+    if unknown or any(a.startswith('-') and a != '--quick' for a in sys.argv[1:]):
+        print('usage: bench/run [--quick] [ROW...]; rows: %s' % ' '.join(name for name, _ in ROWS), file=sys.stderr)
+        return 2
+    if not os.access(FARPAGE, os.X_OK):
+        print("bench: %s is missing. Run 'make' first." % FARPAGE, file=sys.stderr)
+        return 1
+    for s in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, on_signal)
+    things.dir = tempfile.mkdtemp(prefix='farpage-bench.')
+    things.add(shutil.rmtree, things.dir, True)
+    os.environ['TMPDIR'] = things.dir
+    began = time.monotonic()
+    print('%d CPUs, load %.1f, kernel %s, %s; best of %d alternating pairs where nothing else is said' %
+          (os.cpu_count(), os.getloadavg()[0], os.uname().release, 'root' if ROOT else 'an ordinary user', o.pairs))
+    if os.getloadavg()[0] > 0.5 * os.cpu_count():
+        print('other work shares this machine now: expect figures below what it can do')
+    code = 0
+    try:
+        run_rows(o, wanted)
+    except KeyboardInterrupt as e:
+        code = 128 + (e.args[0] if e.args else signal.SIGINT)
+        if running and running.poll() is None:
+            running.kill()
+            running.wait()
+    finally:
+        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(s, signal.SIG_IGN)
+        things.close()
+    if code == 0:
+        print('%.0f s; see bench/table.py for how each row is made' % (time.monotonic() - began))
+    return code or (1 if broken else 0)
+
+
+sys.exit(main())

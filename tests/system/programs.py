@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the farpage authors
+"""programs.py FARPAGE FSX [CASE...]: other people's programs on a managed mount over gRPC, while it pulls and pushes."""
+import os
+import shutil
+import subprocess
+import sys
+
+FSX = os.path.abspath(sys.argv.pop(2))
+from cli_lib import Skip, equal, main, true  # noqa: E402: reads sys.argv
+
+WAN = 'delay:rtt=2ms,rate=200M'
+
+
+def need(*programs):
+    for p in programs:
+        if not shutil.which(p):
+            raise Skip('%s is not installed' % p)
+
+
+def call(w, *args, timeout=120):
+    p = subprocess.run(args, cwd=w.dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
+    equal(p.returncode, 0, '%s: %s' % (' '.join(args), p.stdout.decode(errors='replace')[-1500:]))
+    return p.stdout.decode(errors='replace')
+
+
+def mounted(w, size, *options):
+    """(mount, path) of an empty region of `size` served from the file a."""
+    with open(w.path('a'), 'wb') as f:
+        f.truncate(size)
+    w.file('t', 0)
+    s, uri = w.serve('file:a')
+    m = w.mount(uri, 't', '--mode', 'managed', '--layer', WAN, '--push-interval', '50ms', *options)
+    return m, m.path
+
+
+def same(w, m):
+    """After the end both hosts hold the same bytes: what the mount showed is on the server."""
+    shown = w.read('t')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(w.read('a'), shown, 'the server')
+
+
+def fsx_managed(w):
+    m, path = mounted(w, (4 << 20) + 777)
+    call(w, FSX, path, '3000', '1')
+    same(w, m)
+
+
+def fsx_evicting(w):
+    m, path = mounted(w, 4 << 20, '--local-max', '512K', '--dirty-max', '256K', '--chunk', '16K')
+    call(w, FSX, path, '1500', '2')
+    same(w, m)
+
+
+def fsx_direct(w):
+    with open(w.path('a'), 'wb') as f:
+        f.truncate(1 << 20)
+    w.file('t', 0)
+    s, uri = w.serve('file:a')
+    m = w.mount(uri, 't', '--mode', 'direct')
+    call(w, FSX, m.path, '1500', '3')
+    same(w, m)
+
+
+def fio_verifies(w):
+    need('fio')
+    m, path = mounted(w, 32 << 20)
+    for engine, direct in (('psync', '0'), ('psync', '1'), ('mmap', '0')):
+        call(w, 'fio', '--name=v', '--filename=' + path, '--size=32m', '--rw=randrw', '--bs=4k-64k', '--verify=crc32c',
+             '--ioengine=' + engine, '--direct=' + direct, '--io_size=16m', '--fsync=64', '--verify_fatal=1',
+             '--fallocate=none', '--allow_file_create=0', '--end_fsync=1', '--numjobs=1', '--randseed=7')
+    same(w, m)
+
+
+def stress_ng_maps_it(w):
+    need('stress-ng')
+    m, path = mounted(w, 16 << 20)
+    call(w, 'stress-ng', '--mmap', '2', '--mmap-file', '--mmap-bytes', '4m', '--mmap-ops', '20', '--temp-path', w.dir,
+         '--timeout', '20s')
+    # stress-ng makes files of its own, so it runs on a file system inside the region (next case); here its pattern
+    # writers work beside ours on the same machine while the mount moves bytes.
+    call(w, FSX, path, '500', '4')
+    same(w, m)
+
+
+def a_file_system_in_the_region(w):
+    if os.geteuid() != 0:
+        raise Skip('a loop mount needs root')
+    need('mkfs.ext4', 'losetup')
+    if not os.path.exists('/dev/loop-control'):
+        raise Skip('this kernel has no loop devices')
+    m, path = mounted(w, 64 << 20)
+    call(w, 'mkfs.ext4', '-q', '-F', path)
+    os.mkdir(w.path('fs'))
+    p = subprocess.run(['mount', '-o', 'loop', path, w.path('fs')], stderr=subprocess.PIPE)
+    if p.returncode:
+        raise Skip('loop mount: ' + p.stderr.decode().strip())
+    try:
+        if shutil.which('stress-ng'):
+            call(w, 'stress-ng', '--hdd', '1', '--hdd-bytes', '8m', '--hdd-ops', '400', '--temp-path', w.path('fs'),
+                 '--verify', '--timeout', '20s')
+        shutil.copy(sys.argv[1], w.path('fs/copy'))
+        with open(sys.argv[1], 'rb') as a, open(w.path('fs/copy'), 'rb') as b:
+            true(a.read() == b.read(), 'a copied file differs')
+    finally:
+        call(w, 'umount', w.path('fs'))
+    equal(m.end(), 0, 'exit code: ' + m.err())
+    call(w, 'e2fsck', '-f', '-n', w.path('a'))
+
+
+def sqlite_with_a_journal_beside_it(w):
+    need('sqlite3')
+    db = w.path('a')
+    call(w, 'sqlite3', db, 'PRAGMA page_size=4096; CREATE TABLE t(id INTEGER PRIMARY KEY, v BLOB); CREATE TABLE pad(v); '
+         'INSERT INTO pad SELECT randomblob(1000) FROM (WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM c '
+         'WHERE x<8000) SELECT x FROM c); DROP TABLE pad;')
+    w.file('t', 0)
+    s, uri = w.serve('file:a')
+    m = w.mount(uri, 't', '--mode', 'managed', '--layer', WAN, '--layer', 'fault:rate=0.02,errno=ECONNRESET')
+    for k in range(10):
+        call(w, 'sqlite3', m.path, 'INSERT INTO t(v) SELECT randomblob(500) FROM (WITH RECURSIVE c(x) AS (SELECT 1 UNION '
+             'ALL SELECT x+1 FROM c WHERE x<100) SELECT x FROM c); UPDATE t SET v = randomblob(400) WHERE id %% 7 = %d;' % (k % 7))
+    equal(call(w, 'sqlite3', m.path, 'PRAGMA integrity_check; SELECT count(*) FROM t'), 'ok\n1000\n', 'here')
+    same(w, m)
+    equal(call(w, 'sqlite3', db, 'PRAGMA integrity_check; SELECT count(*) FROM t'), 'ok\n1000\n', 'there')
+
+
+main([fsx_managed, fsx_evicting, fsx_direct, fio_verifies, stress_ng_maps_it, a_file_system_in_the_region,
+      sqlite_with_a_journal_beside_it])
