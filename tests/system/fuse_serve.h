@@ -119,6 +119,9 @@ static int serve_flush(void *self)
 {
 	struct serve *s = self;
 	atomic_fetch_add(&s->sh->flushes, 1);
+	int r = atomic_load(&s->sh->absent) == UINT64_MAX ? 0 : serve_wait(s, s->bytes, 1, 0);
+	if (r)
+		return r;
 	return atomic_load(&s->sh->flush_error);
 }
 
@@ -214,7 +217,7 @@ static int serve_region(const struct serve_conf *conf, struct far_backend *remot
 }
 
 /* u: unmount, d: detach, w: wait up to the limit, W: is it over, s: stop the backend, b: blocked calls,
- * i: invalidate everything, a: everything is local, q: close and end. Each is answered with a number. */
+ * i: invalidate everything, a: everything is local, n: no longer, q: close and end. Each is answered with a number. */
 static void serve_child(struct serve *s, const struct serve_conf *conf)
 {
 	struct far_backend *b = NULL;
@@ -257,6 +260,8 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 			r = far_fuse_invalidate(f, 0, 0);
 		else if (c == 'a')
 			far_fuse_all_local(f, b);
+		else if (c == 'n')
+			far_fuse_not_local(f);
 		if (c == 'q')
 			break;
 		if (far_io_write(s->sock, &r, sizeof r))
