@@ -26,7 +26,7 @@ static const struct open_leaf {
 	far_leaf_open *open;
 	const char *form, *help;
 } open_leaves[] = {
-	{ "mem", "", far_mem_open, "mem:SIZE", "memory of this process" },
+	{ "mem", "", far_mem_open, "mem:SIZE?private=1", "memory of this process" },
 	{ "file", "", far_file_open, "file:PATH?size=SIZE&direct=1", "a file or a block device" },
 	{ "dir", "", far_dir_open, "dir:PATH?size=SIZE&chunk=SIZE&max-open=N", "a directory with one file a chunk" },
 	{ "null", "", far_null_open, "null:SIZE", "reads zeros, forgets writes" },

@@ -78,14 +78,22 @@ static const struct far_ops mem_ops = {
 int far_mem_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out,
 		 struct far_error *err)
 {
-	static const struct far_opt none[] = { FAR_OPT_END };
+	static const struct far_opt options[] = {
+		{ "private", FAR_OPT_BOOL, 0, .help = "huge pages of this process alone" },
+		FAR_OPT_END,
+	};
+	bool private = false;
 	struct far_facts facts = { .size = sizeof facts, .caps = FAR_CAP_WRITE | FAR_CAP_SHARE };
 
-	int r = far_opt_parse(none, NULL, u->text, u->query, '&', true, err);
+	int r = far_opt_parse(options, &private, u->text, u->query, '&', true, err);
 	if (r)
 		return r;
 	if (u->authority || far_parse_size(u->path, &facts.bytes) || facts.bytes > FAR_SIZE_MAX)
 		return far_error_set(err, EINVAL, "cannot open '%.100s': write mem:SIZE, as in mem:64M.", u->text);
+	if (private) {
+		r = far_heap_new(facts.bytes, out);
+		return r ? far_error_set(err, -r, "cannot open '%.100s': %s.", u->text, far_strerror(r)) : 0;
+	}
 	struct mem *m = malloc(sizeof *m);
 	if (!m)
 		return far_error_set(err, ENOMEM, "cannot open '%.100s': %s.", u->text, far_strerror(ENOMEM));

@@ -54,9 +54,10 @@
 
 #define FUSE_INIT_WAIT (10 * FAR_SEC)
 /* KiB that the kernel reads ahead. Two requests of 1 MiB at once keep two CPUs busy; across a network a fault in a
- * mapping would wait for all of it. */
+ * mapping waits for all of it. While a puller is at work it is the one that reads ahead, and in larger pieces. */
 #define FUSE_AHEAD_LOCAL 2048
 #define FUSE_AHEAD_REMOTE 1024
+#define FUSE_AHEAD_PULLING 256
 
 static _Thread_local bool fuse_thread_ready;
 
@@ -332,7 +333,8 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 		far_fuse_close(f);
 		return r;
 	}
-	fuse_read_ahead(f, far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
+	fuse_read_ahead(f, conf->pulling ? FUSE_AHEAD_PULLING :
+			   far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
 	*out = f;
 	return 0;
 }

@@ -14,6 +14,7 @@ struct far_fuse_conf {
 	const char *name;        /* of the file inside a directory; no '/' */
 	const char *source;      /* what `mount` shows */
 	bool read_only;
+	bool pulling;            /* only a part is local yet; far_fuse_all_local() says when that is over */
 	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open. Else each open drops
 				  * it, and for that waits for every cached read that is under way */
 	unsigned max_blocked;    /* threads that may wait for b; what is more is parked. 0: 256 */

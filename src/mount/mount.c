@@ -104,7 +104,7 @@ static bool mnt_is_zero(struct far_backend *b)
 }
 
 static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_backend **out,
-			  struct far_error *err)
+			  bool *is_zero, struct far_error *err)
 {
 	const char *uri = m->o.local ? m->o.local : "mem:";
 	struct far_backend *b = NULL;
@@ -114,8 +114,9 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 	if (m->o.local_backend) {
 		b = m->o.local_backend;
 	} else {
-		if (strcmp(uri, "mem:") == 0)
-			e = asprintf(&full, "mem:%" PRIu64, m->bytes);
+		if (strcmp(uri, "mem:") == 0) /* huge pages, if all of it will be here anyway */
+			e = asprintf(&full, "mem:%" PRIu64 "%s", m->bytes,
+				     m->o.pull_workers && !m->o.local_max ? "?private=1" : "");
 		else if (strstr(uri, "size=") || strncmp(uri, "mem:", 4) == 0)
 			e = asprintf(&full, "%s", uri);
 		else
@@ -139,6 +140,7 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 			far_close(b);
 		return e;
 	}
+	*is_zero = strncmp(uri, "mem:", 4) == 0 && !m->o.local_backend ? true : mnt_is_zero(b);
 	*out = b;
 	return 0;
 }
@@ -146,11 +148,10 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
 	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o };
-	int e = mnt_open_local(m, conf, &rc.local, err);
+	int e = mnt_open_local(m, conf, &rc.local, &rc.local_is_zero, err);
 
 	if (e)
 		return e;
-	rc.local_is_zero = mnt_is_zero(rc.local);
 	e = far_region_open(&rc, &m->region, err);
 	if (e && !m->o.local_backend)
 		far_close(rc.local);
@@ -165,6 +166,7 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		.name = conf->name,
 		.source = conf->source,
 		.read_only = m->o.read_only || !(far_facts(m->remote)->caps & FAR_CAP_WRITE),
+		.pulling = m->mode == FAR_MODE_MANAGED,
 		.keep_cache = m->mode == FAR_MODE_MANAGED,
 		.max_blocked = m->o.max_blocked ? m->o.max_blocked : 256,
 		.deadline = m->deadline,

@@ -22,16 +22,19 @@
  *   REDIRTY -----------> DIRTY              push_end
  *   CLEAN -------------> EVICTING -> ABSENT evict_begin, evict_end
  *
- * A word is 16 bits: state (4), pins (11), touched (1). Every arrow is a compare-and-swap of the word, so pinning and
- * marking dirty take no lock. Invariants:
+ * A word is 16 bits: state (4), pins (7), touched (1), news (4). News is how much was written here that the remote lacks,
+ * in fifteenths of the chunk, rounded up: 0 when there is none, so that small writes far apart do not fill a budget that
+ * is counted in bytes. Every arrow is a compare-and-swap of the word, so pinning and marking dirty take no lock. Invariants:
  *
  *  1. A write marks its chunk dirty after its copy into the local store and before its answer, in the same
  *     compare-and-swap that drops its pin. A push that read half of the copy finds REDIRTY, or DIRTY comes after it.
  *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in PARTIAL and FETCHING_PARTIAL (writers
  *     and readers of ranges that are here), and in FILLING only those taken before it began.
  *  3. A chunk in PARTIAL or FETCHING_PARTIAL, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
- *  4. A chunk in FETCHING or FETCHING_PARTIAL lies in exactly one struct far_fetch whose `at` has not passed it.
- *  5. The hint bit of a group is set whenever one of its 64 chunks is dirty or being pushed, but for the moment in
+ *  4. News is above 0 in DIRTY, PUSHING, REDIRTY, PARTIAL and FETCHING_PARTIAL and in FILLING after the last; `dirty` is
+ *     the sum of it over all chunks.
+ *  5. A chunk in FETCHING or FETCHING_PARTIAL lies in exactly one struct far_fetch whose `at` has not passed it.
+ *  6. The hint bit of a group is set whenever one of its 64 chunks is dirty or being pushed, but for the moment in
  *     which a pusher looks the group over.
  *
  * `lock` guards the side table, the list of fetches and all sleeping. It is never held across a callback or I/O.
@@ -51,8 +54,10 @@
 
 #define STATE_MASK 0x000fu
 #define PIN_ONE 0x0010u
-#define PIN_MASK 0x7ff0u
-#define TOUCHED 0x8000u
+#define PIN_MASK 0x07f0u
+#define TOUCHED 0x0800u
+#define NEWS_SHIFT 12
+#define NEWS_ALL 15u /* fifteenths of a chunk */
 
 #define SECTOR 512u
 #define RAGGED_MAX 2
@@ -237,10 +242,32 @@ static void count_local(struct far_chunkmap *m, uint64_t i, bool add)
 	atomic_fetch_add_explicit(&m->local, add ? len : -len, memory_order_relaxed);
 }
 
-static void count_dirty(struct far_chunkmap *m, uint64_t i, bool add)
+static unsigned news_of(uint16_t w)
+{
+	return w >> NEWS_SHIFT;
+}
+
+/* The word after `len` more bytes were written into chunk i. */
+static uint16_t add_news(const struct far_chunkmap *m, uint64_t i, uint16_t w, uint64_t len)
+{
+	uint64_t more = far_div_up(len * NEWS_ALL, far_chunkmap_len(m, i));
+	unsigned news = (unsigned)far_min(news_of(w) + more, NEWS_ALL);
+	return (uint16_t)((w & ((1u << NEWS_SHIFT) - 1)) | news << NEWS_SHIFT);
+}
+
+static uint16_t no_news(uint16_t w)
+{
+	return (uint16_t)(w & ((1u << NEWS_SHIFT) - 1));
+}
+
+/* After a swap from `was` to `is`. */
+static void count_news(struct far_chunkmap *m, uint64_t i, uint16_t was, uint16_t is)
 {
 	uint64_t len = far_chunkmap_len(m, i);
-	atomic_fetch_add_explicit(&m->dirty, add ? len : -len, memory_order_relaxed);
+	uint64_t a = news_of(was) * len / NEWS_ALL, b = news_of(is) * len / NEWS_ALL;
+
+	if (a != b)
+		atomic_fetch_add_explicit(&m->dirty, b - a, memory_order_relaxed);
 }
 
 static void hint(struct far_chunkmap *m, uint64_t i)
@@ -328,7 +355,7 @@ static bool pin_one(struct far_chunkmap *m, uint64_t i)
 	for (;;) {
 		if (!is_local(state_of(w)))
 			return false;
-		if ((w & PIN_MASK) == PIN_MASK) { /* 2047 others are copying; it takes microseconds */
+		if ((w & PIN_MASK) == PIN_MASK) { /* 127 others are copying; it takes microseconds */
 			sched_yield();
 			w = load(m, i);
 		} else if (cas(m, i, &w, (uint16_t)((w + PIN_ONE) | TOUCHED))) {
@@ -573,8 +600,11 @@ static enum far_claim partial_begin_locked(struct far_chunkmap *m, uint64_t i, u
 	for (;;) {
 		bool full = (w & PIN_MASK) == PIN_MASK;
 		enum far_chunk to_state = fetching ? FAR_FETCHING_PARTIAL : FAR_PARTIAL;
-		if (!full && cas(m, i, &w, (uint16_t)(with_state(w, to_state) + PIN_ONE)))
+		uint16_t was = w, next = add_news(m, i, (uint16_t)(with_state(w, to_state) + PIN_ONE), to - from);
+		if (!full && cas(m, i, &w, next)) {
+			count_news(m, i, was, next);
 			break;
+		}
 		/* Pins come and go without the lock; states with a side table entry change under it. */
 		if (full || state_of(w) != s) {
 			if (fresh)
@@ -582,10 +612,8 @@ static enum far_claim partial_begin_locked(struct far_chunkmap *m, uint64_t i, u
 			return FAR_CLAIM_WAIT;
 		}
 	}
-	if (fresh) {
-		count_dirty(m, i, true);
+	if (fresh)
 		hint(m, i);
-	}
 	e->pending += need;
 	*ragged = need;
 	return FAR_CLAIM_PARTIAL;
@@ -623,7 +651,7 @@ enum far_claim far_chunkmap_write_begin(struct far_chunkmap *m, uint64_t i, uint
 }
 
 /* Mark dirty and drop the pin in one step (invariant 1). False: the chunk is not local; nothing was done. */
-static bool present_end(struct far_chunkmap *m, uint64_t i)
+static bool present_end(struct far_chunkmap *m, uint64_t i, uint64_t len)
 {
 	uint16_t w = load(m, i);
 
@@ -632,10 +660,10 @@ static bool present_end(struct far_chunkmap *m, uint64_t i)
 		if (!is_local(s))
 			return false;
 		enum far_chunk next = s == FAR_CLEAN ? FAR_DIRTY : s == FAR_PUSHING ? FAR_REDIRTY : s;
-		if (!cas(m, i, &w, (uint16_t)(with_state(w, next) - PIN_ONE)))
+		uint16_t was = w, is = add_news(m, i, (uint16_t)(with_state(w, next) - PIN_ONE), len);
+		if (!cas(m, i, &w, is))
 			continue;
-		if (s == FAR_CLEAN)
-			count_dirty(m, i, true);
+		count_news(m, i, was, is);
 		if (next != FAR_REDIRTY)
 			hint(m, i);
 		return true;
@@ -651,7 +679,7 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 	struct far_partial *e = *partial_at_locked(m, i);
 	if (is_local(state_of(w))) { /* others have made it whole meanwhile */
 		far_mutex_unlock(&m->lock);
-		FAR_ASSERT(present_end(m, i));
+		FAR_ASSERT(present_end(m, i, to - from));
 		return;
 	}
 	FAR_ASSERT(e && e->pending >= ragged);
@@ -684,18 +712,20 @@ void far_chunkmap_write_end(struct far_chunkmap *m, uint64_t i, uint64_t from, u
 {
 	if (claim == FAR_CLAIM_PRESENT) {
 		/* A failed copy may have changed some bytes: dirty all the same. */
-		FAR_ASSERT(present_end(m, i));
+		FAR_ASSERT(present_end(m, i, to - from));
 	} else if (claim == FAR_CLAIM_PARTIAL) {
 		partial_end(m, i, from, to, ragged, ok);
 	} else {
 		FAR_ASSERT(claim == FAR_CLAIM_WHOLE);
-		if (ok) {
+		uint16_t w = load(m, i), was, is;
+		if (ok)
 			count_local(m, i, true);
-			count_dirty(m, i, true);
-		}
-		uint16_t w = load(m, i);
-		while (!cas(m, i, &w, (uint16_t)(with_state(w, ok ? FAR_DIRTY : FAR_ABSENT) | TOUCHED)))
-			;
+		do {
+			was = w;
+			is = (uint16_t)(with_state(w, ok ? FAR_DIRTY : FAR_ABSENT) | TOUCHED);
+			is = ok ? add_news(m, i, is, to - from) : is;
+		} while (!cas(m, i, &w, is));
+		count_news(m, i, was, is);
 		if (ok)
 			hint(m, i);
 		changed_wake(m);
@@ -855,7 +885,7 @@ static bool holds_news(struct far_chunkmap *m, uint64_t i, enum far_chunk *s)
 	return entry || is_dirty(*s);
 }
 
-/* Invariant 5: a hint is taken back only when nothing dirty is left in its group. */
+/* Invariant 6: a hint is taken back only when nothing dirty is left in its group. */
 static void hint_restore(struct far_chunkmap *m, uint64_t g)
 {
 	uint64_t end = far_min((g + 1) * GROUP, m->chunks);
@@ -905,16 +935,14 @@ bool far_chunkmap_push_begin(struct far_chunkmap *m, uint64_t *cursor, uint64_t 
 void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, bool ok)
 {
 	for (uint64_t i = first; i < first + n; i++) {
-		uint16_t w = load(m, i);
-		enum far_chunk s, next;
+		uint16_t w = load(m, i), was, is;
 		do {
-			s = state_of(w);
-			FAR_ASSERT(s == FAR_PUSHING || s == FAR_REDIRTY);
-			next = s == FAR_PUSHING && ok ? FAR_CLEAN : FAR_DIRTY;
-		} while (!cas(m, i, &w, with_state(w, next)));
-		if (next == FAR_CLEAN)
-			count_dirty(m, i, false);
-		else
+			was = w;
+			FAR_ASSERT(state_of(w) == FAR_PUSHING || state_of(w) == FAR_REDIRTY);
+			is = state_of(w) == FAR_PUSHING && ok ? no_news(with_state(w, FAR_CLEAN)) : with_state(w, FAR_DIRTY);
+		} while (!cas(m, i, &w, is));
+		count_news(m, i, was, is);
+		if (state_of(is) == FAR_DIRTY)
 			hint(m, i);
 	}
 }
@@ -979,7 +1007,8 @@ void far_chunkmap_check(struct far_chunkmap *m)
 			FAR_ASSERT(!entry);
 		FAR_ASSERT((s != FAR_FETCHING && s != FAR_FETCHING_PARTIAL) || fetch_find_locked(m, i));
 		local += is_local(s) ? far_chunkmap_len(m, i) : 0;
-		dirty += is_dirty(s) ? far_chunkmap_len(m, i) : 0;
+		dirty += news_of(w) * far_chunkmap_len(m, i) / NEWS_ALL;
+		FAR_ASSERT((news_of(w) > 0) == (is_dirty(s) || (s == FAR_FILLING && entry)));
 		partial += entry;
 	}
 	FAR_ASSERT(partial == m->n_partial);

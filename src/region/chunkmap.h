@@ -34,7 +34,7 @@ uint64_t far_chunkmap_len(const struct far_chunkmap *m, uint64_t i); /* of chunk
 enum far_chunk far_chunkmap_state(struct far_chunkmap *m, uint64_t i);
 bool far_chunkmap_is_local(struct far_chunkmap *m, uint64_t i);
 uint64_t far_chunkmap_local(struct far_chunkmap *m); /* bytes in local chunks */
-uint64_t far_chunkmap_dirty(struct far_chunkmap *m); /* bytes in chunks that hold something the remote lacks */
+uint64_t far_chunkmap_dirty(struct far_chunkmap *m); /* bytes the remote lacks, to a fifteenth of a chunk */
 
 /* Readers. Pin as many of [i, i+max) as are local without a gap; returns how many. Pinned chunks stay local. */
 uint64_t far_chunkmap_pin(struct far_chunkmap *m, uint64_t i, uint64_t max);

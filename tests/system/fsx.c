@@ -290,5 +290,7 @@ int main(int argc, char **argv)
 		op_read(off, size - off < MAX_LEN ? (size_t)(size - off) : MAX_LEN, buf, false);
 	close_all();
 	printf("fsx: %s: %" PRIu64 " operations, all as expected\n", path, n_ops);
+	free(buf);
+	free(truth);
 	return 0;
 }
