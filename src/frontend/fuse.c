@@ -227,7 +227,10 @@ static void fuse_map_share(struct far_fuse *f, struct far_backend *b)
 		return;
 	madvise(p, f->bytes, MADV_DONTFORK);
 	f->mapped = p;
-	atomic_store(&f->share, p);
+	far_mutex_lock(&f->lock);
+	if (!f->evicts)
+		atomic_store(&f->share, p);
+	far_mutex_unlock(&f->lock);
 }
 
 static int fuse_set_up(struct far_fuse *f, const struct far_fuse_conf *conf, struct far_error *err)
@@ -354,7 +357,10 @@ void far_fuse_all_local(struct far_fuse *f, struct far_backend *local)
 
 void far_fuse_not_local(struct far_fuse *f)
 {
+	far_mutex_lock(&f->lock);
+	f->evicts = true;
 	atomic_store(&f->share, NULL);
+	far_mutex_unlock(&f->lock);
 	while (atomic_load(&f->share_users)) /* a copy by the kernel, 1 MiB at most */
 		sched_yield();
 }

@@ -30,7 +30,7 @@ int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len);
 /* Every byte is in `local` now and will be found there as long as the mount lives (nothing is evicted): read further
  * ahead, and straight from local's pages if it shows them. Once; local stays the caller's. */
 void far_fuse_all_local(struct far_fuse *f, struct far_backend *local);
-/* No longer so (something is about to be evicted): on return nothing reads straight from local's pages. */
+/* Something is about to be evicted: on return, and from then on, nothing reads straight from local's pages. */
 void far_fuse_not_local(struct far_fuse *f);
 /* Calls that wait for the backend now. */
 unsigned far_fuse_blocked(const struct far_fuse *f);

@@ -59,6 +59,7 @@ struct far_fuse {
 	struct far_cond changed;
 	unsigned live FAR_GUARDED_BY(lock); /* seats that have not ended */
 	bool detached FAR_GUARDED_BY(lock); /* the path is not ours any more */
+	bool evicts FAR_GUARDED_BY(lock);   /* far_fuse_not_local() was called */
 	struct fuse_call *killable FAR_GUARDED_BY(lock); /* calls that fuse_killed() may answer */
 };
 

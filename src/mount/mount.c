@@ -15,6 +15,7 @@
 
 #include "base/clock.h"
 #include "base/options.h"
+#include "base/thread.h"
 #include "frontend/fuse.h"
 #include "layer/layer.h"
 #include "mount/holders.h"
@@ -37,6 +38,11 @@ struct far_mnt {
 	struct far_fuse *fuse;        /* NULL once unmounted */
 	char *path;
 	uint64_t deadline;            /* ns; FAR_NEVER: wait */
+	struct far_backend *local;    /* the region's */
+	struct far_thread watch;      /* mnt_watch() */
+	struct far_mutex lock;
+	struct far_cond changed;
+	bool closing FAR_GUARDED_BY(lock);
 };
 
 /* The shortest of three reads of the first bytes. */
@@ -155,7 +161,37 @@ static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, s
 	e = far_region_open(&rc, &m->region, err);
 	if (e && !m->o.local_backend)
 		far_close(rc.local);
+	m->local = rc.local;
 	return e;
+}
+
+/* Tells the frontend when everything is local. What failed to be pulled is tried again by the puller: ask again. */
+static void *mnt_watch(void *arg)
+{
+	struct far_mnt *m = arg;
+	bool closing = false;
+
+	while (!closing) {
+		if (far_region_wait_local(m->region, m->bytes) == 0) {
+			far_fuse_all_local(m->fuse, m->local);
+			break;
+		}
+		far_mutex_lock(&m->lock);
+		if (!m->closing)
+			far_cond_wait_until(&m->changed, &m->lock, far_now() + FAR_SEC);
+		closing = m->closing;
+		far_mutex_unlock(&m->lock);
+	}
+	return NULL;
+}
+
+static void mnt_watch_end(struct far_mnt *m)
+{
+	far_mutex_lock(&m->lock);
+	m->closing = true;
+	far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+	far_thread_join(&m->watch);
 }
 
 static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
@@ -212,6 +248,8 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 
 	if (!m)
 		return far_error_set(err, ENOMEM, "no memory for a mount");
+	far_mutex_init(&m->lock);
+	far_cond_init(&m->changed);
 	m->o = conf->opts;
 	if (!m->o.deadline_ms)
 		m->o.deadline_ms = 30000;
@@ -227,6 +265,8 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 	far_deadline_restore(old);
 	if (!e)
 		e = mnt_open_frontend(m, conf, err);
+	if (!e && m->region && !m->o.local_max)
+		far_thread_start(&m->watch, "far-watch", mnt_watch, m); /* without it reads are only slower */
 	if (e) {
 		far_mnt_close(m);
 		return e;
@@ -279,7 +319,11 @@ int far_mnt_prefetch(struct far_mnt *m, uint64_t off, uint64_t len)
 
 int far_mnt_evict(struct far_mnt *m, uint64_t off, uint64_t len)
 {
-	return m->region ? far_region_evict(m->region, off, len) : -EOPNOTSUPP;
+	if (!m->region)
+		return -EOPNOTSUPP;
+	if (m->fuse)
+		far_fuse_not_local(m->fuse);
+	return far_region_evict(m->region, off, len);
 }
 
 void far_mnt_status(struct far_mnt *m, struct far_status *st)
@@ -334,11 +378,14 @@ void far_mnt_close(struct far_mnt *m)
 		far_region_stop(m->region);
 	else if (m->fuse)
 		far_stop(m->remote);
+	mnt_watch_end(m);
 	far_fuse_close(m->fuse);
 	if (m->region)
 		far_region_close(m->region);
 	else
 		far_close(m->remote);
+	far_cond_fini(&m->changed);
+	far_mutex_fini(&m->lock);
 	free(m->path);
 	free(m);
 }
