@@ -349,9 +349,10 @@ const char *far_fuse_path(const struct far_fuse *f)
 
 void far_fuse_all_local(struct far_fuse *f, struct far_backend *local)
 {
-	FAR_ASSERT(far_size(local) == f->bytes);
-	if (!f->mapped)
+	if (local && !atomic_exchange(&f->told, true) && !f->mapped) {
+		FAR_ASSERT(far_size(local) == f->bytes);
 		fuse_map_share(f, local);
+	}
 	fuse_read_ahead(f, FUSE_AHEAD_LOCAL);
 }
 

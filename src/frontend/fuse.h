@@ -27,8 +27,8 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 const char *far_fuse_path(const struct far_fuse *f); /* absolute, of the file */
 /* Drop what the page cache holds of [off, off+len); len 0: to the end. From a thread that serves nothing. */
 int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len);
-/* Every byte is in `local` now and will be found there as long as the mount lives (nothing is evicted): read further
- * ahead, and straight from local's pages if it shows them. Once; local stays the caller's. */
+/* Everything is local now, so the kernel may read further ahead. If `local` is not NULL, every byte stays in it from now
+ * on, until far_fuse_not_local(): read straight from its pages if it shows them. It stays the caller's. Any thread. */
 void far_fuse_all_local(struct far_fuse *f, struct far_backend *local);
 /* Something is about to be evicted: on return, and from then on, nothing reads straight from local's pages. */
 void far_fuse_not_local(struct far_fuse *f);

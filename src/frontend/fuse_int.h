@@ -53,6 +53,7 @@ struct far_fuse {
 	 * share_users before it loads the pointer, so that far_fuse_not_local() can wait for it: both seq_cst. */
 	_Atomic(const char *) share;
 	_Atomic unsigned share_users;
+	_Atomic bool told; /* far_fuse_all_local() was called */
 	char *mapped; /* what share pointed to first; unmapped at close */
 	_Atomic int64_t mtime, atime, ctime; /* ns since 1970; relaxed: nothing hangs on their order */
 	struct far_mutex lock;

@@ -15,12 +15,12 @@
 
 #include "base/clock.h"
 #include "base/options.h"
-#include "base/thread.h"
 #include "frontend/fuse.h"
 #include "layer/layer.h"
 #include "mount/holders.h"
 #include "region/region.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,13 +36,11 @@ struct far_mnt {
 	struct far_backend *remote;   /* direct: the whole stack; managed: owned by the region */
 	struct far_region *region;    /* NULL when direct */
 	struct far_fuse *fuse;        /* NULL once unmounted */
+	_Atomic(struct far_fuse *) ready; /* the frontend, once mounted */
+	struct far_backend *local;    /* the region's; NULL if it may lose chunks again by itself */
+	_Atomic bool all_local;       /* whoever of this and `ready` comes second tells the frontend */
 	char *path;
 	uint64_t deadline;            /* ns; FAR_NEVER: wait */
-	struct far_backend *local;    /* the region's */
-	struct far_thread watch;      /* mnt_watch() */
-	struct far_mutex lock;
-	struct far_cond changed;
-	bool closing FAR_GUARDED_BY(lock);
 };
 
 /* The shortest of three reads of the first bytes. */
@@ -151,47 +149,29 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 	return 0;
 }
 
+/* From a thread of the puller, or of a caller. */
+static void mnt_all_local_cb(void *opaque)
+{
+	struct far_mnt *m = opaque;
+
+	atomic_store(&m->all_local, true);
+	struct far_fuse *f = atomic_load(&m->ready);
+	if (f)
+		far_fuse_all_local(f, m->local);
+}
+
 static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
-	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o };
+	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o, .all_local = mnt_all_local_cb, .opaque = m };
 	int e = mnt_open_local(m, conf, &rc.local, &rc.local_is_zero, err);
 
 	if (e)
 		return e;
+	m->local = m->o.local_max ? NULL : rc.local; /* before the first callback */
 	e = far_region_open(&rc, &m->region, err);
 	if (e && !m->o.local_backend)
 		far_close(rc.local);
-	m->local = rc.local;
 	return e;
-}
-
-/* Tells the frontend when everything is local. What failed to be pulled is tried again by the puller: ask again. */
-static void *mnt_watch(void *arg)
-{
-	struct far_mnt *m = arg;
-	bool closing = false;
-
-	while (!closing) {
-		if (far_region_wait_local(m->region, m->bytes) == 0) {
-			far_fuse_all_local(m->fuse, m->local);
-			break;
-		}
-		far_mutex_lock(&m->lock);
-		if (!m->closing)
-			far_cond_wait_until(&m->changed, &m->lock, far_now() + FAR_SEC);
-		closing = m->closing;
-		far_mutex_unlock(&m->lock);
-	}
-	return NULL;
-}
-
-static void mnt_watch_end(struct far_mnt *m)
-{
-	far_mutex_lock(&m->lock);
-	m->closing = true;
-	far_cond_broadcast(&m->changed);
-	far_mutex_unlock(&m->lock);
-	far_thread_join(&m->watch);
 }
 
 static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
@@ -220,6 +200,9 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 	e = far_fuse_open(&fc, &m->fuse, err);
 	if (e)
 		return e;
+	atomic_store(&m->ready, m->fuse);
+	if (atomic_load(&m->all_local))
+		far_fuse_all_local(m->fuse, m->local);
 	m->path = strdup(far_fuse_path(m->fuse));
 	return m->path ? 0 : far_error_set(err, ENOMEM, "no memory for the path");
 }
@@ -248,8 +231,6 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 
 	if (!m)
 		return far_error_set(err, ENOMEM, "no memory for a mount");
-	far_mutex_init(&m->lock);
-	far_cond_init(&m->changed);
 	m->o = conf->opts;
 	if (!m->o.deadline_ms)
 		m->o.deadline_ms = 30000;
@@ -265,8 +246,6 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 	far_deadline_restore(old);
 	if (!e)
 		e = mnt_open_frontend(m, conf, err);
-	if (!e && m->region && !m->o.local_max)
-		far_thread_start(&m->watch, "far-watch", mnt_watch, m); /* without it reads are only slower */
 	if (e) {
 		far_mnt_close(m);
 		return e;
@@ -374,18 +353,17 @@ void far_mnt_close(struct far_mnt *m)
 	if (!m)
 		return;
 	/* Whoever is blocked in a backend must get out before the frontend's threads can end. */
-	if (m->region)
+	if (m->region) {
 		far_region_stop(m->region);
-	else if (m->fuse)
+		far_region_join(m->region); /* they may be telling the frontend something */
+	} else if (m->fuse) {
 		far_stop(m->remote);
-	mnt_watch_end(m);
+	}
 	far_fuse_close(m->fuse);
 	if (m->region)
 		far_region_close(m->region);
 	else
 		far_close(m->remote);
-	far_cond_fini(&m->changed);
-	far_mutex_fini(&m->lock);
 	free(m->path);
 	free(m);
 }

@@ -53,6 +53,14 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 	return err;
 }
 
+void far_cache_arrived(struct far_region *r)
+{
+	far_pull_progress(r);
+	if (r->all_local && far_chunkmap_local(r->map) == r->bytes &&
+	    !atomic_exchange_explicit(&r->was_all_local, true, memory_order_relaxed))
+		r->all_local(r->all_local_opaque);
+}
+
 int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, unsigned flags)
 {
 	uint64_t off = first << r->shift, len = far_min(n << r->shift, r->bytes - off);
@@ -72,7 +80,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 		err = cache_fill(r, f, i, buf + ((i - first) << r->shift));
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
-	far_pull_progress(r);
+	far_cache_arrived(r);
 	far_cache_trim(r);
 	return err;
 }
@@ -239,6 +247,8 @@ static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint
 		err = buf ? far_write(r->local, off, buf, (size_t)(stop - off), flags & FAR_NOWAIT)
 			  : far_zero(r->local, off, stop - off, flags & FAR_NOWAIT);
 		batch_end(r, &b, err);
+		if (b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT)
+			far_cache_arrived(r);
 		far_push_dirtied(r);
 		if (err)
 			return err;

@@ -76,6 +76,8 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 	r->bytes = facts->bytes;
 	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
 	r->local_zero = conf->local_is_zero;
+	r->all_local = conf->all_local;
+	r->all_local_opaque = conf->opaque;
 	e = region_defaults(&r->o, err);
 	if (e)
 		goto fail;
@@ -168,13 +170,21 @@ void far_region_stop(struct far_region *r)
 	far_stop(r->local);
 }
 
+void far_region_join(struct far_region *r)
+{
+	far_pull_join(r);
+	far_push_join(r);
+}
+
 void far_region_close(struct far_region *r)
 {
 	if (!r)
 		return;
 	far_region_stop(r);
-	far_pull_join(r);
-	far_push_join(r);
+	far_region_join(r);
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+	far_chunkmap_check(r->map);
+#endif
 	far_pull_close(r);
 	far_push_close(r);
 	int err = far_trace_close(r->trace);

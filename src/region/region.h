@@ -15,6 +15,10 @@ struct far_region_conf {
 	struct far_backend *remote;  /* owned from success on */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
 	bool local_is_zero;          /* it reads as zeros everywhere now: zero chunks need no write */
+	/* Called once on a thread of the puller or of a caller when all of it is local for the first time; NULL: nobody
+	 * wants to know. */
+	void (*all_local)(void *opaque);
+	void *opaque;
 	const struct far_mount_opts *opts; /* everything but mode, local, local_backend; copied */
 };
 
@@ -38,6 +42,8 @@ void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
 void far_region_status(struct far_region *r, struct far_status *st);
 /* Blocked and later calls return -ESHUTDOWN. Does not flush. */
 void far_region_stop(struct far_region *r);
+/* After stop: wait until the background threads have ended; calls of others may still be on their way out. */
+void far_region_join(struct far_region *r);
 /* Stop, then free, remote and local included. Does not flush. */
 void far_region_close(struct far_region *r);
 

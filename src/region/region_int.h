@@ -24,6 +24,8 @@ struct far_region {
 	uint64_t bytes, chunk;
 	unsigned shift;
 	bool writable;
+	void (*all_local)(void *opaque);
+	void *all_local_opaque;
 	struct far_chunkmap *map;
 	struct far_trace *trace; /* NULL: nothing is recorded */
 	struct far_pull *pull;
@@ -31,6 +33,7 @@ struct far_region {
 
 	/* atomic */
 	_Atomic bool stopped;
+	_Atomic bool was_all_local;  /* all_local has been called */
 	_Atomic bool local_zero;     /* whatever is absent reads as zeros in the local store: zeros need no write */
 	_Atomic uint64_t pulled, pushed, inflight, demand_reads, errors;
 	_Atomic unsigned blocked;
@@ -46,6 +49,8 @@ int far_cache_zero(void *self, uint64_t off, uint64_t len, unsigned flags);
 int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, unsigned flags);
 /* Make chunk i local, and those after it up to max in the same call if they are absent too. */
 int far_cache_need(struct far_region *r, uint64_t i, uint64_t max);
+/* Chunks have become local: tell who waits for that. */
+void far_cache_arrived(struct far_region *r);
 /* Give clean chunks back until the local store is inside its budget. */
 void far_cache_trim(struct far_region *r);
 void far_region_remote_failed(struct far_region *r, int err);

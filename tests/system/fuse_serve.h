@@ -259,9 +259,13 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 		else if (c == 'i')
 			r = far_fuse_invalidate(f, 0, 0);
 		else if (c == 'a')
+<<<<<<< HEAD
 			far_fuse_all_local(f, b);
 		else if (c == 'n')
 			far_fuse_not_local(f);
+=======
+			far_fuse_all_local(f);
+>>>>>>> main
 		if (c == 'q')
 			break;
 		if (far_io_write(s->sock, &r, sizeof r))
