@@ -256,8 +256,6 @@ static void mount_loop_finished(struct mount_run *run)
 	char text[300] = "";
 
 	far_mnt_status(l->mnt, &st);
-	if (run->job.holders[0])
-		cli_say("%s was held open by %s until the end", l->conf.target, run->job.holders);
 	if (st.dirty)
 		mount_unsaved_text(l, st.dirty, text, sizeof text);
 	if (r < 0 && r != -ECANCELED)

@@ -227,6 +227,7 @@ static void fuse_map_share(struct far_fuse *f, struct far_backend *b)
 		return;
 	madvise(p, f->bytes, MADV_DONTFORK);
 	f->mapped = p;
+	f->share_fd = fd;
 	far_mutex_lock(&f->lock);
 	if (!f->evicts)
 		atomic_store(&f->share, p);
@@ -262,11 +263,19 @@ static int fuse_set_up(struct far_fuse *f, const struct far_fuse_conf *conf, str
 	return 0;
 }
 
+/* We receive ourselves. */
+static ssize_t fuse_no_read(int fd, void *buf, size_t len, void *opaque)
+{
+	errno = ENOSYS;
+	return -1;
+}
+
 static int fuse_connect(struct far_fuse *f, const struct far_fuse_conf *conf, struct far_error *err)
 {
 	struct far_fuse_mount_conf mc = { .target = f->target, .shown = conf->target, .dir = f->dir,
 					  .source = conf->source ? conf->source : "farpage", .read_only = f->read_only };
-	char arg0[] = "farpage", *argv[] = { arg0, NULL }, fd_name[40];
+	static const struct fuse_custom_io io = { .writev = far_fuse_pass_writev, .read = fuse_no_read };
+	char arg0[] = "farpage", *argv[] = { arg0, NULL };
 	struct fuse_args args = FUSE_ARGS_INIT(1, argv);
 
 	fuse_set_log_func(fuse_log_line);
@@ -277,8 +286,7 @@ static int fuse_connect(struct far_fuse *f, const struct far_fuse_conf *conf, st
 	int r = far_fuse_mount_attach(&mc, &f->fd, err);
 	if (r)
 		return r;
-	snprintf(fd_name, sizeof fd_name, "/dev/fd/%d", f->fd);
-	if (fuse_session_mount(f->se, fd_name)) { /* only takes the descriptor over */
+	if (fuse_session_custom_io(f->se, &io, f->fd)) { /* takes the descriptor over */
 		far_fuse_mount_detach(f->target, true);
 		far_fd_close(&f->fd);
 		return far_error_set(err, EIO, "cannot mount on %s: libfuse refuses the connection", conf->target);
@@ -304,7 +312,7 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 
 	if (!f)
 		return far_error_set(err, ENOMEM, "cannot mount on %s: out of memory", conf->target);
-	f->fd = f->abort_fd = f->poll_fd = -1;
+	f->fd = f->abort_fd = f->poll_fd = f->share_fd = -1;
 	far_mutex_init(&f->lock);
 	far_cond_init(&f->changed);
 	far_mutex_lock(&f->lock);
@@ -338,6 +346,7 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 	}
 	fuse_read_ahead(f, conf->pulling ? FUSE_AHEAD_PULLING :
 			   far_facts(f->b)->caps & FAR_CAP_REMOTE ? FUSE_AHEAD_REMOTE : FUSE_AHEAD_LOCAL);
+	far_fuse_pass_offer(f);
 	*out = f;
 	return 0;
 }
@@ -352,18 +361,25 @@ void far_fuse_all_local(struct far_fuse *f, struct far_backend *local)
 	if (local && !atomic_exchange(&f->told, true) && !f->mapped) {
 		FAR_ASSERT(far_size(local) == f->bytes);
 		fuse_map_share(f, local);
+		far_fuse_pass_offer(f);
 	}
 	fuse_read_ahead(f, FUSE_AHEAD_LOCAL);
 }
 
-void far_fuse_not_local(struct far_fuse *f)
+int far_fuse_not_local(struct far_fuse *f)
 {
 	far_mutex_lock(&f->lock);
+	if (f->passed) {
+		far_mutex_unlock(&f->lock);
+		return -EBUSY;
+	}
 	f->evicts = true;
+	f->backing = 0;
 	atomic_store(&f->share, NULL);
 	far_mutex_unlock(&f->lock);
 	while (atomic_load(&f->share_users)) /* a copy by the kernel, 1 MiB at most */
 		sched_yield();
+	return 0;
 }
 
 int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len)

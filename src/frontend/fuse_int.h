@@ -13,6 +13,7 @@
 #include <fuse3/fuse_lowlevel.h>
 #include <stdatomic.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #define FUSE_IO_MAX ((size_t)1 << 20) /* of one request: the kernel's limit of 256 pages */
 #define FUSE_IN (FUSE_IO_MAX + 2 * 4096)
@@ -60,11 +61,24 @@ struct far_fuse {
 	struct far_cond changed;
 	unsigned live FAR_GUARDED_BY(lock); /* seats that have not ended */
 	bool detached FAR_GUARDED_BY(lock); /* the path is not ours any more */
+	/* Passthrough, see fuse_pass.c. */
+	bool can_pass;  /* the kernel offered it and we took it; set while INIT is answered, read after `ready` */
+	int share_fd;   /* whose pages `mapped` is; the backend's */
+	int32_t backing FAR_GUARDED_BY(lock);     /* > 0: opens may pass through to it */
+	unsigned cached FAR_GUARDED_BY(lock), passed FAR_GUARDED_BY(lock); /* handles of either kind */
 	bool evicts FAR_GUARDED_BY(lock);   /* far_fuse_not_local() was called */
 	struct fuse_call *killable FAR_GUARDED_BY(lock); /* calls that fuse_killed() may answer */
 };
 
 extern const struct fuse_lowlevel_ops far_fuse_ops;
+
+/* fuse_pass.c: look at the INIT request; the hook through which libfuse writes; make share_fd one that opens may pass
+ * through to; answer an open, 0 or as fuse_reply_open(); a handle was released. */
+void far_fuse_pass_init(struct far_fuse *f, const void *request, size_t n);
+ssize_t far_fuse_pass_writev(int fd, struct iovec *iov, int n, void *f);
+void far_fuse_pass_offer(struct far_fuse *f);
+int far_fuse_pass_open(struct far_fuse *f, fuse_req_t req, struct fuse_file_info *fi);
+void far_fuse_pass_release(struct far_fuse *f, const struct fuse_file_info *fi);
 
 /* Carry out the request of n bytes that was received at s->in + far_fuse_ops_skip(). Afterwards the seat may be another
  * thread's. True: a small read was answered, so somebody waits for each of them. */

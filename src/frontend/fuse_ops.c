@@ -306,7 +306,10 @@ static void fuse_call(struct fuse_call c)
 	struct fuse_seat *s = fuse_here;
 	struct far_fuse *f = c.f;
 
-	c.until = f->deadline == FAR_NEVER ? FAR_NEVER : far_now() + f->deadline;
+	/* A flush moves all that was written since the last one, however long that takes; the calls below it that wait for
+	 * the remote have deadlines of their own. */
+	bool unlimited = f->deadline == FAR_NEVER || c.what == FUSE_CALL_FLUSH;
+	c.until = unlimited ? FAR_NEVER : far_now() + f->deadline;
 	atomic_fetch_add(&f->blocked, 1);
 	if (c.what == FUSE_CALL_WRITE)
 		fuse_take(s, &c);
@@ -418,7 +421,7 @@ static void fuse_op_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *
 	fi->fh = writes;
 	if (writes)
 		atomic_fetch_add(&f->writers, 1);
-	if (fuse_reply_open(req, fi) && writes)
+	if (far_fuse_pass_open(f, req, fi) && writes)
 		atomic_fetch_sub(&f->writers, 1); /* the opener has gone: no release follows */
 }
 
@@ -426,7 +429,8 @@ static void fuse_op_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_inf
 {
 	struct far_fuse *f = fuse_req_userdata(req);
 
-	if (fi->fh)
+	far_fuse_pass_release(f, fi);
+	if (fi->fh & 1)
 		atomic_fetch_sub(&f->writers, 1);
 	fuse_reply_err(req, 0);
 }
@@ -666,6 +670,8 @@ bool far_fuse_ops_process(struct fuse_seat *s, struct far_seat *seat, size_t n)
 	fuse_here = s;
 	fuse_small = false;
 	s->seat = seat;
+	if (!atomic_load_explicit(&s->f->ready, memory_order_relaxed))
+		far_fuse_pass_init(s->f, buf.mem, n);
 	fuse_session_process_buf(s->f->se, &buf);
 	return fuse_small;
 }

@@ -118,9 +118,9 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 	if (m->o.local_backend) {
 		b = m->o.local_backend;
 	} else {
-		if (strcmp(uri, "mem:") == 0) /* huge pages, if all of it will be here anyway */
+		if (strcmp(uri, "mem:") == 0) /* huge pages, if all of it will be here anyway and no kernel may read it */
 			e = asprintf(&full, "mem:%" PRIu64 "%s", m->bytes,
-				     m->o.pull_workers && !m->o.local_max ? "?private=1" : "");
+				     m->o.pull_workers && !m->o.local_max && !m->o.read_only ? "?private=1" : "");
 		else if (strstr(uri, "size=") || strncmp(uri, "mem:", 4) == 0)
 			e = asprintf(&full, "%s", uri);
 		else
@@ -300,8 +300,9 @@ int far_mnt_evict(struct far_mnt *m, uint64_t off, uint64_t len)
 {
 	if (!m->region)
 		return -EOPNOTSUPP;
-	if (m->fuse)
-		far_fuse_not_local(m->fuse);
+	int e = m->fuse ? far_fuse_not_local(m->fuse) : 0;
+	if (e)
+		return e;
 	return far_region_evict(m->region, off, len);
 }
 
@@ -321,17 +322,9 @@ bool far_mnt_ended(struct far_mnt *m, uint64_t until)
 	return !m->fuse || far_fuse_wait(m->fuse, until);
 }
 
-static int mnt_flush_until(struct far_mnt *m)
-{
-	uint64_t old = far_deadline_limit(m->deadline == FAR_NEVER ? FAR_NEVER : far_now() + m->deadline);
-	int err = far_mnt_flush(m);
-	far_deadline_restore(old);
-	return err;
-}
-
 int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len)
 {
-	int err = mnt_flush_until(m);
+	int err = far_mnt_flush(m); /* each push below it has the deadline; the whole may take longer */
 
 	if (holders_len)
 		holders[0] = 0;
@@ -342,10 +335,13 @@ int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t hold
 	/* Unmounting makes the kernel write back what programs stored through mappings: flush again after it. */
 	if (far_fuse_unmount(m->fuse) == -EBUSY) {
 		far_holders(m->path, holders, holders_len);
+		if (holders_len && holders[0])
+			far_log(FAR_LOG_WARNING, "%s is held open by %s: it is served until they close it or the deadline passes.",
+				m->path, holders);
 		far_fuse_detach(m->fuse);
 	}
 	far_fuse_wait(m->fuse, until);
-	return mnt_flush_until(m);
+	return far_mnt_flush(m);
 }
 
 void far_mnt_close(struct far_mnt *m)

@@ -4,11 +4,12 @@
 """cli_command.py FARPAGE [CASE...]: words, options, messages and exit codes; serve, info, copy. No mount is needed."""
 import json
 import os
+import pty
 import signal
 import socket
 import time
 
-from cli_lib import Skip, equal, has, main, message, true, wait_for
+from cli_lib import FARPAGE, Skip, equal, has, main, message, true, wait_for
 
 RESERVED = ('check finalise pin unpin seed leech snapshot page nbd ram-ul ram-dl delta tapisk').split()
 SIZES = [0, 1, 511, 4095, 4096, 4097, 65536, 2 * 1024 * 1024, 2 * 1024 * 1024 + 1, 5000001]
@@ -199,6 +200,36 @@ def verify_finds_the_first_difference(w):
     # the layer spoils one read: the copy holds what was read, the second pass reads something else
     p = w.run('copy', 'file:a', 'file:b', '--layer', 'fault:corrupt=0.3,seed=4', '--verify', code=1)
     has(p.err, 'differ', 'first different byte is at offset')
+
+
+def stores_of_whole_chunks(w):
+    for size, chunk in ((1000003, 4096), (1000003, 3000), (70000, 1 << 20), (1 << 20, 4096)):
+        data = w.file('a', size, holes=[(20000, 50000)])
+        d = 'dir:d%d-%d' % (size, chunk)
+        w.run('copy', 'file:a', '%s?size=%d&chunk=%d' % (d, size, chunk), '--verify', code=0)
+        w.run('copy', d, 'file:b', '--verify', code=0)
+        equal(w.read('b'), data, '%d bytes in chunks of %d' % (size, chunk))
+        w.run('copy', 'file:a', d + 'x?size=%d' % size, '--verify', '--layer', 'strict:chunk=512', code=0)
+    has(w.run('info', d).out, '4096: only whole aligned chunks')
+
+
+def a_bar_on_a_terminal(w):
+    w.file('a', 4 << 20)
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.environ['TERM'] = 'xterm'
+        os.execv(FARPAGE, [FARPAGE, 'copy', 'file:' + w.path('a'), 'null:', '--layer', 'delay:rate=4M'])
+    out = b''
+    try:
+        while True:
+            data = os.read(fd, 4096)
+            if not data:
+                break
+            out += data
+    except OSError:  # the terminal's other end is closed
+        pass
+    equal(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 0, 'exit code')
+    has(out.decode(), '\rcopy  null:  4 MiB  [', ' %  ', 'B/s', '####', 'copied 4 MiB')
 
 
 def json_of_a_copy(w):

@@ -250,6 +250,25 @@ def a_second_signal_gives_up(w):
     wait_for(lambda: w.read('b') == b'', 'the path to be free again')
 
 
+def a_long_flush_is_not_cut_off(w):
+    """More unsaved bytes than the link carries within the deadline: fsync and the end take their time."""
+    w.file('a', 1 << 20)
+    os.truncate(w.path('a'), 8 << 20)
+    w.file('b', 0)
+    for end in ('fsync', 'signal'):
+        m = w.mount('file:a', 'b', '--mode', 'managed', '--layer', 'delay:rtt=10ms,rate=1500K', '--deadline', '1500ms',
+                    '--pull-workers', '0', '--push-workers', '2' if end == 'fsync' else '0')
+        data = os.urandom(4 << 20)
+        with open(w.path('b'), 'r+b') as f:
+            f.write(data)
+            f.flush()
+            if end == 'fsync':
+                os.fsync(f.fileno())
+                equal(w.read('a')[:4 << 20], data, 'the remote after fsync')
+        equal(m.end(), 0, 'exit code: ' + m.err())
+        equal(w.read('a')[:4 << 20], data, 'the remote')
+
+
 def an_open_file_is_served_until_it_closes(w):
     data = w.file('a', 1 << 20)
     w.file('b', 0)

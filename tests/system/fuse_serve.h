@@ -263,7 +263,7 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 		else if (c == 'a')
 			r = region ? far_region_wait_local(region, conf->bytes) : 0, far_fuse_all_local(f, local);
 		else if (c == 'n')
-			far_fuse_not_local(f);
+			r = far_fuse_not_local(f);
 		if (c == 'q')
 			break;
 		if (far_io_write(s->sock, &r, sizeof r))

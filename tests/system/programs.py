@@ -77,7 +77,7 @@ def fio_verifies(w):
 def stress_ng_maps_it(w):
     need('stress-ng')
     m, path = mounted(w, 16 << 20)
-    call(w, 'stress-ng', '--mmap', '2', '--mmap-file', '--mmap-bytes', '4m', '--mmap-', '20', '--temp-path', w.dir,
+    call(w, 'stress-ng', '--mmap', '2', '--mmap-file', '--mmap-bytes', '4m', '--mmap-ops', '20', '--temp-path', w.dir,
          '--timeout', '20s')
     # stress-ng makes files of its own, so it runs on a file system inside the region (next case); here its pattern
     # writers work beside ours on the same machine while the mount moves bytes.
@@ -99,7 +99,7 @@ def a_file_system_in_the_region(w):
         raise Skip('loop mount: ' + p.stderr.decode().strip())
     try:
         if shutil.which('stress-ng'):
-            call(w, 'stress-ng', '--hdd', '1', '--hdd-bytes', '8m', '--hdd-', '400', '--temp-path', w.path('fs'),
+            call(w, 'stress-ng', '--hdd', '1', '--hdd-bytes', '8m', '--hdd-ops', '400', '--temp-path', w.path('fs'),
                  '--verify', '--timeout', '20s')
         shutil.copy(sys.argv[1], w.path('fs/copy'))
         with open(sys.argv[1], 'rb') as a, open(w.path('fs/copy'), 'rb') as b:

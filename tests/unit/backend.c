@@ -370,7 +370,7 @@ static void each_refusal_has_its_sentence(void **state)
 	refuses("mem:-1", EINVAL, "cannot open 'mem:-1': write mem:SIZE, as in mem:64M.");
 	refuses("mem:8E", EINVAL, "cannot open 'mem:8E': write mem:SIZE, as in mem:64M.");
 	refuses("mem://1M", EINVAL, "cannot open 'mem://1M': write mem:SIZE, as in mem:64M.");
-	refuses("mem:1M?x=1", EINVAL, "mem:1M?x=1: unknown option 'x': it takes none.");
+	refuses("mem:1M?x=1", EINVAL, "mem:1M?x=1: unknown option 'x'. The known ones are private.");
 	refuses("null:x", EINVAL, "cannot open 'null:x': write null: or null:SIZE.");
 	refuses("null:?y", EINVAL, "null:?y: unknown option 'y': it takes none.");
 	refuses("mem+unix:1M", EINVAL, "cannot open 'mem+unix:1M': 'mem' cannot be combined with '+unix'.");
