@@ -417,6 +417,55 @@ def row_dirty(o):
     show('the longest stall meanwhile', r['longest_us'] / 1e3, 'ms', 100, 'of a 128 KiB write', None, upwards=False)
 
 
+def go_pair():
+    """The Go family's server and client of the Backend service, built where Go and its modules are at hand."""
+    binary = os.path.join(BUILD, 'bench', 'gopair')
+    source = os.path.join(HERE, 'bench', 'go')
+    if os.path.exists(binary) and os.path.getmtime(binary) > os.path.getmtime(os.path.join(source, 'main.go')):
+        return binary
+    if not shutil.which('go'):
+        raise Skip('go is not installed: no pair to hold it against')
+    env = dict(os.environ, CGO_ENABLED='0', GOFLAGS='-mod=readonly -buildvcs=false', TMPDIR=things.dir)
+    try:
+        out = subprocess.run(['go', 'build', '-o', binary, '.'], cwd=source, env=env, capture_output=True, text=True,
+                             timeout=120)
+    except subprocess.TimeoutExpired:
+        raise Skip('the Go pair was not built within 120 s')
+    if out.returncode:
+        raise Skip('the Go pair does not build: %s' % out.stderr.strip()[-200:])
+    return binary
+
+
+@row('grpc')
+def row_grpc(o):
+    size, ms = 256 * MIB, 500 if o.quick else 1000
+    uri, server = serve('mem:%d' % size)
+    filler, proc = mount(uri, '--mode', 'direct')
+    act('fill', filler)
+    binary = go_pair()
+    other = start(binary, 'serve', size)
+    address = other.stdout.readline().strip()
+    if not address:
+        raise Broken('gopair: %s' % other.stderr.read().strip())
+
+    def ours(block, depth):
+        r = act('random', uri, '--block', block, '--threads', depth, '--seconds', '%dms' % ms)
+        return float(r['note'].split()[0])
+
+    def theirs(block, depth):
+        out = subprocess.run([binary, 'read', address, str(size), str(block), str(depth), str(ms)], capture_output=True,
+                             text=True)
+        if out.returncode:
+            raise Broken(out.stderr.strip())
+        return float(out.stdout)
+    for block in (64 << 10, MIB):
+        for depth in (1, 32):
+            a, b = pairs(2, lambda: ours(block, depth), lambda: theirs(block, depth))
+            show('gRPC reads of %d KiB, depth %d' % (block >> 10, depth), a / b, 'x', 2,
+                 rates(a * block / MIB, b * block / MIB) + ', best of 2',
+                 'far_read <- gRPC <- memory against r3map\'s services on grpc-go, both ends')
+
+
 @row('huge')
 def row_huge(o):
     r = farpage_rows('huge')[0]

@@ -269,6 +269,12 @@ static int file_open_direct(struct file *f, const struct far_uri *u, int mode, s
 	return 0;
 }
 
+static int file_no_entry(const struct far_uri *u, int code, int mode, struct far_error *err)
+{
+	bool readable = mode == O_RDWR && (code == EACCES || code == EROFS || code == EPERM) && !access(u->path, R_OK);
+	return file_fail(u, code, readable ? "it may only be read; open it read-only" : NULL, err);
+}
+
 static int file_open(struct file *f, const struct far_uri *u, const struct far_open_opts *opts, struct far_facts *facts,
 		     struct far_error *err)
 {
@@ -293,7 +299,7 @@ static int file_open(struct file *f, const struct far_uri *u, const struct far_o
 		r = far_error_set(err, EISDIR, "cannot open '%.150s': it is a directory. Use dir:%.150s for one file a chunk.",
 				  u->text, u->path);
 	else if (f->fd < 0)
-		r = file_fail(u, errno, NULL, err);
+		r = file_no_entry(u, errno, mode, err);
 	if (r)
 		return r;
 	r = file_find_size(f, u, conf.size, &facts->caps, err);

@@ -49,7 +49,7 @@ int far_error_prefix(struct far_error *err, const char *fmt, ...)
 	int n = vsnprintf(err->text, sizeof err->text, fmt, ap);
 	va_end(ap);
 	if (n >= 0 && (size_t)n < sizeof err->text)
-		snprintf(err->text + n, sizeof err->text - (size_t)n, ": %s", old);
+		snprintf(err->text + n, sizeof err->text - (size_t)n, ": %.*s", (int)(sizeof old - 3), old);
 	return -err->code;
 }
 

@@ -5,6 +5,7 @@
 
 #include "base/clock.h"
 
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 
@@ -89,6 +90,11 @@ int far_thread_start(struct far_thread *t, const char *name, void *(*fn)(void *)
 	snprintf(cut, sizeof cut, "%s", name);
 	pthread_setname_np(t->t, cut);
 	return 0;
+}
+
+void far_thread_yield(void)
+{
+	sched_yield();
 }
 
 void far_thread_join(struct far_thread *t)

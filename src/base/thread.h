@@ -53,6 +53,8 @@ struct far_thread {
 };
 /* All signals are blocked in it. `name` is cut to 15 characters. */
 int far_thread_start(struct far_thread *t, const char *name, void *(*fn)(void *), void *arg);
+/* Inside a spin that may last: let whoever else wants this CPU run first, perhaps the one that is waited for. */
+void far_thread_yield(void);
 void far_thread_join(struct far_thread *t); /* nothing to do if it never started */
 
 #endif

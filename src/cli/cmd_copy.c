@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #define COPY_PIECE (2 * FAR_MIB)
+#define COPY_NEAR FAR_MSEC /* a round trip below this */
 
 struct copy_options {
 	bool verify, json, quiet;
@@ -201,15 +202,29 @@ static uint64_t copy_piece_size(const struct copy *c)
 	return unit > COPY_PIECE ? unit : COPY_PIECE - COPY_PIECE % unit;
 }
 
+/* Whether a small read takes so long that many pieces must be on their way at once. */
+static bool copy_is_far(struct far_backend *b)
+{
+	const struct far_facts *f = b ? far_facts(b) : NULL;
+	size_t len = f ? (size_t)far_min(f->bytes, f->chunk ? f->chunk : 512) : 0;
+	char *buf = len ? malloc(len) : NULL;
+	uint64_t began = far_now();
+
+	if (!buf)
+		return false;
+	int r = far_read(b, 0, buf, len, 0);
+	free(buf);
+	return r < 0 || far_now() - began > COPY_NEAR;
+}
+
+/* Near by, more pieces than CPUs can carry only push each other out of their caches. */
 static unsigned copy_workers(const struct copy *c)
 {
-	bool remote = (far_facts(c->src)->caps & FAR_CAP_REMOTE) || (c->dst && (far_facts(c->dst)->caps & FAR_CAP_REMOTE)) ||
-		      c->opts->layer.n;
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 
 	if (c->opts->workers)
 		return (unsigned)c->opts->workers;
-	return remote ? 32 : (unsigned)far_max(4, far_min((uint64_t)cpus * 2, 16));
+	return copy_is_far(c->src) || copy_is_far(c->dst) ? 32 : (unsigned)far_max(4, far_min((uint64_t)cpus * 2, 16));
 }
 
 static void copy_say_error(const struct copy *c, const struct copy_result *res, bool verify)

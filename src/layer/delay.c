@@ -10,7 +10,7 @@
  * So the inner call of a write happens last: one that gives up (-ETIMEDOUT, -ESHUTDOWN) has changed nothing.
  *
  * A wait sleeps to 300 us before its end, then spins: a sleeper wakes 50 to 100 us late. Bulk calls only sleep, and so
- * does everyone but one spinner for each two CPUs; spinners that outnumber the CPUs would delay each other more.
+ * does who finds one spinner for each two CPUs already: spinners that outnumber the CPUs delay each other more.
  *
  * `lock` guards the pipes and the totals, and is the one that sleepers wait with; never held across the inner call.
  */
@@ -85,14 +85,16 @@ static void delay_sleep(struct delay *d, uint64_t until)
 static int delay_wait(struct delay *d, uint64_t until, unsigned flags)
 {
 	uint64_t deadline = far_deadline(), end = far_min(until, deadline);
-	bool spin = !(flags & FAR_BULK) &&
-		    atomic_fetch_add_explicit(&d->spinners, 1, memory_order_relaxed) < d->max_spinners;
 
-	delay_sleep(d, spin && end > DELAY_SPIN ? end - DELAY_SPIN : end);
-	while (spin && !delay_stopped(d) && far_now() < end)
-		far_cpu_relax();
-	if (!(flags & FAR_BULK))
-		atomic_fetch_sub_explicit(&d->spinners, 1, memory_order_relaxed);
+	if (flags & FAR_BULK)
+		goto sleep;
+	delay_sleep(d, end - far_min(end, DELAY_SPIN));
+	if (atomic_fetch_add_explicit(&d->spinners, 1, memory_order_relaxed) < d->max_spinners)
+		while (!delay_stopped(d) && far_now() < end)
+			far_cpu_relax();
+	atomic_fetch_sub_explicit(&d->spinners, 1, memory_order_relaxed);
+sleep:
+	delay_sleep(d, end);
 	if (delay_stopped(d))
 		return -ESHUTDOWN;
 	return until > deadline ? -ETIMEDOUT : 0;

@@ -242,6 +242,11 @@ static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint
 				return err;
 			continue;
 		}
+		if ((flags & FAR_NOWAIT) && stop < end) {
+			/* The rest might have to wait, and -EAGAIN says that nothing was written. */
+			batch_end(r, &b, -EAGAIN);
+			return -EAGAIN;
+		}
 		if (r->trace)
 			far_trace_touch(r->trace, b.first, b.n);
 		err = buf ? far_write(r->local, off, buf, (size_t)(stop - off), flags & FAR_NOWAIT)

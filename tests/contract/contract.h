@@ -2,7 +2,7 @@
  * Copyright the farpage authors */
 /*
  * One suite of checks, run over a list of subjects: every backend, every layer over memory, every wire. To add one:
- * a struct contract_subject in a file of this folder, its name in the list at the end of contract.c.
+ * an array of them in a file of this folder, ended by one without a name, and its line in `others` of contract.c.
  */
 #ifndef CONTRACT_H
 #define CONTRACT_H
@@ -14,6 +14,8 @@ enum contract_flags {
 	CONTRACT_SPARSE = 1 << 1,    /* 1 TiB costs nothing */
 	CONTRACT_NO_READ_ONLY = 1 << 2, /* cannot be opened read-only by far_open_opts */
 	CONTRACT_SLOW = 1 << 3,      /* a call costs more than 50 us: fewer rounds */
+	CONTRACT_CLOSES = 1 << 4,    /* close() closes the backend, too */
+	CONTRACT_BLIND = 1 << 5,     /* sparse, but calls holes data that it has not looked at */
 };
 
 struct contract_subject {

@@ -71,6 +71,7 @@ static void leaves(void **state)
 	char uri[200];
 
 	opens_or_says_no("mem:1M");
+	opens_or_says_no("mem:1M?private=1");
 	opens_or_says_no("null:");
 	snprintf(uri, sizeof uri, "file:%s/x?size=1M&direct=no", tmp);
 	opens_or_says_no(uri);

@@ -139,6 +139,11 @@ static void put_file(const char *name, const char *data, size_t len)
 	close(fd);
 }
 
+static void put_text(const char *name, const char *text)
+{
+	put_file(name, text, strlen(text));
+}
+
 /* Decimal offsets, whole chunks, the last one padded: what the Go family reads and writes. */
 static void files_are_named_and_padded(void **state)
 {
@@ -226,9 +231,9 @@ static void size_and_chunk_are_remembered(void **state)
 	far_close(b);
 	refuses("?size=5001", EINVAL, "it exists with size 5000, not 5001.");
 	refuses("?chunk=4096", EINVAL, "it exists with chunk 1000, not 4096.");
-	put_file(".farpage", "farpage directory 1\nsize 5000\nchunk 0\n", 39);
+	put_text(".farpage", "farpage directory 1\nsize 5000\nchunk 0\n");
 	refuses("", EIO, "its file .farpage is damaged. Remove it and give ?size= and &chunk= as they were.");
-	put_file(".farpage", "farpage directory 2\nsize 5000\nchunk 1\n", 39);
+	put_text(".farpage", "farpage directory 2\nsize 5000\nchunk 1\n");
 	refuses("", EIO, "damaged");
 	snprintf(uri, sizeof uri, "%s/d/.farpage", tmp);
 	assert_int_equal(unlink(uri), 0);

@@ -973,6 +973,8 @@ static void retry_gives_up(void **state)
 		{ "fault:every=1,errno=EPROTO", "retry", -EPROTO, 0, 0 },
 		{ "fault:every=1,errno=ESTALE", "retry", -ESTALE, 0, 0 },
 		{ "fault:nth=1", "retry:backoff=1us", 0, 1, 1 },
+		{ "fault:every=1", "retry:eio-tries=2,backoff=1us", -EIO, 1, 1 },
+		{ "fault:every=1,errno=ECONNRESET", "retry:eio-tries=1,tries=3,backoff=1us", -ECONNRESET, 3, 2 },
 	};
 
 	for (size_t i = 0; i < FAR_ARRAY_LEN(cases); i++) {

@@ -28,7 +28,6 @@
 #include <string.h>
 
 #define CHANNEL_SPARE 16384
-#define CHANNEL_SPIN (20 * FAR_USEC)
 #define CHANNEL_SLICE (10 * FAR_MSEC)
 #define CHANNEL_STALE (5 * FAR_MSEC) /* after so long without a call look at what the peer said meanwhile */
 #define CHANNEL_REPLY_MAX (64u << 20)
@@ -51,6 +50,8 @@ struct far_channel {
 	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
 	/* token: reading */
 	uint8_t *spare;
+	struct far_spin spin;
+	uint64_t dry; /* since when nothing comes; 0: something came last */
 };
 
 static struct far_channel *channel_of(struct far_h2 *h)
@@ -326,16 +327,17 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 	iov[n++] = (struct iovec){ c->spare, CHANNEL_SPARE };
 	far_mutex_unlock(&c->lock);
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
-	for (uint64_t end = 0; spin && k == -EAGAIN;) {
-		uint64_t now = far_now();
-		if (!end)
-			end = now + CHANNEL_SPIN;
-		if (now >= end)
-			break;
-		far_cpu_relax();
+	if (k == -EAGAIN && spin && !c->dry)
+		c->dry = far_now();
+	while (k == -EAGAIN && spin && far_spin_wanted(&c->spin) && far_now() - c->dry < FAR_SPIN) {
+		far_thread_yield();
 		k = c->conn.ops->readv(&c->conn, iov, n);
 	}
 	uint64_t now = k > 0 ? far_now() : 0;
+	if (now && c->dry) {
+		far_spin_learn(&c->spin, now - c->dry);
+		c->dry = 0;
+	}
 	far_mutex_lock(&c->lock);
 	if (k == 0)
 		k = -ECONNRESET;

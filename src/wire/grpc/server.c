@@ -21,7 +21,6 @@
 #include <string.h>
 
 #define CONN_SPARE 32768
-#define CONN_SPIN (20 * FAR_USEC)
 #define CONN_BATCH (128 * FAR_KIB) /* this much is written before the next request is begun */
 
 struct far_grpc_conn {
@@ -33,7 +32,8 @@ struct far_grpc_conn {
 	uint64_t born;
 	/* the seat's */
 	uint8_t *spare;
-	bool fresh; /* bytes came since it last slept: spin before it sleeps again */
+	struct far_spin spin;
+	uint64_t dry; /* since when nothing comes; 0: something came last */
 
 	struct far_mutex lock;
 	struct far_session s FAR_GUARDED_BY(lock);
@@ -112,16 +112,16 @@ static ssize_t server_read_once(struct far_grpc_conn *c, const struct iovec *iov
 {
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
 
-	for (uint64_t end = 0; k == -EAGAIN && c->fresh;) {
-		uint64_t now = far_now();
-		if (!end)
-			end = now + CONN_SPIN;
-		if (now >= end)
-			break;
-		far_cpu_relax();
+	if (k == -EAGAIN && !c->dry)
+		c->dry = far_now();
+	while (k == -EAGAIN && far_spin_wanted(&c->spin) && far_now() - c->dry < FAR_SPIN) {
+		far_thread_yield();
 		k = c->conn.ops->readv(&c->conn, iov, n);
 	}
-	c->fresh = k > 0;
+	if (k > 0 && c->dry) {
+		far_spin_learn(&c->spin, far_now() - c->dry);
+		c->dry = 0;
+	}
 	return k;
 }
 
