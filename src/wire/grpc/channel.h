@@ -46,6 +46,14 @@ struct far_call {
 /* Put prefix and protobuf head into the request: `o` is a buffer of head bytes with what stands before `body`. */
 void far_call_request(struct far_call *call, const struct far_pb_out *o, const void *body, size_t body_n);
 
+/* private to call.c and channel.c: what the session reports of a call; the call has its outcome. */
+void far_call_header(struct far_h2 *h, struct far_h2_stream *s, const char *name, size_t name_n, const char *value,
+		     size_t value_n);
+void far_call_data(struct far_h2 *h, struct far_h2_stream *s, const uint8_t *data, size_t len);
+size_t far_call_want(struct far_h2 *h, struct far_h2_stream *s, uint8_t **dst);
+void far_call_closed(struct far_h2 *h, struct far_h2_stream *s, uint32_t code);
+void far_call_done(struct far_call *call, int result);
+
 /* Wrap a connection; conn is taken over on success. authority is copied. */
 int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out);
 /* References: whoever makes calls holds one. The last one closes the connection. */

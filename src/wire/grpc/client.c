@@ -1,17 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /*
- * The client half as a backend. It keeps a few slots for connections in two lanes: demand for what someone waits for,
- * bulk for FAR_BULK. A slot is empty, being dialled by one caller, or holds a channel.
- *
- *     EMPTY -> DIALLING -> UP -> EMPTY          client_pick takes every arrow; a channel that is dead or told to go away
- *                  \________________/           is put back there too, and the next call dials anew
- *
- * A call goes to the channel of its lane that owes the fewest bytes; another connection is dialled only when that one
- * owes more than a little. Which service the peer speaks is found once, at open: farpage.v1 if it answers Describe,
- * else the plain Backend service, whose size must be known here and whose messages must stay small.
+ * The client half as a backend. Which service the peer speaks is found once, at open: farpage.v1 if it answers Describe,
+ * else the plain Backend service, whose size must be known here and whose messages must stay small. Connections are
+ * lanes.c's, one connection with its calls is channel.c's.
  */
-#include "wire/grpc/channel.h"
+#include "wire/grpc/lanes.h"
 #include "wire/grpc/proto.h"
 #include "wire/wire.h"
 
@@ -21,143 +15,21 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
-#define CLIENT_MAX_LANE 16
-#define CLIENT_BUSY (256 * FAR_KIB) /* a channel that owes more is worth another connection */
 #define CLIENT_PLAIN_MAX (2 * FAR_MIB)
 #define CLIENT_MAX_IO (8 * FAR_MIB)
 #define CLIENT_PORT 1337
 #define CLIENT_TRIES 3 /* of a call that the peer cannot have seen */
 
-enum { LANE_DEMAND, LANE_BULK, LANES };
-
-struct client_slot {
-	struct far_channel *channel;
-	bool dialling;
-};
-
 struct client {
 	/* fixed after open */
-	char *where;   /* for messages: the URI without its query */
-	char *host, *path, *authority;
-	int port;
+	const char *where; /* for messages: the URI without its query; of the lanes */
 	char *export;
-	bool region;   /* the peer speaks farpage.v1 */
-	bool once;     /* over a given descriptor: no second connection */
+	bool region;       /* the peer speaks farpage.v1 */
 	uint64_t timeout;
-	unsigned lanes[LANES];
-	int cancel;    /* eventfd, readable once stopped */
-
-	struct far_mutex lock;
-	struct far_cond cond;
-	struct client_slot slots[LANES][CLIENT_MAX_LANE];
-	bool stopped;
+	struct far_lanes lanes;
 };
-
-/* ---------------------------------------------------------------------------------------------- connections */
-
-static int client_dial(struct client *c, uint64_t deadline, struct far_channel **out, struct far_error *err)
-{
-	struct far_net_addr a = { .host = c->host, .port = c->port, .path = c->path };
-	struct far_conn conn = { 0 };
-	int r = far_conn_connect(&conn, &a, deadline, c->cancel, err);
-
-	if (r)
-		return r;
-	r = far_channel_new(&conn, c->authority, out);
-	far_conn_close(&conn);
-	return r ? far_error_set(err, -r, "cannot use the connection to %s: %s", c->where, far_strerror(r)) : 0;
-}
-
-/* The best channel of a lane, NULL if none is up. *free gets a slot that could be dialled. */
-static struct client_slot *client_best(struct client *c, int lane, struct client_slot **free_slot, uint64_t *load)
-	FAR_REQUIRES(c->lock)
-{
-	struct client_slot *best = NULL;
-
-	*free_slot = NULL;
-	for (unsigned i = 0; i < c->lanes[lane]; i++) {
-		struct client_slot *s = &c->slots[lane][i];
-		if (s->channel && !far_channel_usable(s->channel) && !s->dialling && !c->once) {
-			far_channel_put(s->channel);
-			s->channel = NULL;
-		}
-		if (!s->channel && !s->dialling && !*free_slot)
-			*free_slot = s;
-		if (!s->channel || s->dialling)
-			continue;
-		uint64_t l = far_channel_load(s->channel, 0);
-		if (!best || l < *load) {
-			best = s;
-			*load = l;
-		}
-	}
-	return best;
-}
-
-/* Dial into a slot, without the lock. */
-static int client_fill(struct client *c, struct client_slot *s, uint64_t deadline, struct far_error *err)
-	FAR_REQUIRES(c->lock)
-{
-	struct far_channel *channel = NULL;
-
-	s->dialling = true;
-	far_mutex_unlock(&c->lock);
-	int r = client_dial(c, deadline, &channel, err);
-	far_mutex_lock(&c->lock);
-	s->dialling = false;
-	if (r == 0 && c->stopped) {
-		far_channel_kill(channel, -ESHUTDOWN);
-		far_channel_put(channel);
-		r = -ESHUTDOWN;
-	} else if (r == 0) {
-		s->channel = channel;
-	}
-	far_cond_broadcast(&c->cond);
-	return r;
-}
-
-/* A channel to call on, with a reference. */
-static int client_pick(struct client *c, int lane, uint64_t deadline, struct far_channel **out, struct far_error *err)
-{
-	int r = 0;
-
-	far_mutex_lock(&c->lock);
-	for (;;) {
-		struct client_slot *free_slot;
-		uint64_t load = 0;
-		if (c->stopped) {
-			r = -ESHUTDOWN;
-			break;
-		}
-		struct client_slot *best = client_best(c, lane, &free_slot, &load);
-		if (free_slot && !c->once && (!best || load > CLIENT_BUSY)) {
-			r = client_fill(c, free_slot, deadline, err);
-			if (r == 0)
-				best = free_slot;
-			else if (r == -ESHUTDOWN || !best || !best->channel)
-				break;
-			r = 0; /* the connection that is there will do */
-		}
-		if (best && best->channel) {
-			*out = best->channel;
-			far_channel_get(*out);
-			break;
-		}
-		if (c->once) {
-			r = -EPIPE;
-			break;
-		}
-		if (!far_cond_wait_until(&c->cond, &c->lock, deadline)) {
-			r = -ETIMEDOUT;
-			break;
-		}
-	}
-	far_mutex_unlock(&c->lock);
-	return r;
-}
 
 /* ----------------------------------------------------------------------------------------------------- calls */
 
@@ -169,13 +41,13 @@ static uint64_t client_deadline(const struct client *c)
 /* Make the call; one that the peer cannot have seen is made again on another connection. */
 static int client_call(struct client *c, struct far_call *call, unsigned flags, uint64_t bytes, struct far_error *err)
 {
-	int lane = (flags & FAR_BULK) ? LANE_BULK : LANE_DEMAND;
+	int lane = (flags & FAR_BULK) ? FAR_LANE_BULK : FAR_LANE_DEMAND;
 	uint64_t deadline = client_deadline(c);
 	int r = 0;
 
 	for (int i = 0; i < CLIENT_TRIES; i++) {
 		struct far_channel *channel;
-		r = client_pick(c, lane, deadline, &channel, err);
+		r = far_lanes_pick(&c->lanes, lane, deadline, &channel, err);
 		if (r)
 			return r;
 		far_channel_load(channel, (int64_t)bytes);
@@ -183,7 +55,7 @@ static int client_call(struct client *c, struct far_call *call, unsigned flags, 
 		r = far_channel_call(channel, call, deadline, c->timeout);
 		far_channel_load(channel, -(int64_t)bytes);
 		far_channel_put(channel);
-		if (r == 0 || !call->untouched || c->once)
+		if (r == 0 || !call->untouched || c->lanes.once)
 			break;
 	}
 	if (r && call->grpc_status && call->grpc_status != FAR_CALL_NO_STATUS)
@@ -389,44 +261,15 @@ static int client_extents(void *self, uint64_t off, uint64_t len, struct far_ext
 static void client_stop(void *self)
 {
 	struct client *c = self;
-	uint64_t one = 1;
-	struct far_channel *up[LANES * CLIENT_MAX_LANE];
-	size_t n = 0;
 
-	far_mutex_lock(&c->lock);
-	c->stopped = true;
-	for (int lane = 0; lane < LANES; lane++) {
-		for (unsigned i = 0; i < c->lanes[lane]; i++) {
-			if (!c->slots[lane][i].channel)
-				continue;
-			up[n] = c->slots[lane][i].channel;
-			far_channel_get(up[n++]);
-		}
-	}
-	far_cond_broadcast(&c->cond);
-	far_mutex_unlock(&c->lock);
-	ssize_t w = write(c->cancel, &one, sizeof one);
-	(void)w;
-	for (size_t i = 0; i < n; i++) {
-		far_channel_kill(up[i], -ESHUTDOWN);
-		far_channel_put(up[i]);
-	}
+	far_lanes_stop(&c->lanes);
 }
 
-static void client_close(void *self) FAR_NO_TSA
+static void client_close(void *self)
 {
 	struct client *c = self;
 
-	for (int lane = 0; lane < LANES; lane++)
-		for (unsigned i = 0; i < CLIENT_MAX_LANE; i++)
-			far_channel_put(c->slots[lane][i].channel);
-	far_fd_close(&c->cancel);
-	far_mutex_fini(&c->lock);
-	far_cond_fini(&c->cond);
-	free(c->where);
-	free(c->host);
-	free(c->path);
-	free(c->authority);
+	far_lanes_fini(&c->lanes);
 	free(c->export);
 	free(c);
 }
@@ -437,18 +280,15 @@ static struct client *client_new(const char *where, const char *export, const st
 
 	if (!c)
 		return NULL;
-	far_mutex_init(&c->lock);
-	far_cond_init(&c->cond);
-	c->where = strdup(where);
 	c->export = strdup(export);
-	c->timeout = 10 * FAR_SEC;
-	c->lanes[LANE_DEMAND] = (unsigned)far_min(opts->demand_connections ? opts->demand_connections : 2, CLIENT_MAX_LANE);
-	c->lanes[LANE_BULK] = (unsigned)far_min(opts->bulk_connections ? opts->bulk_connections : 2, CLIENT_MAX_LANE);
-	c->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (!c->where || !c->export || c->cancel < 0) {
-		client_close(c);
+	if (!c->export || far_lanes_init(&c->lanes, where, opts->demand_connections ? opts->demand_connections : 2,
+					 opts->bulk_connections ? opts->bulk_connections : 2)) {
+		free(c->export);
+		free(c);
 		return NULL;
 	}
+	c->where = c->lanes.where;
+	c->timeout = 10 * FAR_SEC;
 	return c;
 }
 
@@ -644,14 +484,15 @@ static int client_address(struct client *c, const struct far_uri *u, const struc
 	if (!local && (!u->host[0] || conf->socket))
 		return far_error_set(err, EINVAL, "%s: %s", u->text,
 				     conf->socket ? "'socket' goes with grpc+unix:// only" : "the host is missing: grpc://HOST:PORT");
-	c->port = u->port ? u->port : CLIENT_PORT;
+	struct far_lanes *l = &c->lanes;
+	l->port = u->port ? u->port : CLIENT_PORT;
 	if (local)
-		c->path = strdup(conf->socket);
+		l->path = strdup(conf->socket);
 	else
-		c->host = strdup(u->host);
-	snprintf(text, sizeof text, local ? "localhost" : strchr(u->host, ':') ? "[%s]:%d" : "%s:%d", u->host, c->port);
-	c->authority = strdup(text);
-	return c->authority && (c->path || c->host) ? 0 : far_error_set(err, ENOMEM, "out of memory");
+		l->host = strdup(u->host);
+	snprintf(text, sizeof text, local ? "localhost" : strchr(u->host, ':') ? "[%s]:%d" : "%s:%d", u->host, l->port);
+	l->authority = strdup(text);
+	return l->authority && (l->path || l->host) ? 0 : far_error_set(err, ENOMEM, "out of memory");
 }
 
 int far_grpc_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out, struct far_error *err)
@@ -705,15 +546,8 @@ int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts
 		return far_error_set(err, -r, "cannot use the connection to %s: %s", where, far_strerror(r));
 	}
 	/* There is no second connection to turn to, so a slow peer is waited for; the thread's deadline still holds. */
-	c->once = true;
 	c->timeout = FAR_NEVER;
-	far_mutex_lock(&c->lock);
-	for (int lane = 0; lane < LANES; lane++) {
-		if (lane)
-			far_channel_get(channel);
-		c->slots[lane][0].channel = channel;
-	}
-	far_mutex_unlock(&c->lock);
+	far_lanes_adopt(&c->lanes, channel);
 	r = client_start(c, &one, one.bytes, one.bytes != 0, CLIENT_MAX_IO, out, err);
 	if (r == 0)
 		close(fd);

@@ -338,12 +338,13 @@ static int h2_frame_cb(nghttp2_session *session, const nghttp2_frame *frame, voi
 	/* Whether the peer has said all is known before its headers are judged. */
 	if (s && headers)
 		s->peer_done = (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) != 0;
-	if (s && headers)
+	if (s && headers && h->ops->headers_end)
 		h->ops->headers_end(h, s);
 	/* The owner may have let go of it just now. */
 	if ((headers || data) && (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) && (s = h2_stream(h, frame->hd.stream_id))) {
 		s->peer_done = true;
-		h->ops->end(h, s);
+		if (h->ops->end)
+			h->ops->end(h, s);
 	}
 	if (h->ops->frame)
 		h->ops->frame(h, frame);

@@ -51,9 +51,9 @@ struct far_h2_ops {
 	struct far_h2_stream *(*begin)(struct far_h2 *h, int32_t id);
 	void (*header)(struct far_h2 *h, struct far_h2_stream *s, const char *name, size_t name_n, const char *value,
 		       size_t value_n);
-	void (*headers_end)(struct far_h2 *h, struct far_h2_stream *s);
+	void (*headers_end)(struct far_h2 *h, struct far_h2_stream *s); /* may be NULL */
 	void (*data)(struct far_h2 *h, struct far_h2_stream *s, const uint8_t *data, size_t len);
-	/* The peer has said all. */
+	/* The peer has said all. May be NULL. */
 	void (*end)(struct far_h2 *h, struct far_h2_stream *s);
 	/* The stream is no more; code: an HTTP/2 error code. */
 	void (*closed)(struct far_h2 *h, struct far_h2_stream *s, uint32_t code);

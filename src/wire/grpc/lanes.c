@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * A slot is empty, being dialled by one caller, or holds a channel.
+ *
+ *     EMPTY -> DIALLING -> UP -> EMPTY          far_lanes_pick() takes every arrow; a channel that is dead or told to go
+ *       ^_________/                             away makes its slot empty, and the next call dials anew
+ *
+ * A call goes to the channel of its lane that owes the fewest bytes. Another connection is dialled only when that one
+ * owes more than a little, for the caller who finds it so waits for the dial.
+ */
+#include "wire/grpc/lanes.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define LANES_BUSY (256 * FAR_KIB) /* a channel that owes more is worth another connection */
+
+static int lanes_dial(struct far_lanes *l, uint64_t deadline, struct far_channel **out, struct far_error *err)
+{
+	struct far_net_addr a = { .host = l->host, .port = l->port, .path = l->path };
+	struct far_conn conn = { 0 };
+	int r = far_conn_connect(&conn, &a, deadline, l->cancel, err);
+
+	if (r)
+		return r;
+	r = far_channel_new(&conn, l->authority, out);
+	far_conn_close(&conn);
+	return r ? far_error_set(err, -r, "cannot use the connection to %s: %s", l->where, far_strerror(r)) : 0;
+}
+
+/* The best channel of a lane, NULL if none is up. *free gets a slot that could be dialled. */
+static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct far_lanes_slot **free_slot, uint64_t *load)
+	FAR_REQUIRES(l->lock)
+{
+	struct far_lanes_slot *best = NULL;
+
+	*free_slot = NULL;
+	for (unsigned i = 0; i < l->n[lane]; i++) {
+		struct far_lanes_slot *s = &l->slots[lane][i];
+		if (s->channel && !far_channel_usable(s->channel) && !s->dialling && !l->once) {
+			far_channel_put(s->channel);
+			s->channel = NULL;
+		}
+		if (!s->channel && !s->dialling && !*free_slot)
+			*free_slot = s;
+		if (!s->channel || s->dialling)
+			continue;
+		uint64_t owes = far_channel_load(s->channel, 0);
+		if (!best || owes < *load) {
+			best = s;
+			*load = owes;
+		}
+	}
+	return best;
+}
+
+/* Dial into a slot, without the lock. */
+static int lanes_fill(struct far_lanes *l, struct far_lanes_slot *s, uint64_t deadline, struct far_error *err)
+	FAR_REQUIRES(l->lock)
+{
+	struct far_channel *channel = NULL;
+
+	s->dialling = true;
+	far_mutex_unlock(&l->lock);
+	int r = lanes_dial(l, deadline, &channel, err);
+	far_mutex_lock(&l->lock);
+	s->dialling = false;
+	if (r == 0 && l->stopped) {
+		far_channel_kill(channel, -ESHUTDOWN);
+		far_channel_put(channel);
+		r = -ESHUTDOWN;
+	} else if (r == 0) {
+		s->channel = channel;
+	}
+	far_cond_broadcast(&l->cond);
+	return r;
+}
+
+/* A channel to call on, with a reference. */
+int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_channel **out, struct far_error *err)
+{
+	int r = 0;
+
+	far_mutex_lock(&l->lock);
+	for (;;) {
+		struct far_lanes_slot *free_slot;
+		uint64_t load = 0;
+		if (l->stopped) {
+			r = -ESHUTDOWN;
+			break;
+		}
+		struct far_lanes_slot *best = lanes_best(l, lane, &free_slot, &load);
+		if (free_slot && !l->once && (!best || load > LANES_BUSY)) {
+			r = lanes_fill(l, free_slot, deadline, err);
+			if (r == 0)
+				best = free_slot;
+			else if (r == -ESHUTDOWN || !best || !best->channel)
+				break;
+			r = 0; /* the connection that is there will do */
+		}
+		if (best && best->channel) {
+			*out = best->channel;
+			far_channel_get(*out);
+			break;
+		}
+		if (l->once) {
+			r = -EPIPE;
+			break;
+		}
+		if (!far_cond_wait_until(&l->cond, &l->lock, deadline)) {
+			r = -ETIMEDOUT;
+			break;
+		}
+	}
+	far_mutex_unlock(&l->lock);
+	return r;
+}
+
+void far_lanes_stop(struct far_lanes *l)
+{
+	uint64_t one = 1;
+	struct far_channel *up[FAR_LANES * FAR_LANES_MAX];
+	size_t n = 0;
+
+	far_mutex_lock(&l->lock);
+	l->stopped = true;
+	for (int lane = 0; lane < FAR_LANES; lane++) {
+		for (unsigned i = 0; i < l->n[lane]; i++) {
+			if (!l->slots[lane][i].channel)
+				continue;
+			up[n] = l->slots[lane][i].channel;
+			far_channel_get(up[n++]);
+		}
+	}
+	far_cond_broadcast(&l->cond);
+	far_mutex_unlock(&l->lock);
+	ssize_t w = write(l->cancel, &one, sizeof one);
+	(void)w;
+	for (size_t i = 0; i < n; i++) {
+		far_channel_kill(up[i], -ESHUTDOWN);
+		far_channel_put(up[i]);
+	}
+}
+
+void far_lanes_adopt(struct far_lanes *l, struct far_channel *channel)
+{
+	far_mutex_lock(&l->lock);
+	l->once = true;
+	far_channel_get(channel);
+	l->slots[FAR_LANE_DEMAND][0].channel = l->slots[FAR_LANE_BULK][0].channel = channel;
+	far_mutex_unlock(&l->lock);
+}
+
+int far_lanes_init(struct far_lanes *l, const char *where, unsigned demand, unsigned bulk)
+{
+	memset(l, 0, sizeof *l);
+	l->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (l->cancel < 0)
+		return -errno;
+	l->where = strdup(where);
+	if (!l->where) {
+		far_fd_close(&l->cancel);
+		return -ENOMEM;
+	}
+	far_mutex_init(&l->lock);
+	far_cond_init(&l->cond);
+	l->n[FAR_LANE_DEMAND] = (unsigned)far_min(demand, FAR_LANES_MAX);
+	l->n[FAR_LANE_BULK] = (unsigned)far_min(bulk, FAR_LANES_MAX);
+	return 0;
+}
+
+void far_lanes_fini(struct far_lanes *l) FAR_NO_TSA
+{
+	for (int lane = 0; lane < FAR_LANES; lane++)
+		for (unsigned i = 0; i < FAR_LANES_MAX; i++)
+			far_channel_put(l->slots[lane][i].channel);
+	far_fd_close(&l->cancel);
+	far_mutex_fini(&l->lock);
+	far_cond_fini(&l->cond);
+	free(l->where);
+	free(l->host);
+	free(l->path);
+	free(l->authority);
+}

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* The connections of a client, in two lanes: demand for what someone waits for, bulk for everything else. */
+#ifndef FAR_GRPC_LANES_H
+#define FAR_GRPC_LANES_H
+
+#include "wire/grpc/channel.h"
+
+#define FAR_LANES_MAX 16 /* connections a lane */
+
+enum { FAR_LANE_DEMAND, FAR_LANE_BULK, FAR_LANES };
+
+struct far_lanes_slot {
+	struct far_channel *channel;
+	bool dialling;
+};
+
+struct far_lanes {
+	/* fixed after init; the caller fills in the address */
+	char *where;            /* for messages */
+	char *host, *path;      /* one of them; owned from here on, as authority is */
+	char *authority;
+	int port;
+	bool once;              /* only the connection that was adopted */
+	unsigned n[FAR_LANES];
+	int cancel;             /* eventfd, readable once stopped */
+
+	struct far_mutex lock;
+	struct far_cond cond;
+	struct far_lanes_slot slots[FAR_LANES][FAR_LANES_MAX];
+	bool stopped;
+};
+
+int far_lanes_init(struct far_lanes *l, const char *where, unsigned demand, unsigned bulk); /* 0 or -errno */
+/* No call is on any of them. */
+void far_lanes_fini(struct far_lanes *l);
+/* Use this one channel for both lanes, and no other; takes the reference over. */
+void far_lanes_adopt(struct far_lanes *l, struct far_channel *channel);
+/* A channel to call on, with a reference; dials if need be. 0 or -errno; err as far_conn_connect() sets it. */
+int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_channel **out, struct far_error *err);
+/* Pending and later calls get -ESHUTDOWN. */
+void far_lanes_stop(struct far_lanes *l);
+
+#endif
