@@ -59,6 +59,7 @@ struct far_pull {
 	uint64_t sample_at FAR_GUARDED_BY(lock), sample_bytes FAR_GUARDED_BY(lock);
 	double rate[PULL_SAMPLES] FAR_GUARDED_BY(lock);
 	unsigned n_rate FAR_GUARDED_BY(lock);
+	double best_before FAR_GUARDED_BY(lock); /* the highest rate when the window was last set */
 
 	/* what status shows */
 	uint64_t show_at FAR_GUARDED_BY(lock), show_bytes FAR_GUARDED_BY(lock);
@@ -143,7 +144,10 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	if (p->window_fixed)
 		return;
 	double carries = rate * (double)p->rtt / (double)FAR_SEC;
-	p->window = far_max(far_min((uint64_t)(2 * carries), p->window_max), 4 * extent);
+	/* A sample tells of the window of a round trip ago: as long as the rate follows, go on by larger steps. */
+	double factor = rate > 1.5 * p->best_before ? 4 : 2;
+	p->best_before = rate;
+	p->window = far_max(far_min((uint64_t)(factor * carries), p->window_max), 4 * extent);
 }
 
 static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began) FAR_REQUIRES(p->lock)
