@@ -25,7 +25,7 @@ struct desk {
 	unsigned todo;              /* requests that wait */
 	bool shut;                  /* no more will come */
 	bool slow, open;            /* requests block until open */
-	unsigned blocked, max_blocked, done, parked, ended, receiving, max_receiving;
+	unsigned blocked, max_blocked, done, parked, settled, ended, receiving, max_receiving;
 	int cpu;                    /* where requests must be taken, -1 anywhere */
 	bool wrong_cpu;
 };
@@ -67,6 +67,15 @@ static void desk_parked(void *arg)
 	desk_block(arg);
 }
 
+/* A slow request has been left for or parked: what is parked from now on comes behind it. */
+static void desk_settled(struct desk *d)
+{
+	far_mutex_lock(&d->lock);
+	d->settled++;
+	far_cond_broadcast(&d->changed);
+	far_mutex_unlock(&d->lock);
+}
+
 static bool desk_run(void *opaque, struct far_seat *seat)
 {
 	struct desk *d = opaque;
@@ -93,6 +102,7 @@ static bool desk_run(void *opaque, struct far_seat *seat)
 		return true;
 	if (far_crew_leave(seat)) {
 		assert_true(far_crew_leave(seat)); /* once more is harmless */
+		desk_settled(d);
 		desk_block(d);
 		return false; /* does not count any more */
 	}
@@ -101,6 +111,7 @@ static bool desk_run(void *opaque, struct far_seat *seat)
 	far_cond_broadcast(&d->changed);
 	far_mutex_unlock(&d->lock);
 	assert_int_equal(far_crew_park(seat, desk_parked, d), 0);
+	desk_settled(d);
 	return true;
 }
 
@@ -236,7 +247,9 @@ static void test_seats(void **state)
 	}
 	for (int i = 0; i < 4; i++) {
 		desk_set(&d[i], 10, true, false, false);
-		desk_wait(&d[i], &d[i].parked, 9); /* the fifth thread may have been free for one of them */
+		/* All of them: a later desk's must not stand before this one's, whose desk opens first. */
+		desk_wait(&d[i], &d[i].settled, 10);
+		assert_true(d[i].parked >= 9); /* the fifth thread may have been free for one */
 	}
 	for (int i = 0; i < 4; i++) {
 		desk_set(&d[i], 0, true, true, true);
