@@ -153,7 +153,7 @@ def nbdfuse(size):
 
 def need_fuse():
     if not os.access('/dev/fuse', os.R_OK | os.W_OK):
-        raise Skip('/dev/fuse is missing')
+        raise Skip('/dev/fuse is %s' % ('closed to this user' if os.path.exists('/dev/fuse') else 'missing'))
 
 
 def need_memory(bytes_):

@@ -33,6 +33,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#define MOUNT_STALL (5 * FAR_SEC)
+
 enum mount_state { MOUNT_OPENING, MOUNT_SERVING, MOUNT_FINISHING, MOUNT_ENDED };
 
 struct mount_job {
@@ -54,7 +56,9 @@ struct mount_run {
 	unsigned asked;          /* signals that asked for the end */
 	pid_t child;             /* of --run; 0: none */
 	int child_code;
-	bool pulling, all_local;
+	bool pulling;
+	uint64_t moved, moved_at; /* what had been moved when somebody began to wait, or when it last grew */
+	bool stalled;             /* said so */
 	int code;
 };
 
@@ -176,13 +180,41 @@ static void mount_show(struct mount_run *run)
 		fprintf(stderr, "%s\n", head);
 }
 
+/* Programs that wait for a remote which does not answer: say so once, after five seconds of it. */
+static void mount_watch(struct mount_run *run, const struct far_status *st)
+{
+	uint64_t now = far_now(), moved = st->pulled + st->pushed;
+
+	if (!st->blocked || moved != run->moved || st->mode != FAR_MODE_MANAGED) {
+		if (run->stalled)
+			cli_say("%s answers again", run->l->source);
+		run->stalled = false;
+		run->moved = moved;
+		run->moved_at = now;
+		return;
+	}
+	if (run->stalled || now - run->moved_at < MOUNT_STALL)
+		return;
+	run->stalled = true;
+	if (run->progress.drawn)
+		progress_end(&run->progress, NULL);
+	cli_say("%" PRIu64 " accesses to %s wait for %s, which has not answered for 5 s%s%s. %s", st->blocked,
+		run->l->conf.target, run->l->source, st->last_error ? ": " : "",
+		st->last_error ? far_strerror(st->last_error) : "",
+		run->l->conf.opts.on_fail == FAR_ON_FAIL_WAIT ? "They wait until it does, or until 'farpage stop --now'"
+							      : "They fail when --deadline has passed");
+}
+
 static void mount_tick(struct mount_run *run)
 {
 	struct far_status st = FAR_STATUS_INIT;
 
-	if (run->state != MOUNT_SERVING || !run->pulling)
+	if (run->state != MOUNT_SERVING)
 		return;
 	far_mnt_status(run->l->mnt, &st);
+	mount_watch(run, &st);
+	if (!run->pulling)
+		return;
 	if (st.local >= st.bytes) {
 		progress_end(&run->progress, "all local");
 		run->pulling = false;
@@ -338,7 +370,7 @@ static void mount_loop_step(struct mount_run *run)
 			       { .fd = run->job.done_fd, .events = POLLIN },
 			       { .fd = l->wake_fd, .events = POLLIN },
 			       { .fd = run->asked ? -1 : l->life_fd, .events = POLLIN } };
-	int tick = run->state == MOUNT_SERVING && run->pulling && run->progress.tty ? 100 : 500;
+	int tick = !run->pulling ? 1000 : run->progress.tty ? 100 : 500;
 	eventfd_t value;
 
 	if (poll(p, 4, run->state == MOUNT_SERVING ? tick : -1) < 0 && errno != EINTR)

@@ -27,8 +27,13 @@ int far_fuse_open(const struct far_fuse_conf *conf, struct far_fuse **out, struc
 const char *far_fuse_path(const struct far_fuse *f); /* absolute, of the file */
 /* Drop what the page cache holds of [off, off+len); len 0: to the end. From a thread that serves nothing. */
 int far_fuse_invalidate(struct far_fuse *f, uint64_t off, uint64_t len);
-/* Everything is local now, so the kernel may read further ahead. Any thread that does not serve. */
-void far_fuse_all_local(struct far_fuse *f);
+/* Everything is local now, so the kernel may read further ahead. If `local` is not NULL, every byte stays in it from now
+ * on, until far_fuse_not_local(): read straight from its pages if it shows them, and on a read-only mount of root's let the
+ * kernel do even that by itself. It stays the caller's. Any thread. */
+void far_fuse_all_local(struct far_fuse *f, struct far_backend *local);
+/* Something is about to be evicted: after 0 nothing reads straight from local's pages any more. -EBUSY: a program has
+ * opened the file so that the kernel does. */
+int far_fuse_not_local(struct far_fuse *f);
 /* Calls that wait for the backend now. */
 unsigned far_fuse_blocked(const struct far_fuse *f);
 /* Unmount: 0, or -EBUSY while a program holds the file (nothing has changed then). */

@@ -37,6 +37,7 @@ struct far_mnt {
 	struct far_region *region;    /* NULL when direct */
 	struct far_fuse *fuse;        /* NULL once unmounted */
 	_Atomic(struct far_fuse *) ready; /* the frontend, once mounted */
+	struct far_backend *local;    /* the region's; NULL if it may lose chunks again by itself */
 	_Atomic bool all_local;       /* whoever of this and `ready` comes second tells the frontend */
 	char *path;
 	uint64_t deadline;            /* ns; FAR_NEVER: wait */
@@ -117,9 +118,9 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 	if (m->o.local_backend) {
 		b = m->o.local_backend;
 	} else {
-		if (strcmp(uri, "mem:") == 0) /* huge pages, if all of it will be here anyway */
+		if (strcmp(uri, "mem:") == 0) /* huge pages, if all of it will be here anyway and no kernel may read it */
 			e = asprintf(&full, "mem:%" PRIu64 "%s", m->bytes,
-				     m->o.pull_workers && !m->o.local_max ? "?private=1" : "");
+				     m->o.pull_workers && !m->o.local_max && !m->o.read_only ? "?private=1" : "");
 		else if (strstr(uri, "size=") || strncmp(uri, "mem:", 4) == 0)
 			e = asprintf(&full, "%s", uri);
 		else
@@ -156,7 +157,7 @@ static void mnt_all_local_cb(void *opaque)
 	atomic_store(&m->all_local, true);
 	struct far_fuse *f = atomic_load(&m->ready);
 	if (f)
-		far_fuse_all_local(f);
+		far_fuse_all_local(f, m->local);
 }
 
 static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
@@ -166,6 +167,7 @@ static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, s
 
 	if (e)
 		return e;
+	m->local = m->o.local_max ? NULL : rc.local; /* before the first callback */
 	e = far_region_open(&rc, &m->region, err);
 	if (e && !m->o.local_backend)
 		far_close(rc.local);
@@ -200,7 +202,7 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		return e;
 	atomic_store(&m->ready, m->fuse);
 	if (atomic_load(&m->all_local))
-		far_fuse_all_local(m->fuse);
+		far_fuse_all_local(m->fuse, m->local);
 	m->path = strdup(far_fuse_path(m->fuse));
 	return m->path ? 0 : far_error_set(err, ENOMEM, "no memory for the path");
 }
@@ -296,7 +298,12 @@ int far_mnt_prefetch(struct far_mnt *m, uint64_t off, uint64_t len)
 
 int far_mnt_evict(struct far_mnt *m, uint64_t off, uint64_t len)
 {
-	return m->region ? far_region_evict(m->region, off, len) : -EOPNOTSUPP;
+	if (!m->region)
+		return -EOPNOTSUPP;
+	int e = m->fuse ? far_fuse_not_local(m->fuse) : 0;
+	if (e)
+		return e;
+	return far_region_evict(m->region, off, len);
 }
 
 void far_mnt_status(struct far_mnt *m, struct far_status *st)

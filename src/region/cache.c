@@ -11,6 +11,7 @@
 
 #include "base/io.h"
 #include "base/pool.h"
+#include "region/partial.h"
 
 #include <string.h>
 
@@ -44,7 +45,7 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 		if (err && far_discard(r->local, base, len, 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 	} else {
-		for (; !err && far_chunkmap_missing(r->map, e, i, &from, &to); from = to)
+		for (; !err && far_partial_missing(e, &from, &to); from = to)
 			err = cache_store(r, base, buf, from, to);
 	}
 	far_chunkmap_fill_end(r->map, i, e, !err);

@@ -44,6 +44,7 @@
 
 #include "base/clock.h"
 #include "base/thread.h"
+#include "region/partial.h"
 
 #include <sched.h>
 #include <stdatomic.h>
@@ -59,24 +60,8 @@
 #define NEWS_SHIFT 12
 #define NEWS_ALL 15u /* fifteenths of a chunk */
 
-#define SECTOR 512u
-#define RAGGED_MAX 2
 #define BUCKETS 1024u
 #define GROUP 64u
-
-/* Which bytes of a half-written chunk are here: whole sectors in a bitmap, and up to two sectors of which one range is. */
-struct far_partial {
-	struct far_partial *next;
-	uint64_t chunk;
-	uint32_t sectors, n_valid;
-	unsigned n_ragged; /* entries of ragged that are used */
-	unsigned pending;  /* entries that writers on their way may still need */
-	struct {
-		uint32_t sector;
-		uint16_t from, to;
-	} ragged[RAGGED_MAX];
-	uint64_t valid[];
-};
 
 struct far_fetch {
 	struct far_fetch *next;
@@ -399,16 +384,10 @@ static struct far_partial **partial_at_locked(struct far_chunkmap *m, uint64_t i
 
 static struct far_partial *partial_new_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
 {
-	uint32_t sectors = (uint32_t)far_div_up(far_chunkmap_len(m, i), SECTOR);
-	struct far_partial *e;
+	struct far_partial *e = m->n_partial < m->max_partial ? far_partial_new(i, far_chunkmap_len(m, i)) : NULL;
 
-	if (m->n_partial >= m->max_partial)
-		return NULL;
-	e = calloc(1, sizeof *e + far_div_up(sectors, 64) * sizeof(uint64_t));
 	if (!e)
 		return NULL;
-	e->chunk = i;
-	e->sectors = sectors;
 	struct far_partial **p = partial_at_locked(m, i);
 	e->next = *p;
 	*p = e;
@@ -425,145 +404,6 @@ static void partial_free_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES
 	free(e);
 }
 
-static bool partial_valid(const struct far_partial *e, uint32_t s)
-{
-	return e->valid[s / 64] >> (s % 64) & 1;
-}
-
-static void partial_set(struct far_partial *e, uint32_t s)
-{
-	if (partial_valid(e, s))
-		return;
-	e->valid[s / 64] |= (uint64_t)1 << (s % 64);
-	e->n_valid++;
-	for (unsigned k = 0; k < e->n_ragged; k++)
-		if (e->ragged[k].sector == s)
-			e->ragged[k--] = e->ragged[--e->n_ragged];
-}
-
-/* One range inside one sector: does it need an entry of its own? */
-static bool ragged_is_new(const struct far_partial *e, uint32_t s, uint64_t from, uint64_t to)
-{
-	if (partial_valid(e, s))
-		return false;
-	for (unsigned k = 0; k < e->n_ragged; k++)
-		if (e->ragged[k].sector == s && from <= e->ragged[k].to && to >= e->ragged[k].from)
-			return false;
-	return true;
-}
-
-static uint64_t sector_len(const struct far_chunkmap *m, const struct far_partial *e, uint32_t s)
-{
-	return far_min(SECTOR, far_chunkmap_len(m, e->chunk) - (uint64_t)s * SECTOR);
-}
-
-/* Walk [from, to) sector by sector. */
-static void range_step(uint64_t at, uint64_t to, uint32_t *s, uint64_t *a, uint64_t *b)
-{
-	*s = (uint32_t)(at / SECTOR);
-	*a = at % SECTOR;
-	*b = far_min(SECTOR, to - (uint64_t)*s * SECTOR);
-}
-
-static unsigned ragged_needed(const struct far_chunkmap *m, const struct far_partial *e, uint64_t from, uint64_t to)
-{
-	unsigned need = 0;
-	uint32_t s;
-	uint64_t a, b;
-
-	/* Only the first and the last sector can be ragged. */
-	range_step(from, to, &s, &a, &b);
-	if (b - a < sector_len(m, e, s))
-		need += ragged_is_new(e, s, a, b);
-	if ((to - 1) / SECTOR != from / SECTOR) {
-		range_step((to - 1) / SECTOR * SECTOR, to, &s, &a, &b);
-		if (b - a < sector_len(m, e, s))
-			need += ragged_is_new(e, s, a, b);
-	}
-	return need;
-}
-
-static void ragged_add(const struct far_chunkmap *m, struct far_partial *e, uint32_t s, uint64_t a, uint64_t b)
-{
-	unsigned at = e->n_ragged;
-
-	if (partial_valid(e, s))
-		return;
-	for (unsigned k = 0; k < e->n_ragged; k++)
-		if (e->ragged[k].sector == s && a <= e->ragged[k].to && b >= e->ragged[k].from) {
-			a = far_min(a, e->ragged[k].from);
-			b = far_max(b, e->ragged[k].to);
-			if (at < e->n_ragged) { /* it joins two */
-				e->ragged[k] = e->ragged[--e->n_ragged];
-				k--;
-			} else {
-				at = k;
-			}
-		}
-	if (b - a == sector_len(m, e, s)) {
-		partial_set(e, s);
-		return;
-	}
-	if (at == e->n_ragged) {
-		FAR_ASSERT(e->n_ragged < RAGGED_MAX);
-		e->n_ragged++;
-	}
-	e->ragged[at].sector = s;
-	e->ragged[at].from = (uint16_t)a;
-	e->ragged[at].to = (uint16_t)b;
-}
-
-static void partial_add(const struct far_chunkmap *m, struct far_partial *e, uint64_t from, uint64_t to)
-{
-	while (from < to) {
-		uint32_t s;
-		uint64_t a, b;
-		range_step(from, to, &s, &a, &b);
-		if (b - a == sector_len(m, e, s))
-			partial_set(e, s);
-		else
-			ragged_add(m, e, s, a, b);
-		from = (uint64_t)s * SECTOR + b;
-	}
-}
-
-/* The first range at or after `at` that is not here, or false. */
-bool far_chunkmap_missing(const struct far_chunkmap *m, const struct far_partial *e, uint64_t i, uint64_t *from,
-			  uint64_t *to)
-{
-	uint64_t len = far_chunkmap_len(m, i), at = *from;
-	uint64_t start = UINT64_MAX;
-
-	while (at < len) {
-		uint32_t s = (uint32_t)(at / SECTOR);
-		uint64_t base = (uint64_t)s * SECTOR, end = base + sector_len(m, e, s);
-		bool here = partial_valid(e, s);
-		uint64_t next = end;
-
-		for (unsigned k = 0; k < e->n_ragged && !here; k++) {
-			uint64_t a = base + e->ragged[k].from, b = base + e->ragged[k].to;
-			if (e->ragged[k].sector != s)
-				continue;
-			if (at >= a && at < b) {
-				here = true;
-				next = b;
-			} else if (a > at) {
-				next = far_min(next, a);
-			}
-		}
-		if (here && start != UINT64_MAX)
-			break;
-		if (!here && start == UINT64_MAX)
-			start = at;
-		at = next;
-	}
-	if (start == UINT64_MAX)
-		return false;
-	*from = start;
-	*to = at;
-	return true;
-}
-
 bool far_chunkmap_pin_partial(struct far_chunkmap *m, uint64_t i, uint64_t from, uint64_t to)
 {
 	bool got = false;
@@ -575,7 +415,7 @@ bool far_chunkmap_pin_partial(struct far_chunkmap *m, uint64_t i, uint64_t from,
 	struct far_partial *e = *partial_at_locked(m, i);
 	uint64_t a = from, b = 0;
 	while (e && !got && (state_of(w) == FAR_PARTIAL || state_of(w) == FAR_FETCHING_PARTIAL) &&
-	       (!far_chunkmap_missing(m, e, i, &a, &b) || a >= to))
+	       (!far_partial_missing(e, &a, &b) || a >= to))
 		got = (w & PIN_MASK) != PIN_MASK && cas(m, i, &w, (uint16_t)(w + PIN_ONE));
 	far_mutex_unlock(&m->lock);
 	return got;
@@ -594,8 +434,8 @@ static enum far_claim partial_begin_locked(struct far_chunkmap *m, uint64_t i, u
 
 	if (!e)
 		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
-	unsigned need = ragged_needed(m, e, from, to);
-	if (e->n_ragged + e->pending + need > RAGGED_MAX)
+	unsigned need = far_partial_ragged(e, from, to);
+	if (e->n_ragged + e->pending + need > FAR_PARTIAL_RAGGED)
 		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
 	for (;;) {
 		bool full = (w & PIN_MASK) == PIN_MASK;
@@ -685,8 +525,8 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 	FAR_ASSERT(e && e->pending >= ragged);
 	e->pending -= ragged;
 	if (ok)
-		partial_add(m, e, from, to);
-	bool whole = e->n_valid == e->sectors;
+		far_partial_add(e, from, to);
+	bool whole = far_partial_whole(e);
 	for (;;) {
 		enum far_chunk s = state_of(w);
 		uint16_t next = (uint16_t)(w - PIN_ONE);

@@ -59,11 +59,8 @@ void far_chunkmap_write_end(struct far_chunkmap *m, uint64_t i, uint64_t from, u
  * nothing is claimed. NULL without memory with *n > 0. */
 struct far_fetch *far_chunkmap_claim(struct far_chunkmap *m, uint64_t i, uint64_t max, uint64_t *n);
 /* Data of the claim's next chunk (one after the other from its first) is in hand: nobody else touches the chunk until
- * fill_end. *e is NULL when all of it is wanted, else far_chunkmap_missing() tells which ranges. */
+ * fill_end. *e is NULL when all of it is wanted, else far_partial_missing() tells which ranges. */
 void far_chunkmap_fill_begin(struct far_chunkmap *m, struct far_fetch *f, struct far_partial **e);
-/* The next range of chunk i at or after *from that was not written here. False: no more. */
-bool far_chunkmap_missing(const struct far_chunkmap *m, const struct far_partial *e, uint64_t i, uint64_t *from,
-			  uint64_t *to);
 void far_chunkmap_fill_end(struct far_chunkmap *m, uint64_t i, struct far_partial *e, bool ok);
 /* err: 0 or -errno. Chunks of the claim that were not filled go back; everyone who waits gets err. Frees f. */
 void far_chunkmap_fetch_end(struct far_chunkmap *m, struct far_fetch *f, int err);

@@ -7,8 +7,8 @@
  *
  * The window is twice what the path holds: the highest delivery rate of the last samples times the shortest fetch of
  * the last ten seconds. On an idle long path it doubles each round trip; on a narrow one it stops where the queue that
- * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, a power of two of chunks, at most
- * 2 MiB (4 MiB where the round trip is over 10 ms).
+ * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, or more if the workers could not
+ * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms).
  *
  * Invariants, under lock: inflight is the sum of the extents that workers are fetching; a worker claims its extent
  * before it lets go of the lock, so that the cursor never passes a chunk that nobody took.
@@ -133,17 +133,18 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
-	uint64_t extent = r->chunk;
+	uint64_t extent = r->chunk, window = p->window;
 
+	if (!p->window_fixed)
+		window = far_min((uint64_t)(2 * rate * (double)p->rtt / (double)FAR_SEC), p->window_max);
 	if (io)
 		most = far_min(most, io);
-	while (extent * 2 <= most && (double)extent * 2 <= rate * 0.010)
+	/* The second: all threads together can fill the window. */
+	while (extent * 2 <= most && ((double)extent * 2 <= rate * 0.010 || extent * p->max_threads < window))
 		extent *= 2;
 	p->extent = extent;
-	if (p->window_fixed)
-		return;
-	double carries = rate * (double)p->rtt / (double)FAR_SEC;
-	p->window = far_max(far_min((uint64_t)(2 * carries), p->window_max), 4 * extent);
+	if (!p->window_fixed)
+		p->window = far_max(window, 4 * extent);
 }
 
 static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began) FAR_REQUIRES(p->lock)

@@ -312,6 +312,22 @@ def a_deadline_gives_an_error_not_a_hang(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def waiting_for_ever_is_said_and_ended_by_stop(w):
+    w.file('a', 1 << 20)
+    w.file('b', 0)
+    s, uri = w.serve('file:a')
+    m = w.mount(uri, 'b', '--mode', 'managed', '--pull-workers', '0', '--on-fail', 'wait', '--deadline', '1s')
+    s.p.send_signal(signal.SIGSTOP)
+    reader = subprocess.Popen(['dd', 'if=' + w.path('b'), 'of=/dev/null', 'bs=4096', 'count=1', 'skip=50'],
+                              stderr=subprocess.DEVNULL)
+    wait_for(lambda: 'has not answered for 5 s' in m.err(), 'the message')
+    true(reader.poll() is None, 'the reader does not wait')
+    true(w.status('b')['blocked'] >= 1, 'blocked')
+    w.run('stop', 'b', '--now', code=0)
+    equal(m.p.wait(30), 0, 'exit code: ' + m.err())
+    true(reader.wait(30) != 0, 'the read succeeded')
+
+
 def the_file_has_its_size_for_ever(w):
     w.file('a', 5000)
     w.file('b', 0)

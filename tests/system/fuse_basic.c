@@ -308,6 +308,46 @@ static void test_read_only(void **state)
 	serve_end(&s);
 }
 
+/* A read-only mount whose bytes are all in a memory file: by passthrough or not, they are the same, the calls come to us or
+ * not, and nothing may be evicted under an open handle that passes through. */
+static void test_passthrough(void **state)
+{
+	struct serve s;
+	size_t len = 3000001;
+	unsigned char *want = malloc(len);
+	char c;
+
+	serve_start(&s, &(struct serve_conf){ .bytes = len, .read_only = true, .keep_cache = true, .share = true });
+	fill(want, len, 9);
+	assert_int_equal(far_io_pwrite(s.memfd, 0, want, len, 0), 0);
+	check_content(&s, want, len);
+	int fd = open(s.path, O_RDONLY);
+	assert_int_equal(pread(fd, &c, 1, 5), 1);
+	assert_int_equal(c, (char)want[5]);
+	CHECK_ERRNO(lseek(fd, (off_t)len, SEEK_DATA), ENXIO);
+	int64_t r = serve_tell(&s, 'n');
+	printf("test_passthrough: this kernel and user %s it\n", r ? "have" : "do not have");
+	if (r) {
+		assert_int_equal(r, -EBUSY);
+		assert_int_equal(atomic_load(&s.sh->reads), 0);
+	}
+	close(fd);
+	uint64_t until = far_now() + SERVE_LIMIT; /* the release comes a little after the close */
+	while (r && (r = serve_tell(&s, 'n')) && far_now() < until)
+		far_sleep_until(far_now() + FAR_MSEC, false);
+	assert_int_equal(r, 0);
+	check_content(&s, want, len);
+	fd = open(s.path, O_RDONLY | O_DIRECT);
+	unsigned char *buf = aligned_alloc(4096, 4096);
+	unsigned before = atomic_load(&s.sh->reads);
+	assert_int_equal(pread(fd, buf, 4096, 0), 4096);
+	assert_int_equal(atomic_load(&s.sh->reads), before + 1); /* by us again */
+	free(buf);
+	close(fd);
+	free(want);
+	serve_end(&s);
+}
+
 /* The backend's errors, as a program sees them. */
 static void test_errors(void **state)
 {
@@ -410,7 +450,8 @@ int main(void)
 		cmocka_unit_test(test_attributes), cmocka_unit_test(test_directory),
 		cmocka_unit_test(test_sizes),	   cmocka_unit_test(test_terabyte),
 		cmocka_unit_test(test_seek_and_fallocate), cmocka_unit_test(test_dirty_hole),
-		cmocka_unit_test(test_read_only),  cmocka_unit_test(test_errors),
+		cmocka_unit_test(test_read_only),  cmocka_unit_test(test_passthrough),
+		cmocka_unit_test(test_errors),
 		cmocka_unit_test(test_locks_and_poll), cmocka_unit_test(test_fsx),
 	};
 

@@ -257,25 +257,49 @@ static void test_deadline(void **state)
 	}
 }
 
-/* A program that is killed while it waits is gone at the latest when its call's time is over. */
+static void kill_handler(int sig)
+{
+}
+
+/* A program that is killed while it waits for a page or for a flush goes at once; other signals do not cut a call short. */
 static void test_kill(void **state)
 {
 	struct serve s;
 	int status;
 
-	start(&s, 0, FAR_SEC);
-	fflush(stdout);
+	for (int flush = 0; flush < 2; flush++) {
+		start(&s, 0, 0);
+		fflush(stdout);
+		pid_t pid = fork();
+		if (pid == 0) {
+			char c;
+			int fd = open(s.path, O_RDWR);
+			posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+			_exit(flush ? fsync(fd) : pread(fd, &c, 1, LOCAL) == 1);
+		}
+		assert_true(serve_until(&s.sh->waiting, 1));
+		kill(pid, SIGKILL);
+		assert_int_equal(waitpid(pid, &status, 0), pid);
+		assert_true(WIFSIGNALED(status));
+		assert_int_equal(atomic_load(&s.sh->waiting), 1); /* nobody had to open the gate */
+		check_local(&s);
+		serve_end(&s);
+	}
+	start(&s, 0, 0);
 	pid_t pid = fork();
 	if (pid == 0) {
 		char c;
 		int fd = open(s.path, O_RDONLY);
-		_exit(pread(fd, &c, 1, LOCAL) == 1);
+		posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+		signal(SIGUSR1, kill_handler);
+		_exit(pread(fd, &c, 1, LOCAL) == 1 ? 7 : 8);
 	}
 	assert_true(serve_until(&s.sh->waiting, 1));
-	kill(pid, SIGKILL);
-	assert_int_equal(waitpid(pid, &status, 0), pid);
-	assert_true(WIFSIGNALED(status));
+	kill(pid, SIGUSR1);
 	check_local(&s);
+	atomic_store(&s.sh->open, true);
+	assert_int_equal(waitpid(pid, &status, 0), pid);
+	assert_true(WIFEXITED(status) && WEXITSTATUS(status) == 7);
 	serve_end(&s);
 }
 

@@ -119,6 +119,9 @@ static int serve_flush(void *self)
 {
 	struct serve *s = self;
 	atomic_fetch_add(&s->sh->flushes, 1);
+	int r = atomic_load(&s->sh->absent) == UINT64_MAX ? 0 : serve_wait(s, s->bytes, 1, 0);
+	if (r)
+		return r;
 	return atomic_load(&s->sh->flush_error);
 }
 
@@ -190,7 +193,8 @@ static int serve_backend(struct serve *s, const struct serve_conf *conf, struct 
 	return far_backend_new(&ops, s, &facts, b);
 }
 
-static int serve_region(const struct serve_conf *conf, struct far_backend *remote, struct far_region **out)
+static int serve_region(const struct serve_conf *conf, struct far_backend *remote, struct far_region **out,
+			struct far_backend **kept)
 {
 	struct far_mount_opts opts = FAR_MOUNT_OPTS_INIT;
 	struct far_backend *local;
@@ -210,14 +214,15 @@ static int serve_region(const struct serve_conf *conf, struct far_backend *remot
 						       .opts = &opts }, out, &err);
 	if (r)
 		fprintf(stderr, "%s\n", err.text);
+	*kept = conf->local_max ? NULL : local;
 	return r;
 }
 
 /* u: unmount, d: detach, w: wait up to the limit, W: is it over, s: stop the backend, b: blocked calls,
- * i: invalidate everything, a: everything is local, q: close and end. Each is answered with a number. */
+ * i: invalidate everything, a: wait until everything is local and say so, n: take it back, q: close and end. Each is answered with a number. */
 static void serve_child(struct serve *s, const struct serve_conf *conf)
 {
-	struct far_backend *b = NULL;
+	struct far_backend *b = NULL, *local = NULL;
 	struct far_fuse *f = NULL;
 	struct far_region *region = NULL;
 	struct far_error err = { 0 };
@@ -229,7 +234,7 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 	int64_t r = serve_backend(s, conf, &b);
 
 	if (!r && conf->managed)
-		r = serve_region(conf, b, &region);
+		r = serve_region(conf, b, &region, &local);
 	if (region)
 		b = far_region_backend(region);
 	fc.b = b;
@@ -256,7 +261,9 @@ static void serve_child(struct serve *s, const struct serve_conf *conf)
 		else if (c == 'i')
 			r = far_fuse_invalidate(f, 0, 0);
 		else if (c == 'a')
-			far_fuse_all_local(f);
+			r = region ? far_region_wait_local(region, conf->bytes) : 0, far_fuse_all_local(f, local);
+		else if (c == 'n')
+			r = far_fuse_not_local(f);
 		if (c == 'q')
 			break;
 		if (far_io_write(s->sock, &r, sizeof r))

@@ -11,6 +11,7 @@ FSX = os.path.abspath(sys.argv.pop(2))
 from cli_lib import Skip, equal, main, true  # noqa: E402: reads sys.argv
 
 WAN = 'delay:rtt=2ms,rate=200M'
+LONG = 30 if os.environ.get('FARPAGE_LONG') else 1  # times the operations, and seeds that differ from run to run
 
 
 def need(*programs):
@@ -42,15 +43,19 @@ def same(w, m):
     equal(w.read('a'), shown, 'the server')
 
 
+def fsx(w, path, operations, seed):
+    print('#', call(w, FSX, path, str(operations * LONG), *([str(seed)] if LONG == 1 else []), timeout=600).splitlines()[0])
+
+
 def fsx_managed(w):
     m, path = mounted(w, (4 << 20) + 777)
-    call(w, FSX, path, '3000', '1')
+    fsx(w, path, 3000, 1)
     same(w, m)
 
 
 def fsx_evicting(w):
     m, path = mounted(w, 4 << 20, '--local-max', '512K', '--dirty-max', '256K', '--chunk', '16K')
-    call(w, FSX, path, '1500', '2')
+    fsx(w, path, 1500, 2)
     same(w, m)
 
 
@@ -81,7 +86,7 @@ def stress_ng_maps_it(w):
          '--timeout', '20s')
     # stress-ng makes files of its own, so it runs on a file system inside the region (next case); here its pattern
     # writers work beside ours on the same machine while the mount moves bytes.
-    call(w, FSX, path, '500', '4')
+    fsx(w, path, 500, 4)
     same(w, m)
 
 
