@@ -236,7 +236,7 @@ static void test_seats(void **state)
 	}
 	for (int i = 0; i < 4; i++) {
 		desk_set(&d[i], 10, true, false, false);
-		desk_wait(&d[i], &d[i].parked, i ? 10 : 9);
+		desk_wait(&d[i], &d[i].parked, 9); /* the fifth thread may have been free for one of them */
 	}
 	for (int i = 0; i < 4; i++) {
 		desk_set(&d[i], 0, true, true, true);
