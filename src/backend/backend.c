@@ -88,6 +88,11 @@ int far_backend_new(const struct far_ops *ops, void *self, const struct far_fact
 	return 0;
 }
 
+bool far_backend_is(const struct far_backend *b, int (*read)(void *, uint64_t, void *, size_t, unsigned))
+{
+	return b->ops.read == read;
+}
+
 void *far_backend_self(const struct far_backend *b, int (*read)(void *, uint64_t, void *, size_t, unsigned))
 {
 	FAR_ASSERT(b->ops.read == read);

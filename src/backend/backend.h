@@ -22,11 +22,15 @@ far_leaf_open far_null_open; /* null: or null:SIZE  reads zeros, forgets writes 
 /* The object that was given to far_backend_new(). `read` is the operation it was given with: an assert that b really is
  * of the caller's kind. */
 void *far_backend_self(const struct far_backend *b, int (*read)(void *, uint64_t, void *, size_t, unsigned));
+/* Whether b was made with this read operation: far_backend_self() may be called. */
+bool far_backend_is(const struct far_backend *b, int (*read)(void *, uint64_t, void *, size_t, unsigned));
 /* Take FAR_CAP_WRITE away; before anyone else sees b. */
 void far_backend_set_read_only(struct far_backend *b);
 
 /* Memory of this process alone, in huge pages; reads as zeros. -ENOMEM. */
 int far_heap_new(uint64_t bytes, struct far_backend **out);
+/* Where its bytes are, for as long as b is open; NULL if b is something else. */
+const char *far_heap_address(const struct far_backend *b);
 
 /* The kernel's error numbers of a failed call worth another try: connection lost, refused, timed out, EIO. */
 bool far_error_is_transient(int code);

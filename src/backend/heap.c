@@ -92,3 +92,8 @@ int far_heap_new(uint64_t bytes, struct far_backend **out)
 		heap_close(h);
 	return r;
 }
+
+const char *far_heap_address(const struct far_backend *b)
+{
+	return far_backend_is(b, heap_read) ? ((struct heap *)far_backend_self(b, heap_read))->base : NULL;
+}

@@ -217,17 +217,21 @@ static int fuse_check_target(struct far_fuse *f, const char *shown, struct far_e
 /* Map the backend's pages where it shows them. Without them reads copy once more, nothing else. */
 static void fuse_map_share(struct far_fuse *f, struct far_backend *b)
 {
+	const char *p = far_heap_address(b);
 	int fd;
 
-	if (!(far_facts(b)->caps & FAR_CAP_SHARE) || f->bytes == 0 || sysconf(_SC_PAGESIZE) != (long)FUSE_PAGE ||
-	    far_share(b, &fd))
+	if (f->bytes == 0 || sysconf(_SC_PAGESIZE) != (long)FUSE_PAGE)
 		return;
-	void *p = mmap(NULL, f->bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
-	if (p == MAP_FAILED)
-		return;
-	madvise(p, f->bytes, MADV_DONTFORK);
-	f->mapped = p;
-	f->share_fd = fd;
+	if (!p) {
+		if (!(far_facts(b)->caps & FAR_CAP_SHARE) || far_share(b, &fd))
+			return;
+		void *map = mmap(NULL, f->bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+		if (map == MAP_FAILED)
+			return;
+		madvise(map, f->bytes, MADV_DONTFORK);
+		p = f->mapped = map;
+		f->share_fd = fd;
+	}
 	far_mutex_lock(&f->lock);
 	if (!f->evicts)
 		atomic_store(&f->share, p);
