@@ -201,6 +201,7 @@ static struct far_status status(struct fixture *f)
 
 /* ---------------------------------------------------------------------------------------------------------- reading */
 
+/* W-A19, W-B7 (D7, D8): no size is special: not a multiple of a chunk, shorter than one. */
 static void reads_what_the_remote_has(void **state)
 {
 	const uint64_t sizes[] = { 1, 4095, 4096, 4097, 10 * CHUNK, 10 * CHUNK + 777 };

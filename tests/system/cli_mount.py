@@ -39,6 +39,7 @@ def over_a_file(w):
 
 
 def what_was_written_is_saved_at_the_end(w):
+    """W-A6 (D2): without an fsync, the end is one."""
     for mode in ('direct', 'managed'):
         data = bytearray(w.file('a', 1 << 20))
         w.file('b', 0)
@@ -447,6 +448,7 @@ def sqlite_on_a_slow_mount(w):
 
 
 def many_readers_of_absent_chunks(w):
+    """W-B31 (D17): who waits does not stand behind the pull."""
     data = w.file('a', 4 << 20)
     w.file('b', 0)
     s, uri = w.serve('file:a')
