@@ -448,7 +448,6 @@ def sqlite_on_a_slow_mount(w):
 
 
 def many_readers_of_absent_chunks(w):
-    """W-B31 (D17): who waits does not stand behind the pull."""
     data = w.file('a', 4 << 20)
     w.file('b', 0)
     s, uri = w.serve('file:a')
