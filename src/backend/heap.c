@@ -5,21 +5,29 @@
  * is what bounds a pull on a fast path; a huge page costs a twentieth of that. The price: room is taken 2 MiB at a time, and
  * nobody can share it. So it is for what will be filled whole.
  *
+ * Whoever waits for 64 KiB would wait for 2 MiB to be cleared, too (0.2 ms and more). So what is written first in a block by
+ * a short write that is not FAR_BULK gets small pages there. Each such block splits the mapping, hence HEAP_SMALL_MAX.
+ *
  * Reads and writes of the same bytes at once give some mixture of old and new, as with any file.
  */
 #define _GNU_SOURCE
 #include "backend/backend.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #define HEAP_HUGE ((uint64_t)2 << 20)
 #define HEAP_PAGE ((uint64_t)4096)
+#define HEAP_SMALL_MAX 4096u /* a process may have 65530 mappings */
+#define HEAP_SHORT ((size_t)128 << 10)
 
 struct heap {
 	char *base;
 	uint64_t mapped;
+	_Atomic unsigned small; /* blocks with small pages */
+	_Atomic uint64_t *used; /* bit b: somebody wrote to block b */
 };
 
 static int heap_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
@@ -28,9 +36,26 @@ static int heap_read(void *self, uint64_t off, void *buf, size_t len, unsigned f
 	return 0;
 }
 
+static void heap_first_write(struct heap *h, uint64_t block, bool hurry)
+{
+	uint64_t bit = (uint64_t)1 << (block % 64);
+
+	if (atomic_load_explicit(&h->used[block / 64], memory_order_relaxed) & bit)
+		return;
+	if (atomic_fetch_or_explicit(&h->used[block / 64], bit, memory_order_relaxed) & bit)
+		return;
+	if (hurry && atomic_fetch_add_explicit(&h->small, 1, memory_order_relaxed) < HEAP_SMALL_MAX)
+		madvise(h->base + block * HEAP_HUGE, HEAP_HUGE, MADV_NOHUGEPAGE);
+}
+
 static int heap_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
-	memcpy(((struct heap *)self)->base + off, buf, len);
+	struct heap *h = self;
+	bool hurry = !(flags & FAR_BULK) && len < HEAP_SHORT;
+
+	for (uint64_t block = off / HEAP_HUGE; block <= (off + len - 1) / HEAP_HUGE; block++)
+		heap_first_write(h, block, hurry);
+	memcpy(h->base + off, buf, len);
 	return 0;
 }
 
@@ -58,6 +83,7 @@ static void heap_close(void *self)
 {
 	struct heap *h = self;
 	munmap(h->base, h->mapped);
+	free((void *)h->used);
 	free(h);
 }
 
@@ -79,8 +105,14 @@ int far_heap_new(uint64_t bytes, struct far_backend **out)
 	if (!h)
 		return -ENOMEM;
 	h->mapped = far_div_up(far_max(bytes, 1), HEAP_HUGE) * HEAP_HUGE;
+	h->used = calloc((size_t)far_div_up(h->mapped / HEAP_HUGE, 64), sizeof *h->used);
+	if (!h->used) {
+		free(h);
+		return -ENOMEM;
+	}
 	h->base = mmap(NULL, h->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (h->base == MAP_FAILED) {
+		free((void *)h->used);
 		free(h);
 		return -ENOMEM;
 	}

@@ -26,12 +26,12 @@ void far_region_remote_failed(struct far_region *r, int err)
 /* -------------------------------------------------------------------------------------------------------- fetches */
 
 /* Bytes [from, to) of a chunk at `base`, whose data is in buf, into the local store. */
-static int cache_store(struct far_region *r, uint64_t base, const char *buf, uint64_t from, uint64_t to)
+static int cache_store(struct far_region *r, uint64_t base, const char *buf, uint64_t from, uint64_t to, unsigned flags)
 {
-	return far_write(r->local, base + from, buf + from, (size_t)(to - from), 0);
+	return far_write(r->local, base + from, buf + from, (size_t)(to - from), flags & FAR_BULK);
 }
 
-static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, const char *buf)
+static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, const char *buf, unsigned flags)
 {
 	uint64_t base = i << r->shift, len = far_chunkmap_len(r->map, i), from = 0, to;
 	struct far_partial *e;
@@ -41,12 +41,12 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 	if (!e) {
 		bool skip = atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len);
 		if (!skip)
-			err = cache_store(r, base, buf, 0, len);
+			err = cache_store(r, base, buf, 0, len, flags);
 		if (err && far_discard(r->local, base, len, 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 	} else {
 		for (; !err && far_partial_missing(e, &from, &to); from = to)
-			err = cache_store(r, base, buf, from, to);
+			err = cache_store(r, base, buf, from, to, flags);
 	}
 	far_chunkmap_fill_end(r->map, i, e, !err);
 	if (!err && r->o.chunk_local)
@@ -78,7 +78,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	}
 	atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
 	for (uint64_t i = first; !err && i < first + n; i++)
-		err = cache_fill(r, f, i, buf + ((i - first) << r->shift));
+		err = cache_fill(r, f, i, buf + ((i - first) << r->shift), flags);
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
 	far_cache_arrived(r);
