@@ -251,7 +251,9 @@ struct far_mount_opts {
 /* Show a region as a file. `target` is an existing directory (the region appears in it as `region`) or an existing
  * file (the region appears as that file). The file is served by a child process, farpage-serve, so that this process
  * may use it freely; threads that serve a caller's own backend or hooks must not touch the mount.
- * far_mount_open_uri() lets the child open the URI; far_mount_open() takes ownership of `b` on success. */
+ * far_mount_open_uri() lets the child open the URI (a scheme of far_scheme_register() is this process's own: far_open() it).
+ * far_mount_open() takes ownership of `b` on success; its calls come back to this process over a socket. A local store or a
+ * priority given as code cannot be passed to the child: -EOPNOTSUPP. */
 FAR_API int far_mount_open_uri(const char *uri, const char *target, const struct far_mount_opts *opts,
 			       struct far_mount **out, struct far_error *err);
 FAR_API int far_mount_open(struct far_backend *b, const char *target, const struct far_mount_opts *opts,
