@@ -4,6 +4,7 @@
 #include "cli/cli.h"
 
 #include "base/uri.h"
+#include "region/order.h"
 
 #include <signal.h>
 #include <stdlib.h>
@@ -235,58 +236,36 @@ bool cli_is_network(const char *uri)
 	return true;
 }
 
-static int cli_range_add(struct cli_range **out, size_t *n, uint64_t from, uint64_t to)
-{
-	struct cli_range *more = realloc(*out, (*n + 1) * sizeof *more);
+struct cli_ranges {
+	struct cli_range *v;
+	size_t n;
+};
 
+static int cli_range_add(void *opaque, uint64_t off, uint64_t len)
+{
+	struct cli_ranges *l = opaque;
+	struct cli_range *more = len ? realloc(l->v, (l->n + 1) * sizeof *more) : l->v;
+
+	if (!len)
+		return 0;
 	if (!more)
 		return -ENOMEM;
-	*out = more;
-	more[(*n)++] = (struct cli_range){ from, to - from };
-	return 0;
-}
-
-static int cli_range_parse(const char *one, uint64_t bytes, uint64_t *from, uint64_t *to)
-{
-	char left[40];
-	const char *dash = strchr(one, '-');
-
-	*from = 0;
-	*to = bytes;
-	if (!dash || (size_t)(dash - one) >= sizeof left)
-		return -EINVAL;
-	snprintf(left, sizeof left, "%.*s", (int)(dash - one), one);
-	if (left[0] && far_parse_size(left, from) < 0)
-		return -EINVAL;
-	if (dash[1] && far_parse_size(dash + 1, to) < 0)
-		return -EINVAL;
-	*to = far_min(*to, bytes);
-	*from = far_min(*from, *to);
+	l->v = more;
+	more[l->n++] = (struct cli_range){ off, len };
 	return 0;
 }
 
 int cli_ranges(const char *text, uint64_t bytes, struct cli_range **out, size_t *n, struct far_error *err)
 {
-	char *copy = strdup(text), *save = NULL;
-	int r = copy ? 0 : -ENOMEM;
+	struct cli_ranges l = { NULL, 0 };
+	int r = far_ranges_parse(text, bytes, cli_range_add, &l, err);
 
-	*out = NULL;
-	*n = 0;
-	for (char *one = copy ? strtok_r(copy, ",", &save) : NULL; one && r == 0; one = strtok_r(NULL, ",", &save)) {
-		uint64_t from, to;
-		r = cli_range_parse(one, bytes, &from, &to);
-		if (r < 0)
-			far_error_set(err, EINVAL, "'%s' is not a range. Write FROM-TO, such as 0-1M or 900M-", one);
-		else if (to > from)
-			r = cli_range_add(out, n, from, to);
-	}
-	if (r == -ENOMEM)
-		far_error_set(err, ENOMEM, "there is no memory for the ranges");
-	free(copy);
 	if (r < 0) {
-		free(*out);
-		*out = NULL;
+		free(l.v);
+		l = (struct cli_ranges){ NULL, 0 };
 	}
+	*out = l.v;
+	*n = l.n;
 	return r;
 }
 

@@ -38,7 +38,7 @@ int far_ranges_parse(const char *text, uint64_t bytes, int (*fn)(void *opaque, u
 	do {
 		size_t len = strcspn(p, ",");
 		char item[64], *dash;
-		uint64_t from, to = bytes;
+		uint64_t from = 0, to = bytes; /* either end may be left open */
 
 		if (len == 0 || len >= sizeof item)
 			return far_error_set(err, EINVAL, "'%s' is not a list of ranges: write FROM-TO,FROM-TO with "
@@ -48,7 +48,7 @@ int far_ranges_parse(const char *text, uint64_t bytes, int (*fn)(void *opaque, u
 		dash = strchr(item, '-');
 		if (dash)
 			*dash++ = 0;
-		if (!dash || far_parse_size(item, &from) || (*dash && far_parse_size(dash, &to)) || from > to)
+		if (!dash || (*item && far_parse_size(item, &from)) || (*dash && far_parse_size(dash, &to)) || from > to)
 			return far_error_set(err, EINVAL, "'%.*s' is not a range: write FROM-TO with sizes, such as "
 					     "0-1M or 900M-", (int)len, p);
 		from = far_min(from, bytes);

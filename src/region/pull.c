@@ -6,7 +6,7 @@
  * window from the puller.
  *
  * The window is twice what the path holds: the highest delivery rate of the last samples times the shortest fetch of
- * the last ten seconds. On an idle long path it doubles each round trip; on a narrow one it stops where the queue that
+ * the last ten seconds. At first what arrives widens it, so that it doubles each round trip; it ends where the queue that
  * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, or more if the workers could not
  * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms).
  *
@@ -59,6 +59,9 @@ struct far_pull {
 	uint64_t sample_at FAR_GUARDED_BY(lock), sample_bytes FAR_GUARDED_BY(lock);
 	double rate[PULL_SAMPLES] FAR_GUARDED_BY(lock);
 	unsigned n_rate FAR_GUARDED_BY(lock);
+	bool starting FAR_GUARDED_BY(lock);        /* the rate has not met a limit yet */
+	double start_rate FAR_GUARDED_BY(lock);    /* the highest so far; samples since that were no better */
+	unsigned start_flat FAR_GUARDED_BY(lock);
 
 	/* what status shows */
 	uint64_t show_at FAR_GUARDED_BY(lock), show_bytes FAR_GUARDED_BY(lock);
@@ -137,6 +140,8 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 
 	if (!p->window_fixed)
 		window = far_min((uint64_t)(2 * rate * (double)p->rtt / (double)FAR_SEC), p->window_max);
+	if (p->starting)
+		window = far_max(window, p->window);
 	if (io)
 		most = far_min(most, io);
 	/* The second: all threads together can fill the window. */
@@ -145,6 +150,18 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	p->extent = extent;
 	if (!p->window_fixed)
 		p->window = far_max(window, 4 * extent);
+}
+
+/* A sample tells of the window of a round trip ago, so the window cannot follow it without losing every second one.
+ * What arrives widens it instead, until two samples have been no better than those before. */
+static void pull_start_locked(struct far_pull *p, double rate) FAR_REQUIRES(p->lock)
+{
+	if (rate >= 1.25 * p->start_rate) {
+		p->start_rate = rate;
+		p->start_flat = 0;
+	} else if (++p->start_flat == 2) {
+		p->starting = false;
+	}
 }
 
 static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began) FAR_REQUIRES(p->lock)
@@ -156,9 +173,14 @@ static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began)
 		p->rtt_at = now;
 	}
 	p->sample_bytes += len;
+	if (p->starting)
+		p->window = far_min(p->window + len, p->window_max);
 	uint64_t span = now - p->sample_at;
 	if (span >= far_max(p->rtt, 5 * FAR_MSEC)) {
-		p->rate[p->n_rate++ % PULL_SAMPLES] = (double)p->sample_bytes * (double)FAR_SEC / (double)span;
+		double rate = (double)p->sample_bytes * (double)FAR_SEC / (double)span;
+		p->rate[p->n_rate++ % PULL_SAMPLES] = rate;
+		if (p->starting)
+			pull_start_locked(p, rate);
 		p->sample_at = now;
 		p->sample_bytes = 0;
 		pull_resize_locked(p);
@@ -522,6 +544,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	if (far_facts(r->remote)->max_io)
 		p->extent = far_max(r->chunk, far_min(p->extent, far_facts(r->remote)->max_io));
 	p->window_fixed = r->o.window != 0;
+	p->starting = !p->window_fixed;
 	p->window_max = PULL_THREADS_MAX * 4 * FAR_MIB;
 	p->window = r->o.window ? r->o.window : 8 * p->extent;
 	p->trigger = PULL_NO_TRIGGER;

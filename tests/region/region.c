@@ -201,6 +201,7 @@ static struct far_status status(struct fixture *f)
 
 /* ---------------------------------------------------------------------------------------------------------- reading */
 
+/* W-A19, W-B7 (D7, D8): no size is special: not a multiple of a chunk, shorter than one. */
 static void reads_what_the_remote_has(void **state)
 {
 	const uint64_t sizes[] = { 1, 4095, 4096, 4097, 10 * CHUNK, 10 * CHUNK + 777 };
@@ -841,6 +842,25 @@ static unsigned order_of(struct fixture *f, uint64_t chunk)
 	return UINT32_MAX;
 }
 
+/* W-B31 (D17): the whole window of the puller is stuck, and who asks for a chunk gets it all the same. */
+static void a_reader_does_not_stand_behind_the_pull(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+	unsigned char c;
+
+	o.pull_workers = 4;
+	o.order = "ranges:4000K-";
+	setup(&f, 2000, &o);
+	f.s.hold_from = 1000 * CHUNK;
+	f.s.hold_reads = true;
+	for (unsigned k = 0; k < 100; k++) {
+		assert_int_equal(far_read(f.face, k * 7 * CHUNK, &c, 1, 0), 0);
+		assert_int_equal(c, pattern(k * 7 * CHUNK));
+	}
+	teardown(&f);
+}
+
 /* The background is held up at chunk 1000; what lies ahead of a sequential reader is fetched before it goes on. */
 static void a_sequential_reader_is_fetched_ahead(void **state)
 {
@@ -940,6 +960,7 @@ int main(void)
 		cmocka_unit_test(writers_past_the_budget_wait_for_the_push),
 		cmocka_unit_test(the_local_budget_is_kept),
 		cmocka_unit_test(evicted_chunks_are_fetched_again_and_dirty_ones_stay),
+		cmocka_unit_test(a_reader_does_not_stand_behind_the_pull),
 		cmocka_unit_test(a_sequential_reader_is_fetched_ahead),
 		cmocka_unit_test(chunk_local_tells_each_chunk_once),
 		cmocka_unit_test(a_large_map_is_cheap_to_open),

@@ -102,6 +102,7 @@ def one_that_stops_in_the_middle(w):
 
 
 def another_size_is_refused(w):
+    """W-D6 (D6): a size that is not the remote's is found out at open."""
     w.file('a', 100000)
     w.file('t', 0)
     s, uri = w.serve('file:a')

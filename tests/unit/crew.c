@@ -25,7 +25,7 @@ struct desk {
 	unsigned todo;              /* requests that wait */
 	bool shut;                  /* no more will come */
 	bool slow, open;            /* requests block until open */
-	unsigned blocked, max_blocked, done, parked, ended, receiving, max_receiving;
+	unsigned blocked, max_blocked, done, parked, settled, ended, receiving, max_receiving;
 	int cpu;                    /* where requests must be taken, -1 anywhere */
 	bool wrong_cpu;
 };
@@ -48,18 +48,6 @@ static void desk_wait(struct desk *d, const unsigned *what, unsigned n)
 	far_mutex_unlock(&d->lock);
 }
 
-/* Wait until every request is blocked or parked, and its receiver waits for the next one. */
-static void desk_settle(struct desk *d)
-{
-	uint64_t until = far_now() + LIMIT;
-
-	far_mutex_lock(&d->lock);
-	while ((d->todo || d->receiving != 1) && far_cond_wait_until(&d->changed, &d->lock, until))
-		;
-	assert_true(!d->todo && d->receiving == 1);
-	far_mutex_unlock(&d->lock);
-}
-
 static void desk_block(struct desk *d)
 {
 	far_mutex_lock(&d->lock);
@@ -79,6 +67,15 @@ static void desk_parked(void *arg)
 	desk_block(arg);
 }
 
+/* A slow request has been left for or parked: what is parked from now on comes behind it. */
+static void desk_settled(struct desk *d)
+{
+	far_mutex_lock(&d->lock);
+	d->settled++;
+	far_cond_broadcast(&d->changed);
+	far_mutex_unlock(&d->lock);
+}
+
 static bool desk_run(void *opaque, struct far_seat *seat)
 {
 	struct desk *d = opaque;
@@ -86,7 +83,6 @@ static bool desk_run(void *opaque, struct far_seat *seat)
 	far_mutex_lock(&d->lock);
 	if (++d->receiving > d->max_receiving)
 		d->max_receiving = d->receiving;
-	far_cond_broadcast(&d->changed);
 	while (!d->todo && !d->shut)
 		far_cond_wait(&d->changed, &d->lock);
 	d->receiving--;
@@ -106,6 +102,7 @@ static bool desk_run(void *opaque, struct far_seat *seat)
 		return true;
 	if (far_crew_leave(seat)) {
 		assert_true(far_crew_leave(seat)); /* once more is harmless */
+		desk_settled(d);
 		desk_block(d);
 		return false; /* does not count any more */
 	}
@@ -114,6 +111,7 @@ static bool desk_run(void *opaque, struct far_seat *seat)
 	far_cond_broadcast(&d->changed);
 	far_mutex_unlock(&d->lock);
 	assert_int_equal(far_crew_park(seat, desk_parked, d), 0);
+	desk_settled(d);
 	return true;
 }
 
@@ -249,10 +247,9 @@ static void test_seats(void **state)
 	}
 	for (int i = 0; i < 4; i++) {
 		desk_set(&d[i], 10, true, false, false);
-		/* The first desk may block one request if the fifth thread is idle by now. Work is done in the order in which it
-		 * was parked, so none of it may come behind the next desk's, which nobody opens yet. */
-		desk_settle(&d[i]);
-		assert_true(d[i].parked >= (i ? 10 : 9));
+		/* All of them: a later desk's must not stand before this one's, whose desk opens first. */
+		desk_wait(&d[i], &d[i].settled, 10);
+		assert_true(d[i].parked >= 9); /* the fifth thread may have been free for one */
 	}
 	for (int i = 0; i < 4; i++) {
 		desk_set(&d[i], 0, true, true, true);

@@ -8,6 +8,8 @@
 #include "wire/server.h"
 #include "wire/wire.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/socket.h>
@@ -268,6 +270,40 @@ static void test_stop(void **state)
 	rig_close(&r);
 }
 
+/* Stopped while it dials: somebody listens on the port and answers no one. */
+static void test_stop_while_dialling(void **state)
+{
+	struct rig r;
+	struct caller c = { .deadline = 0 };
+	struct sockaddr_in sin = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), on = 1, fill[4];
+	struct pollfd nothing = { .fd = -1 };
+
+	rig_open(&r, 0, 0);
+	far_server_stop(r.s);
+	assert_true(far_error_is_transient(far_read(r.far, 0, c.buf, 1, 0))); /* the old connection is known to be dead */
+	sin.sin_port = htons((uint16_t)atoi(strrchr(r.uri, ':') + 1));
+	assert_int_equal(setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on), 0);
+	assert_int_equal(bind(fd, (struct sockaddr *)&sin, sizeof sin), 0);
+	assert_int_equal(listen(fd, 0), 0);
+	for (size_t i = 0; i < FAR_ARRAY_LEN(fill); i++) {
+		fill[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+		(void)!connect(fill[i], (struct sockaddr *)&sin, sizeof sin);
+	}
+	c.b = r.far;
+	assert_int_equal(far_thread_start(&c.t, "caller", caller_run, &c), 0);
+	poll(&nothing, 1, 50); /* most likely it dials by now; if not, the outcome is the same */
+	far_stop(r.far);
+	uint64_t stopped = far_now();
+	far_thread_join(&c.t);
+	assert_int_equal(c.result, -ESHUTDOWN);
+	assert_true(c.ended < stopped + 5 * FAR_SEC);
+	for (size_t i = 0; i < FAR_ARRAY_LEN(fill); i++)
+		close(fill[i]);
+	close(fd);
+	rig_close(&r);
+}
+
 /* The server stops while calls run in its backend: it waits for them, their callers hear at once. */
 static void *stopper(void *arg)
 {
@@ -521,6 +557,7 @@ int main(void)
 		cmocka_unit_test(test_nowait),        cmocka_unit_test(test_deadline),
 		cmocka_unit_test(test_deadline_travels),
 		cmocka_unit_test(test_timeout),       cmocka_unit_test(test_stop),
+		cmocka_unit_test(test_stop_while_dialling),
 		cmocka_unit_test(test_server_stop),   cmocka_unit_test(test_half_open),
 		cmocka_unit_test(test_never_takes),   cmocka_unit_test(test_flood),
 		cmocka_unit_test(test_many_connections), cmocka_unit_test(test_odd_servers),

@@ -55,6 +55,7 @@ struct numbers {
 	const char *text; /* NULL: any */
 };
 
+/* W-C1 (D9): a negative length is a status, not the end of the server. W-C2: offsets and lengths are held to the range. */
 static void test_backend_numbers(void **state)
 {
 	static const struct numbers cases[] = {
@@ -89,6 +90,7 @@ static void test_backend_numbers(void **state)
 	alive(*state);
 }
 
+/* W-C2: a write has a limit too. */
 static void test_backend_writes(void **state)
 {
 	static const struct {

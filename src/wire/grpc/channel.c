@@ -46,6 +46,7 @@ struct far_channel {
 	bool sending FAR_GUARDED_BY(lock), reading FAR_GUARDED_BY(lock);
 	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
 	int error FAR_GUARDED_BY(lock);
+	unsigned leaving FAR_GUARDED_BY(lock); /* callers whose memory the batch still borrows */
 	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
 	/* token: reading */
 	uint8_t *spare;
@@ -96,6 +97,22 @@ static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock)
 	return !c->dead && (far_h2_pending(&c->h2) || c->h2.dirty);
 }
 
+/* Nobody is in the system call: give the memory of those who leave back to them. */
+static void channel_let_go(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	for (struct far_call *call = c->calls; call && c->leaving; call = call->next) {
+		if (!call->leaving)
+			continue;
+		if (!c->dead && far_h2_detach(&c->h2, call->req.body, call->req.body_n))
+			channel_die(c, -ENOMEM);
+		call->leaving = false;
+		c->leaving--;
+		far_cond_signal(&call->cond);
+	}
+	if (c->dead)
+		far_h2_drop(&c->h2);
+}
+
 /* Take the send token and write until nothing is left or the socket is full. True: all is out. */
 static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 {
@@ -111,13 +128,13 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 		ssize_t k = c->conn.ops->writev(&c->conn, iov, n);
 		far_mutex_lock(&c->lock);
 		c->h2.writing = false;
-		if (k > 0) {
+		if (k > 0)
 			far_h2_wrote(&c->h2, (size_t)k);
-		} else if (k == -EAGAIN) {
-			all = false;
-			break;
-		} else {
-			r = k ? (int)k : -EPIPE;
+		if (c->leaving)
+			channel_let_go(c);
+		all = k != -EAGAIN;
+		if (k <= 0) {
+			r = all ? (k ? (int)k : -EPIPE) : 0;
 			break;
 		}
 	}
@@ -325,14 +342,16 @@ static void channel_leave(struct far_channel *c, struct far_call *call) FAR_REQU
 		far_cond_wait(&call->cond, &c->lock);
 	if (call->s.id)
 		far_h2_forget(&c->h2, &call->s); /* the channel died */
-	/* The sender is in a system call that does not block: it will be back in a moment. */
-	while (c->h2.writing && call->req.body_n)
-		far_cond_wait_until(&call->cond, &c->lock, far_now() + FAR_MSEC / 10);
-	if (c->dead && !c->h2.writing)
+	if (c->dead && !c->h2.writing) {
 		far_h2_drop(&c->h2);
-	else if (call->req.body_n && far_h2_detach(&c->h2, call->req.body, call->req.body_n)) {
-		channel_die(c, -ENOMEM);
-		far_h2_drop(&c->h2);
+	} else if (far_h2_borrows(&c->h2, call->req.body, call->req.body_n)) {
+		/* Whoever writes is in a system call that does not block, and copies what is left when it comes back. */
+		call->leaving = true;
+		c->leaving++;
+		if (!c->h2.writing)
+			channel_let_go(c);
+		while (call->leaving)
+			far_cond_wait(&call->cond, &c->lock);
 	}
 	channel_unlink(c, call);
 }

@@ -38,7 +38,7 @@ struct far_call {
 	char errno_name[16];
 	unsigned http_status;
 	unsigned pinned;       /* a reader is reading into this call's memory */
-	bool waiting, done, got_message, bad_type;
+	bool waiting, leaving, done, got_message, bad_type;
 	int refused;           /* why the reply is no good, -errno */
 };
 #define FAR_CALL_NO_STATUS 999u

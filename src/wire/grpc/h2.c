@@ -110,14 +110,25 @@ void far_h2_drop(struct far_h2 *h)
 	h2_settle(h);
 }
 
+static bool h2_inside(const struct iovec *v, const void *base, size_t len)
+{
+	return (uintptr_t)v->iov_base - (uintptr_t)base < len;
+}
+
+bool far_h2_borrows(const struct far_h2 *h, const void *base, size_t len)
+{
+	for (unsigned i = h->iov_at; i < h->iov_n; i++)
+		if (h2_inside(&h->iov[i], base, len))
+			return true;
+	return false;
+}
+
 int far_h2_detach(struct far_h2 *h, const void *base, size_t len)
 {
-	uintptr_t lo = (uintptr_t)base, hi = lo + len;
-
 	FAR_ASSERT(!h->writing);
 	for (unsigned i = h->iov_at; i < h->iov_n; i++) {
 		struct iovec *v = &h->iov[i];
-		if ((uintptr_t)v->iov_base < lo || (uintptr_t)v->iov_base >= hi)
+		if (!h2_inside(v, base, len))
 			continue;
 		void **copy = malloc(sizeof *copy + v->iov_len);
 		if (!copy)

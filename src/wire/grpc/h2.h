@@ -109,6 +109,8 @@ int far_h2_respond(struct far_h2 *h, struct far_h2_stream *s, const nghttp2_nv *
 /* The stream's owner goes away: it is never reported again, its queued messages are let go. */
 void far_h2_forget(struct far_h2 *h, struct far_h2_stream *s);
 void far_h2_reset(struct far_h2 *h, int32_t id, uint32_t code);
+/* Whether the batch borrows something of [base, base+len). */
+bool far_h2_borrows(const struct far_h2 *h, const void *base, size_t len);
 /* Replace what the batch borrows of [base, base+len) by copies; not while `writing`. 0 or -ENOMEM. */
 int far_h2_detach(struct far_h2 *h, const void *base, size_t len);
 

@@ -131,9 +131,9 @@ static void server_receive(struct far_grpc_conn *c, bool room) FAR_REQUIRES(c->l
 	struct iovec iov[2];
 	uint8_t *dst = NULL;
 	int n = 0;
-	/* The place is safe while the lock is open: only this thread feeds the session, a request that is not whole is not
-	 * running, and its stream can be closed by nobody but the peer (through this thread) or a refusal (likewise). */
-	size_t direct = far_h2_direct(&c->s.h2, &dst);
+	/* A thread off the seat that sends may close the stream meanwhile: the place is held on to. */
+	struct far_request *pin;
+	size_t direct = far_session_place(&c->s, &dst, &pin);
 
 	if (direct)
 		iov[n++] = (struct iovec){ dst, direct };
@@ -147,11 +147,13 @@ static void server_receive(struct far_grpc_conn *c, bool room) FAR_REQUIRES(c->l
 		int r = first ? far_session_feed(&c->s, dst, first) : 0;
 		if (r == 0 && (size_t)k > first)
 			r = far_session_feed(&c->s, c->spare, (size_t)k - first);
+		far_session_placed(pin);
 		c->moved = now;
 		if (r)
 			server_die(c);
 		return;
 	}
+	far_session_placed(pin);
 	if (k != -EAGAIN) {
 		server_die(c);
 		return;

@@ -12,7 +12,8 @@
  *     a Pull goes round: running -> answered (a piece) -> queued again when few pieces are on their way (session_sent)
  *
  * Invariants:
- *  1. `refs` counts the stream (until session_closed), the run (from next to finish), and every reply on its way.
+ *  1. `refs` counts the stream (until session_closed), the run (from next to finish), every reply on its way, and whoever
+ *     is reading from the socket into the body.
  *  2. A request is in the queue only while its stream is open; closing takes it out.
  *  3. Bytes held for the peer (bodies as they came, replies until they are written) stand in `held` here and in the
  *     server's `memory`; each is given back where it was taken: session_body_free, far_reply_free.
@@ -515,6 +516,24 @@ int far_session_feed(struct far_session *s, const uint8_t *data, size_t len)
 	int r = far_h2_feed(&s->h2, data, len);
 
 	return r ? r : s->flooded ? -EPROTO : 0;
+}
+
+size_t far_session_place(struct far_session *s, uint8_t **dst, struct far_request **pin)
+{
+	size_t n = far_h2_direct(&s->h2, dst);
+
+	*pin = NULL;
+	if (n) {
+		*pin = session_request_of(nghttp2_session_get_stream_user_data(s->h2.session, s->h2.data_stream));
+		(*pin)->refs++;
+	}
+	return n;
+}
+
+void far_session_placed(struct far_request *pin)
+{
+	if (pin)
+		session_unref(pin);
 }
 
 bool far_session_ready(const struct far_session *s)

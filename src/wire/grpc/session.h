@@ -74,6 +74,11 @@ void far_session_fini(struct far_session *s);
 /* 0 or -errno: the connection must end. */
 int far_session_feed(struct far_session *s, const uint8_t *data, size_t len);
 
+/* Where the next bytes from the peer belong (far_h2_direct). The place stays until far_session_placed() is called with
+ * *pin, though the session may be used by others meanwhile. */
+size_t far_session_place(struct far_session *s, uint8_t **dst, struct far_request **pin);
+void far_session_placed(struct far_request *pin);
+
 /* The next request to run, NULL if there is none or the peer must first take what is held for it. The caller runs it and
  * then finishes it. */
 struct far_request *far_session_next(struct far_session *s);
