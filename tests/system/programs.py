@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 FSX = os.path.abspath(sys.argv.pop(2))
-from cli_lib import Skip, equal, main, true  # noqa: E402: reads sys.argv
+from cli_lib import FARPAGE, Skip, equal, main, true  # noqa: E402: reads sys.argv
 
 WAN = 'delay:rtt=2ms,rate=200M'
 LONG = 30 if os.environ.get('FARPAGE_LONG') else 1  # times the operations, and seeds that differ from run to run
@@ -115,6 +115,28 @@ def a_file_system_in_the_region(w):
     call(w, 'e2fsck', '-f', '-n', w.path('a'))
 
 
+def a_block_device(w):
+    """file: on a block device, buffered and direct: its size is found, what is copied to it is on it."""
+    if os.geteuid() != 0 or not os.path.exists('/dev/loop-control'):
+        raise Skip('a loop device needs root and a kernel that has them')
+    data = w.file('a', (4 << 20) + 512)
+    w.file('disk', (4 << 20) + 512, seed=9)
+    p = subprocess.run(['losetup', '--find', '--show', w.path('disk')], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if p.returncode:
+        raise Skip('losetup: ' + p.stderr.decode().strip())
+    dev = p.stdout.decode().strip()
+    try:
+        for query in ('', '?direct=1'):
+            call(w, FARPAGE, 'copy', 'file:a', 'file:' + dev + query, '--verify')
+            call(w, FARPAGE, 'copy', 'file:' + dev + query, 'file:back')
+            true(w.read('back') == data, 'what came back from ' + dev + query + ' differs')
+            r = w.run('copy', 'file:a?size=1', 'file:' + dev, code=2)
+            true('size' in r.err, r.err)
+    finally:
+        call(w, 'losetup', '--detach', dev)
+    true(w.read('disk') == data, 'the disk differs')
+
+
 def sqlite_with_a_journal_beside_it(w):
     need('sqlite3')
     db = w.path('a')
@@ -132,5 +154,5 @@ def sqlite_with_a_journal_beside_it(w):
     equal(call(w, 'sqlite3', db, 'PRAGMA integrity_check; SELECT count(*) FROM t'), 'ok\n1000\n', 'there')
 
 
-main([fsx_managed, fsx_evicting, fsx_direct, fio_verifies, stress_ng_maps_it, a_file_system_in_the_region,
+main([fsx_managed, fsx_evicting, fsx_direct, fio_verifies, stress_ng_maps_it, a_file_system_in_the_region, a_block_device,
       sqlite_with_a_journal_beside_it])
