@@ -229,7 +229,7 @@ struct far_mount_opts {
 	uint32_t push_interval_ms;    /* 0: 1000 */
 	uint64_t pull_first;          /* pull this many bytes of the order before the mount is usable */
 	uint64_t window;              /* bytes in flight; 0: grows to what the path carries */
-	const char *order;            /* NULL: "sequential"; "ranges:0-1M,900M-", "trace:FILE" */
+	const char *order;            /* NULL: "sequential"; "ranges:0-1M,900M-", "trace:FILE", "hint:mp4" */
 	int64_t (*priority)(void *opaque, uint64_t off); /* instead: chunks are pulled by falling priority */
 	const char *record_order;     /* write the order of first touches to this file at close */
 	enum far_durable durable;     /* what far_mount_flush() promises */

@@ -62,7 +62,7 @@ static const struct far_opt mount_options[] = {
 	OPT("pull-first", SIZE, pull_first), .value_name = "SIZE", .def = "0",
 	    .help = "pull this much before the mount is usable" },
 	OPT("order", STRING, order), .value_name = "ORDER", .def = "sequential",
-	    .help = "what is pulled first: sequential, ranges:0-1M,900M- or trace:FILE" },
+	    .help = "what is pulled first: sequential, ranges:0-1M,900M-, trace:FILE or hint:mp4" },
 	OPT("record-order", STRING, record_order), .value_name = "FILE",
 	    .help = "write the order of first touches here, for --order trace:FILE" },
 	OPT("window", SIZE, window), .value_name = "SIZE", .def = "auto", .also = "auto",

@@ -100,6 +100,14 @@ static int order_trace(struct order_build *b, const char *path, uint64_t bytes, 
 	return r;
 }
 
+/* A film's index (the moov box) lies at its start or, more often, at its end; its length grows with the film's. */
+static int order_mp4(struct order_build *b, uint64_t bytes)
+{
+	uint64_t head = far_min(bytes, FAR_MIB), tail = far_min(bytes, far_max(2 * FAR_MIB, bytes / 256));
+	int r = order_range(b, 0, head);
+	return r ? r : order_range(b, bytes - tail, tail);
+}
+
 int far_order_parse(struct far_order *o, const char *text, uint64_t bytes, unsigned shift, struct far_error *err)
 {
 	struct order_build b = { o, shift };
@@ -110,9 +118,11 @@ int far_order_parse(struct far_order *o, const char *text, uint64_t bytes, unsig
 		r = far_ranges_parse(text + 7, bytes, order_range, &b, err);
 	else if (text && strncmp(text, "trace:", 6) == 0)
 		r = order_trace(&b, text + 6, bytes, err);
+	else if (text && strcmp(text, "hint:mp4") == 0)
+		r = order_mp4(&b, bytes) ? far_error_set(err, ENOMEM, "no memory for the pull order") : 0;
 	else if (text && strcmp(text, "sequential") != 0)
-		r = far_error_set(err, EINVAL, "'%s' is not an order: use sequential, ranges:FROM-TO,... or trace:FILE",
-				  text);
+		r = far_error_set(err, EINVAL, "'%s' is not an order: use sequential, ranges:FROM-TO,..., trace:FILE or "
+				  "hint:mp4", text);
 	if (!r && order_add(o, 0, far_div_up(bytes, (uint64_t)1 << shift)))
 		r = far_error_set(err, ENOMEM, "no memory for the pull order");
 	if (r)

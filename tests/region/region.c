@@ -706,6 +706,14 @@ static void the_order_is_kept(void **state)
 	assert_int_equal(f.s.order[2], CHUNK);
 	teardown(&f);
 
+	struct far_order order; /* 1 MiB, then the last 2 of 4 MiB, then all */
+	assert_int_equal(far_order_parse(&order, "hint:mp4", 1024 * CHUNK, 12, NULL), 0);
+	assert_int_equal(order.n, 3);
+	assert_true(order.run[0].first == 0 && order.run[0].n == 256);
+	assert_true(order.run[1].first == 512 && order.run[1].n == 512);
+	assert_true(order.run[2].first == 0 && order.run[2].n == 1024);
+	far_order_fini(&order);
+
 	o.order = NULL;
 	o.priority = from_the_end;
 	setup(&f, 16, &o);
