@@ -79,14 +79,19 @@ def fio_verifies(w):
     same(w, m)
 
 
-def stress_ng_maps_it(w):
+def fsx_on_a_machine_under_stress(w):
+    """stress-ng takes memory and CPUs while fsx runs on the mount; on files of a region it runs in the next case."""
     need('stress-ng')
     m, path = mounted(w, 16 << 20)
-    call(w, 'stress-ng', '--mmap', '2', '--mmap-file', '--mmap-bytes', '4m', '--mmap-ops', '20', '--temp-path', w.dir,
-         '--timeout', '20s')
-    # stress-ng makes files of its own, so it runs on a file system inside the region (next case); here its pattern
-    # writers work beside ours on the same machine while the mount moves bytes.
-    fsx(w, path, 500, 4)
+    with open(w.path('stress'), 'wb') as out:
+        p = subprocess.Popen(['stress-ng', '--mmap', '2', '--mmap-bytes', '4m', '--cpu', '2', '--temp-path', w.dir,
+                              '--timeout', '30s'], cwd=w.dir, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        fsx(w, path, 500, 4)
+        true(p.poll() in (None, 0), 'stress-ng: %s' % w.read('stress').decode(errors='replace'))
+    finally:
+        p.terminate()
+        p.wait(30)
     same(w, m)
 
 
@@ -154,5 +159,5 @@ def sqlite_with_a_journal_beside_it(w):
     equal(call(w, 'sqlite3', db, 'PRAGMA integrity_check; SELECT count(*) FROM t'), 'ok\n1000\n', 'there')
 
 
-main([fsx_managed, fsx_evicting, fsx_direct, fio_verifies, stress_ng_maps_it, a_file_system_in_the_region, a_block_device,
+main([fsx_managed, fsx_evicting, fsx_direct, fio_verifies, fsx_on_a_machine_under_stress, a_file_system_in_the_region, a_block_device,
       sqlite_with_a_journal_beside_it])
