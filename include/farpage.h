@@ -51,6 +51,8 @@ struct far_error {
  *  -ESTALE     fenced: somebody else owns the region now
  *  -ENOSPC     no room left in the store
  *  -EOPNOTSUPP an optional operation that this backend does not have
+ *  -EBADMSG    a checksum does not fit: bytes were changed on their way or in a store
+ *  -EBUSY      somebody else holds the lease
  *  -EIO        everything else */
 
 /* ---------------------------------------------------------------------------------------------- backends */
@@ -95,6 +97,48 @@ struct far_facts {
 };
 #define FAR_FACTS_INIT { .size = sizeof(struct far_facts) }
 
+/* What is known of the content at this moment. Strings are "" and numbers 0 where nothing is known. */
+struct far_origin {
+	size_t size;
+	char identity[64]; /* which content this is: stays with it when it is moved, differs for any other region */
+	char writer[40];   /* id of who was given the last lease */
+	uint64_t epoch;    /* grows by one with each new owner */
+	uint64_t version;  /* of the content on disk; grows with flushes: an older copy that is put back shows a smaller one */
+	uint64_t instance; /* of who keeps it: another number after what was written but not flushed may be forgotten */
+	uint64_t change;   /* count of writes seen by this instance; for far_watch() */
+};
+#define FAR_ORIGIN_INIT { .size = sizeof(struct far_origin) }
+
+/* The right to write: asked for, renewed (with the epoch that was given) and released with one call. */
+struct far_lease {
+	size_t size;
+	const char *writer;  /* 1 to 39 letters, digits, '-': who asks; the same again after a restart */
+	const char *holder;  /* for people: host, process, place; NULL: none */
+	uint64_t epoch;      /* the one held before; 0: none, whatever is there is taken over as it is */
+	uint64_t version;    /* newest one known to have been reached; 0: none */
+	bool take_over;      /* even if somebody else holds it, or has written since `epoch` */
+	bool release;        /* give it back */
+	/* answer */
+	uint32_t ttl_ms;     /* 0: or on refusal: how long the other's lease still lasts without renewal */
+	uint32_t left_ms;
+	bool gone;           /* refused: the other has no connection any more, it may be dead */
+	char other[128];     /* refused: the other's `holder` */
+	struct far_origin origin; /* after a grant with the epoch that is ours now */
+};
+#define FAR_LEASE_INIT { .size = sizeof(struct far_lease), .origin = FAR_ORIGIN_INIT }
+
+/* What a stack of backends has counted since it was opened. Each layer adds its own. */
+struct far_counters {
+	size_t size;
+	uint64_t connects;        /* connections made; those after the first are reconnects of their lane */
+	uint64_t reconnects;      /* made because an older one was lost */
+	uint64_t checksum_errors; /* messages whose checksum did not fit */
+	uint64_t retries;         /* calls made again */
+};
+#define FAR_COUNTERS_INIT { .size = sizeof(struct far_counters) }
+
+#define FAR_RECORD_MAX 512
+
 /*
  * The operations of a backend. read, write and flush are required (write may be NULL without FAR_CAP_WRITE); the rest
  * are optional. Rules for all of them:
@@ -125,6 +169,23 @@ struct far_ops {
 	void (*stop)(void *self);
 	/* Free everything. No other call runs or follows. Does not flush. */
 	void (*close)(void *self);
+
+	/* A layer: the backend that it wraps. The operations below that a layer leaves NULL are asked there. */
+	struct far_backend *(*inner)(void *self);
+	/* A small record that is kept beside the content (at most FAR_RECORD_MAX bytes), moves with it, and is replaced as a
+	 * whole. *n = 0: there is none yet. What record_write() wrote is durable after the next flush. */
+	int (*record_read)(void *self, void *buf, size_t cap, size_t *n);
+	int (*record_write)(void *self, const void *buf, size_t n);
+	/* What is known of the content now; with FAR_NOWAIT the last that was heard, without asking anybody. */
+	int (*origin)(void *self, struct far_origin *out, unsigned flags);
+	/* 0; -EBUSY: another holds it; -ESTALE: somebody else has written since `epoch`, or an older content than `version`
+	 * was put back (origin.epoch or origin.version smaller than ours); -EROFS. The answer is filled in all cases. */
+	int (*lease)(void *self, struct far_lease *l);
+	/* What may have changed since now->change was `since` and now->instance was `instance`: at most max ranges (kind means
+	 * nothing), in order, joined as the implementation likes; *all: all of it. *now: for the next call. */
+	int (*watch)(void *self, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n, bool *all,
+		     struct far_origin *now);
+	void (*counters)(void *self, struct far_counters *c); /* add to *c */
 };
 #define FAR_OPS_INIT .size = sizeof(struct far_ops)
 
@@ -145,6 +206,10 @@ struct far_open_opts {
 	uint32_t deadline_ms; /* for opening, connecting included; 0: 30 s */
 	uint64_t bytes;       /* size that a remote which cannot tell its own is taken to have; 0: unknown */
 	uint32_t demand_connections, bulk_connections; /* network schemes; 0: 2 */
+	/* Network schemes: open although the peer cannot be reached now, with these facts of an earlier time. They are
+	 * compared when it answers: another size or identity makes every call fail with -ESTALE. NULL: it must answer. */
+	const struct far_facts *known;
+	bool no_checksums;    /* network schemes: do not ask for checksums of the bytes that travel */
 };
 #define FAR_OPEN_OPTS_INIT { .size = sizeof(struct far_open_opts) }
 
@@ -171,6 +236,14 @@ FAR_API int far_zero(struct far_backend *b, uint64_t off, uint64_t len, unsigned
 FAR_API int far_extents(struct far_backend *b, uint64_t off, uint64_t len, struct far_extent *out, size_t max,
 			size_t *n);
 FAR_API int far_share(struct far_backend *b, int *fd);
+/* See struct far_ops. -EOPNOTSUPP where neither b nor what it wraps has the operation. */
+FAR_API int far_record_read(struct far_backend *b, void *buf, size_t cap, size_t *n);
+FAR_API int far_record_write(struct far_backend *b, const void *buf, size_t n);
+FAR_API int far_origin(struct far_backend *b, struct far_origin *out, unsigned flags);
+FAR_API int far_lease(struct far_backend *b, struct far_lease *l);
+FAR_API int far_watch(struct far_backend *b, uint64_t instance, uint64_t since, struct far_extent *out, size_t max,
+		      size_t *n, bool *all, struct far_origin *now);
+FAR_API void far_counters(struct far_backend *b, struct far_counters *c); /* sums over the stack; *c is set */
 
 /* Wrap `inner` in the layer that `spec` names: "NAME" or "NAME:key=value,...". inner changes owner only on success. */
 FAR_API int far_layer_open(const char *spec, struct far_backend *inner, struct far_backend **out,
@@ -195,6 +268,18 @@ struct far_mount;
 enum far_mode { FAR_MODE_AUTO, FAR_MODE_DIRECT, FAR_MODE_MANAGED };
 enum far_on_fail { FAR_ON_FAIL_ERROR, FAR_ON_FAIL_WAIT };
 enum far_durable { FAR_DURABLE_REMOTE, FAR_DURABLE_LOCAL };
+enum far_lease_state {
+	FAR_LEASE_NONE,   /* read-only, or the peer knows no leases */
+	FAR_LEASE_HELD,
+	FAR_LEASE_UNSURE, /* could not be renewed in time: the peer is out of reach */
+	FAR_LEASE_FENCED, /* somebody else owns the region now: writes fail with -ESTALE, nothing is pushed any more */
+};
+enum far_follow {
+	FAR_FOLLOW_NONE,      /* writable */
+	FAR_FOLLOW_FROZEN,    /* read-only; the peer cannot tell of changes: what was pulled stays as it was */
+	FAR_FOLLOW_FOLLOWING, /* read-only; changes are seen within follow_ms and a round trip */
+	FAR_FOLLOW_LOST,      /* the peer is out of reach, or has older content than was seen: what is here stays as it was */
+};
 
 struct far_status {
 	size_t size;
@@ -211,6 +296,17 @@ struct far_status {
 	int last_error;              /* positive errno of the last failed remote call; 0: none */
 	uint32_t reserved;
 	uint64_t window;             /* bytes that may be in flight */
+	double push_rate;            /* bytes a second, over the last second */
+	uint64_t oldest_dirty_ms;    /* how long the oldest dirty bytes have been so, to a second; 0: none */
+	uint64_t last_error_at;      /* of last_error: milliseconds since 1970; 0: none */
+	uint64_t reconnects, checksum_errors; /* of the remote: see struct far_counters */
+	uint64_t local_errors;       /* reads of the local store that failed or did not fit their checksum */
+	uint64_t pinned;             /* bytes that are kept from eviction by far_mount_pin() */
+	uint64_t epoch;              /* of the lease */
+	enum far_lease_state lease;
+	enum far_follow follow;
+	bool persistent;             /* the chunk map survives the process */
+	bool local_full;             /* the local store took no more bytes when last asked */
 };
 #define FAR_STATUS_INIT { .size = sizeof(struct far_status) }
 
@@ -237,6 +333,11 @@ struct far_mount_opts {
 	enum far_on_fail on_fail;     /* WAIT: for ever */
 	uint32_t max_blocked;         /* threads that may wait for the remote; 0: 256 */
 	uint32_t max_partial;         /* half-written absent chunks that are kept track of; 0: 65536 */
+	const char *map;              /* file of the chunk map; NULL: the path of a file: or dir: local store and ".farmap" */
+	bool take_over;               /* take the lease even if somebody else holds it */
+	bool discard_clean;           /* the remote is not what the local store was filled from: forget clean chunks */
+	bool force;                   /* ... and push dirty ones over what is there now */
+	uint32_t follow_ms;           /* read-only: look for changes so often; 0: 1000 */
 
 	/* Hooks: each gets `opaque`, runs on a thread of the library and must not call back into the mount. A non-zero
 	 * return of before_flush or before_close is that call's error. */
@@ -267,6 +368,11 @@ FAR_API int far_mount_flush(struct far_mount *m);
 FAR_API int far_mount_wait(struct far_mount *m, unsigned percent, int timeout_ms);
 FAR_API int far_mount_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int timeout_ms);
 FAR_API int far_mount_status(struct far_mount *m, struct far_status *st);
+/* Keep the chunks of [off, off+len) from eviction once they are local, fetching them soon; or let them go again. */
+FAR_API int far_mount_pin(struct far_mount *m, uint64_t off, uint64_t len);
+FAR_API int far_mount_unpin(struct far_mount *m, uint64_t off, uint64_t len);
+/* Give local clean chunks inside the range back; busy, dirty and pinned ones stay. */
+FAR_API int far_mount_evict(struct far_mount *m, uint64_t off, uint64_t len);
 /* Flush, unmount, end the child. The flush's error is returned, and everything is closed all the same. */
 FAR_API int far_mount_close(struct far_mount *m);
 
@@ -279,6 +385,7 @@ struct far_server_opts {
 	bool insecure;        /* allow listeners beyond loopback without TLS */
 	uint64_t max_request; /* longest read or write that is answered; 0: 32 MiB */
 	uint32_t max_threads; /* that may block in backends; 0: 64 */
+	uint32_t lease_ms;    /* how long a lease lasts without renewal; 0: 10 s */
 };
 #define FAR_SERVER_OPTS_INIT { .size = sizeof(struct far_server_opts) }
 

@@ -313,6 +313,87 @@ int far_share(struct far_backend *b, int *fd)
 	return backend_code(b->ops.share(b->self, fd));
 }
 
+/* ------------------------------------------------------------------------ what layers pass on untouched */
+
+/* The outermost backend from b inwards that has the operation at this place of the table; NULL: none. */
+#define BACKEND_WITH(b, op)                                                                                             \
+	({                                                                                                              \
+		struct far_backend *at_ = (b);                                                                          \
+		while (at_ && !at_->ops.op)                                                                             \
+			at_ = at_->ops.inner ? at_->ops.inner(at_->self) : NULL;                                        \
+		at_;                                                                                                    \
+	})
+
+int far_record_read(struct far_backend *b, void *buf, size_t cap, size_t *n)
+{
+	*n = 0;
+	if (backend_stopped(b))
+		return -ESHUTDOWN;
+	b = BACKEND_WITH(b, record_read);
+	return b ? backend_code(b->ops.record_read(b->self, buf, cap, n)) : -EOPNOTSUPP;
+}
+
+int far_record_write(struct far_backend *b, const void *buf, size_t n)
+{
+	if (backend_stopped(b))
+		return -ESHUTDOWN;
+	if (!(b->facts.caps & FAR_CAP_WRITE))
+		return -EROFS;
+	if (n > FAR_RECORD_MAX)
+		return -EINVAL;
+	b = BACKEND_WITH(b, record_write);
+	return b ? backend_code(b->ops.record_write(b->self, buf, n)) : -EOPNOTSUPP;
+}
+
+int far_origin(struct far_backend *b, struct far_origin *out, unsigned flags)
+{
+	struct far_origin o = FAR_ORIGIN_INIT;
+	size_t size = out->size;
+
+	if (backend_stopped(b))
+		return -ESHUTDOWN;
+	b = BACKEND_WITH(b, origin);
+	int r = b ? backend_code(b->ops.origin(b->self, &o, flags)) : -EOPNOTSUPP;
+	o.size = size;
+	memcpy(out, &o, far_min(size, sizeof o));
+	return r;
+}
+
+int far_lease(struct far_backend *b, struct far_lease *l)
+{
+	if (backend_stopped(b))
+		return -ESHUTDOWN;
+	if (l->size != sizeof *l || !l->writer || !l->writer[0] || strlen(l->writer) >= sizeof l->origin.writer)
+		return -EINVAL;
+	b = BACKEND_WITH(b, lease);
+	return b ? backend_code(b->ops.lease(b->self, l)) : -EOPNOTSUPP;
+}
+
+int far_watch(struct far_backend *b, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n,
+	      bool *all, struct far_origin *now)
+{
+	*n = 0;
+	*all = false;
+	if (backend_stopped(b))
+		return -ESHUTDOWN;
+	if (now->size != sizeof *now)
+		return -EINVAL;
+	b = BACKEND_WITH(b, watch);
+	return b ? backend_code(b->ops.watch(b->self, instance, since, out, max, n, all, now)) : -EOPNOTSUPP;
+}
+
+void far_counters(struct far_backend *b, struct far_counters *c)
+{
+	struct far_counters sum = { .size = sizeof sum };
+	size_t size = c->size;
+
+	for (; b; b = b->ops.inner ? b->ops.inner(b->self) : NULL)
+		if (b->ops.counters)
+			b->ops.counters(b->self, &sum);
+	sum.size = size;
+	memcpy(c, &sum, far_min(size, sizeof sum));
+}
+
 /* ------------------------------------------------------------------------------- four functions of the user's */
 
 struct backend_from {

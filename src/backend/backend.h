@@ -32,6 +32,33 @@ int far_heap_new(uint64_t bytes, struct far_backend **out);
 /* Where its bytes are, for as long as b is open; NULL if b is something else. */
 const char *far_heap_address(const struct far_backend *b);
 
+/*
+ * owner.c: who may write, kept in the record beside the content: identity, epoch, version, last writer. One object an
+ * export of a server, or of a store that a mount opens by itself. All thread-safe.
+ */
+struct far_owner;
+int far_owner_new(struct far_backend *b, uint32_t lease_ms, struct far_owner **out); /* b stays the caller's */
+void far_owner_free(struct far_owner *o);
+void far_owner_origin(struct far_owner *o, struct far_origin *out);
+/* A session (0: a caller without one) begins a generation: when this returns no change of an older one runs or will. The
+ * thread's deadline bounds the wait for those that run. */
+int far_owner_session(struct far_owner *o, uint64_t session, uint64_t generation);
+/* A connection of the session was opened (+1) or has ended (-1). */
+void far_owner_connected(struct far_owner *o, uint64_t session, int change);
+/* Around everything that changes bytes. 0, -ECANCELED (older generation), -ENOTCONN (session unknown here: say
+ * Describe first), -ESTALE (another holds the lease). After 0 change_end() must follow, with whether bytes may have
+ * changed. */
+int far_owner_change_begin(struct far_owner *o, uint64_t session, uint64_t generation);
+void far_owner_change_end(struct far_owner *o, uint64_t session, uint64_t off, uint64_t len, bool changed);
+/* The backend's flush, with the record brought up to date in it. */
+int far_owner_flush(struct far_owner *o, struct far_origin *out);
+int far_owner_lease(struct far_owner *o, uint64_t session, struct far_lease *l);
+int far_owner_watch(struct far_owner *o, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n,
+		    bool *all, struct far_origin *now);
+/* A backend over `inner` that has origin, lease and watch through an owner of its own: for a store without a server.
+ * inner changes owner only on success. */
+int far_owned_new(struct far_backend *inner, struct far_backend **out);
+
 /* The kernel's error numbers of a failed call worth another try: connection lost, refused, timed out, EIO. */
 bool far_error_is_transient(int code);
 

@@ -285,6 +285,12 @@ static void chunked_close(void *self)
 	far_close(c->inner);
 	chunked_free(c);
 }
+static struct far_backend *chunked_inner(void *self)
+{
+	struct chunked *c = self;
+	return c->inner;
+}
+
 
 static const struct far_ops chunked_ops = {
 	FAR_OPS_INIT,
@@ -297,6 +303,7 @@ static const struct far_ops chunked_ops = {
 	.share = chunked_share,
 	.stop = chunked_stop,
 	.close = chunked_close,
+	.inner = chunked_inner,
 };
 
 static int chunked_open(const void *conf, struct far_backend *inner, struct far_backend **out, struct far_error *err)

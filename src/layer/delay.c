@@ -232,6 +232,12 @@ static void delay_close(void *self)
 	delay_free(d);
 }
 
+static struct far_backend *delay_inner(void *self)
+{
+	struct delay *d = self;
+	return d->inner;
+}
+
 /* No share: a mapping would go round the link. */
 static const struct far_ops delay_ops = {
 	FAR_OPS_INIT,
@@ -243,6 +249,7 @@ static const struct far_ops delay_ops = {
 	.extents = delay_extents,
 	.stop = delay_stop,
 	.close = delay_close,
+	.inner = delay_inner,
 };
 
 void far_delay_stats(struct far_backend *b, struct far_delay_stats *st)

@@ -192,6 +192,12 @@ static void fault_close(void *self)
 	free(f);
 }
 
+static struct far_backend *fault_inner(void *self)
+{
+	struct fault *f = self;
+	return f->inner;
+}
+
 /* No share: a mapping would never fail. */
 static const struct far_ops fault_ops = {
 	FAR_OPS_INIT,
@@ -203,6 +209,7 @@ static const struct far_ops fault_ops = {
 	.extents = fault_extents,
 	.stop = fault_stop,
 	.close = fault_close,
+	.inner = fault_inner,
 };
 
 static int fault_parse_ops(const char *text, unsigned *ops, struct far_error *err)

@@ -140,6 +140,12 @@ static void gated_close(void *self)
 	gated_free(g);
 }
 
+static struct far_backend *gated_inner(void *self)
+{
+	struct gated *g = self;
+	return g->inner;
+}
+
 /* No share: a mapping knows no gate. */
 static const struct far_ops gated_ops = {
 	FAR_OPS_INIT,
@@ -151,6 +157,7 @@ static const struct far_ops gated_ops = {
 	.extents = gated_extents,
 	.stop = gated_stop,
 	.close = gated_close,
+	.inner = gated_inner,
 };
 
 void far_gated_open(struct far_backend *b)

@@ -218,6 +218,12 @@ static void retry_close(void *self)
 	retry_free(t);
 }
 
+static struct far_backend *retry_inner(void *self)
+{
+	struct retry *t = self;
+	return t->inner;
+}
+
 /* No share: nobody could try a failed store again. */
 static const struct far_ops retry_ops = {
 	FAR_OPS_INIT,
@@ -229,6 +235,7 @@ static const struct far_ops retry_ops = {
 	.extents = retry_extents,
 	.stop = retry_stop,
 	.close = retry_close,
+	.inner = retry_inner,
 };
 
 void far_retry_stats(struct far_backend *b, struct far_retry_stats *st)

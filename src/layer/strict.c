@@ -56,6 +56,11 @@ static void strict_close(void *self)
 	far_close(self);
 }
 
+static struct far_backend *strict_inner(void *self)
+{
+	return self;
+}
+
 /* The object is the inner backend itself. No share: a mapping asks nobody about chunks. */
 static const struct far_ops strict_ops = {
 	FAR_OPS_INIT,
@@ -67,6 +72,7 @@ static const struct far_ops strict_ops = {
 	.extents = strict_extents,
 	.stop = strict_stop,
 	.close = strict_close,
+	.inner = strict_inner,
 };
 
 static int strict_open(const void *conf, struct far_backend *inner, struct far_backend **out, struct far_error *err)

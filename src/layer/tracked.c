@@ -108,6 +108,12 @@ static void tracked_close(void *self)
 	free(t);
 }
 
+static struct far_backend *tracked_inner(void *self)
+{
+	struct tracked *t = self;
+	return t->inner;
+}
+
 /* No share: a store through a mapping would go unseen. */
 static const struct far_ops tracked_ops = {
 	FAR_OPS_INIT,
@@ -119,6 +125,7 @@ static const struct far_ops tracked_ops = {
 	.extents = tracked_extents,
 	.stop = tracked_stop,
 	.close = tracked_close,
+	.inner = tracked_inner,
 };
 
 void far_tracked_start(struct far_backend *b)

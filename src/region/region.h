@@ -8,12 +8,14 @@
 #define FAR_REGION_H
 
 #include "backend/backend.h"
+#include "region/persist.h"
 
 struct far_region;
 
 struct far_region_conf {
 	struct far_backend *remote;  /* owned from success on */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
+	struct far_persist *persist; /* the chunk map's file; NULL: state lives in memory. Owned from success on */
 	bool local_is_zero;          /* it reads as zeros everywhere now: zero chunks need no write */
 	/* Called once on a thread of the puller or of a caller when all of it is local for the first time; NULL: nobody
 	 * wants to know. */
@@ -37,6 +39,17 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len);
 int far_region_wait_local(struct far_region *r, uint64_t bytes);
 /* Give local clean chunks inside [off, off+len) back; busy and dirty ones stay. */
 int far_region_evict(struct far_region *r, uint64_t off, uint64_t len);
+/* Keep the chunks of the range from eviction, and fetch them soon; or let them go. */
+int far_region_pin(struct far_region *r, uint64_t off, uint64_t len);
+int far_region_unpin(struct far_region *r, uint64_t off, uint64_t len);
+/* Another owner has the region: writes and flushes fail with -ESTALE from now on, nothing is pushed any more, what is
+ * dirty stays. Reads of local chunks go on; those of absent ones too. */
+void far_region_fence(struct far_region *r);
+/* The remote's bytes in the range have changed: forget clean chunks there (without giving their room back while others
+ * share the local store). Waits for fetches that run. When it returns no later read shows older bytes. */
+int far_region_refresh(struct far_region *r, uint64_t off, uint64_t len);
+/* The chunk map's file remembers what is known of the remote. Nothing to do without one. */
+int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced);
 /* Ask the puller to take [off, off+len) next. */
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
 void far_region_status(struct far_region *r, struct far_status *st);
