@@ -82,7 +82,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
 	far_cache_arrived(r);
-	far_cache_trim(r);
+	far_evict_trim(r);
 	return err;
 }
 
@@ -262,7 +262,7 @@ static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint
 			buf += stop - off;
 		off = stop;
 	}
-	far_cache_trim(r);
+	far_evict_trim(r);
 	return 0;
 }
 
@@ -274,41 +274,4 @@ int far_cache_write(void *self, uint64_t off, const void *buf, size_t len, unsig
 int far_cache_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	return cache_write(self, off, NULL, len, flags);
-}
-
-/* ------------------------------------------------------------------------------------------------------- eviction */
-
-static bool cache_evict_one(struct far_region *r, uint64_t i)
-{
-	if (!far_chunkmap_evict_begin(r->map, i))
-		return false;
-	int err = far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0);
-	far_chunkmap_evict_end(r->map, i, !err);
-	return !err;
-}
-
-int far_region_evict(struct far_region *r, uint64_t off, uint64_t len)
-{
-	if (off > r->bytes || len > r->bytes - off)
-		return -EINVAL;
-	for (uint64_t i = far_div_up(off, r->chunk); i < far_div_up(off + len, r->chunk); i++)
-		if (off + len == r->bytes || (i + 1) << r->shift <= off + len)
-			cache_evict_one(r, i);
-	far_pull_progress(r);
-	return 0;
-}
-
-/* A clock: a chunk that was used since the hand last passed gets a second chance. Two rounds at most: what is left
- * then is dirty or in use. */
-void far_cache_trim(struct far_region *r)
-{
-	uint64_t n = far_chunkmap_chunks(r->map);
-
-	if (!r->o.local_max)
-		return;
-	for (uint64_t steps = 0; steps < 2 * n && far_chunkmap_local(r->map) > r->o.local_max; steps++) {
-		uint64_t i = atomic_fetch_add_explicit(&r->evict_hand, 1, memory_order_relaxed) % n;
-		if (!far_chunkmap_test_touched(r->map, i))
-			cache_evict_one(r, i);
-	}
 }

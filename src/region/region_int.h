@@ -39,6 +39,7 @@ struct far_region {
 	_Atomic unsigned blocked;
 	_Atomic int last_error;
 	_Atomic uint64_t evict_hand; /* chunk where the clock stands */
+	_Atomic uint64_t evicting;   /* bytes of chunks that are on their way out */
 };
 
 /* cache.c: the data paths. */
@@ -51,9 +52,10 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 int far_cache_need(struct far_region *r, uint64_t i, uint64_t max);
 /* Chunks have become local: tell who waits for that. */
 void far_cache_arrived(struct far_region *r);
-/* Give clean chunks back until the local store is inside its budget. */
-void far_cache_trim(struct far_region *r);
 void far_region_remote_failed(struct far_region *r, int err);
+
+/* evict.c: give clean chunks back until the local store is inside its budget. */
+void far_evict_trim(struct far_region *r);
 
 /* pull.c */
 int far_pull_open(struct far_region *r, struct far_error *err);
