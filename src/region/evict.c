@@ -29,15 +29,29 @@ static bool evict_claim(struct far_region *r, struct evict_batch *b, uint64_t i)
 /* Punch what was claimed and let it go. The batch is empty afterwards. */
 static void evict_run(struct far_region *r, struct evict_batch *b)
 {
+	/* On disk they are absent first. What others read as well keeps its room. */
+	int err = b->n ? far_persist_forget(r->persist, b->chunk, b->n) : 0;
+	bool keep = far_persist_shared(r->persist);
+
 	for (unsigned k = 0; k < b->n; k++) {
 		uint64_t i = b->chunk[k], len = far_chunkmap_len(r->map, i);
-		int err = far_discard(r->local, i << r->shift, len, 0);
+		int e = err || keep ? err : far_discard(r->local, i << r->shift, len, 0);
 
-		far_chunkmap_evict_end(r->map, i, !err);
+		far_chunkmap_evict_end(r->map, i, !e);
 	}
 	atomic_fetch_sub_explicit(&r->evicting, b->bytes, memory_order_relaxed);
 	b->n = 0;
 	b->bytes = 0;
+}
+
+bool far_evict_one(struct far_region *r, uint64_t i)
+{
+	struct evict_batch b = { 0 };
+
+	if (!evict_claim(r, &b, i))
+		return false;
+	evict_run(r, &b);
+	return true;
 }
 
 int far_region_evict(struct far_region *r, uint64_t off, uint64_t len)
