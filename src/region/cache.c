@@ -88,7 +88,8 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
 	far_cache_arrived(r);
-	far_evict_trim(r);
+	if (flags & FAR_BULK) /* who fetches on demand trims after it has used the chunk: the rest may all be dirty */
+		far_evict_trim(r);
 	return err;
 }
 
@@ -167,9 +168,8 @@ static void cache_lost(struct far_region *r, uint64_t i)
 		far_chunkmap_len(r->map, i), i << r->shift);
 }
 
-int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+static int cache_read(struct far_region *r, uint64_t off, void *buf, size_t len, unsigned flags)
 {
-	struct far_region *r = self;
 	uint64_t end = off + len;
 	char *p = buf;
 
@@ -219,6 +219,16 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 		off = stop;
 	}
 	return 0;
+}
+
+int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	struct far_region *r = self;
+	int err = cache_read(r, off, buf, len, flags);
+
+	if (!(flags & FAR_NOWAIT))
+		far_evict_trim(r);
+	return err;
 }
 
 /* --------------------------------------------------------------------------------------------------------- writes */
