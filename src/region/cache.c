@@ -16,11 +16,40 @@
 #include <string.h>
 
 #define CACHE_BATCH 64
+#define CACHE_LOCAL_TRIES 3
+#define CACHE_SAY_AGAIN (60 * FAR_SEC)
 
 void far_region_remote_failed(struct far_region *r, int err)
 {
 	atomic_fetch_add_explicit(&r->errors, 1, memory_order_relaxed);
 	atomic_store_explicit(&r->last_error, -err, memory_order_relaxed);
+	atomic_store_explicit(&r->last_error_at, far_wall_ms(), memory_order_relaxed);
+}
+
+/* A write that needed new room in the local store has ended with err. */
+static void cache_local_wrote(struct far_region *r, int err)
+{
+	if (err == -ESHUTDOWN || atomic_load_explicit(&r->local_error, memory_order_relaxed) == -err)
+		return;
+	atomic_store_explicit(&r->local_error, -err, memory_order_relaxed);
+	if (!err)
+		return;
+	uint64_t now = far_now(), said = atomic_load_explicit(&r->local_said, memory_order_relaxed);
+	if (now - said >= CACHE_SAY_AGAIN &&
+	    atomic_compare_exchange_strong_explicit(&r->local_said, &said, now, memory_order_relaxed, memory_order_relaxed))
+		far_log(FAR_LOG_WARNING, "the local store takes no more bytes (%s): writes that need room there fail until "
+			"there is some", far_strerror(err));
+}
+
+void far_cache_unreadable(struct far_region *r, uint64_t i, int err, bool lost)
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+
+	atomic_fetch_add_explicit(&r->local_errors, 1, memory_order_relaxed);
+	if (lost && !(atomic_fetch_or_explicit(&r->bad[i / 64], bit, memory_order_relaxed) & bit))
+		far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " cannot be read from the local store (%s), and the "
+			"remote does not have their newest state: write them again", i << r->shift,
+			(i << r->shift) + far_chunkmap_len(r->map, i), far_strerror(err));
 }
 
 /* -------------------------------------------------------------------------------------------------------- fetches */
@@ -42,11 +71,14 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 		bool skip = atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len);
 		if (!skip)
 			err = cache_store(r, base, buf, 0, len, flags);
+		if (!skip)
+			cache_local_wrote(r, err);
 		if (err && far_discard(r->local, base, len, 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 	} else {
 		for (; !err && far_partial_missing(e, &from, &to); from = to)
 			err = cache_store(r, base, buf, from, to, flags);
+		cache_local_wrote(r, err);
 	}
 	far_chunkmap_fill_end(r->map, i, e, !err);
 	if (!err && r->o.chunk_local)
@@ -115,26 +147,41 @@ int far_cache_need(struct far_region *r, uint64_t i, uint64_t max)
 
 /* ---------------------------------------------------------------------------------------------------------- reads */
 
-/* The local store is full: the remote's bytes go to the reader alone. Only while the chunk is wholly absent: whatever was
+/* The local store is full or failed: the remote's bytes go to the reader alone. Only while the chunk is wholly absent: whatever was
  * written here before this read began has made it something else. */
-static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len)
+static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len, int err)
 {
 	if (far_chunkmap_state(r->map, i) != FAR_ABSENT)
-		return -ENOSPC;
-	int err = far_read(r->remote, off, buf, len, 0);
+		return err;
+	err = far_read(r->remote, off, buf, len, 0);
 	if (err)
 		far_region_remote_failed(r, err);
 	return err;
+}
+
+/* The chunks [i, i+n), which the reader had pinned, gave `err`. 0: chunk i is not local any more, or may be tried alone;
+ * else the error for the reader. */
+static int cache_read_failed(struct far_region *r, uint64_t i, uint64_t n, unsigned *failures, int err)
+{
+	if (err == -EAGAIN || err == -ESHUTDOWN || err == -ETIMEDOUT)
+		return err;
+	++*failures;
+	if (n > 1)
+		return 0;
+	bool again = far_evict_unreadable(r, i) && *failures < 3 * CACHE_LOCAL_TRIES;
+	far_cache_unreadable(r, i, err, !again);
+	return again ? 0 : err == -EBADMSG ? err : -EIO;
 }
 
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct far_region *r = self;
 	uint64_t end = off + len;
+	unsigned failures = 0; /* of the local store, in a row */
 	char *p = buf;
 
 	while (off < end) {
-		uint64_t i = off >> r->shift, last = (end - 1) >> r->shift;
+		uint64_t i = off >> r->shift, last = failures ? i : (end - 1) >> r->shift;
 		uint64_t n = far_chunkmap_pin(r->map, i, last - i + 1);
 		uint64_t stop = n ? far_min(end, (i + n) << r->shift) : far_min(end, (i + 1) << r->shift);
 		int err;
@@ -146,11 +193,15 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 				return -EAGAIN;
 			if (r->trace)
 				far_trace_touch(r->trace, i, 1);
-			err = far_cache_need(r, i, last - i + 1);
-			if (err == -ENOSPC || err == -EDQUOT) {
-				err = cache_read_past(r, i, off, p, (size_t)(stop - off));
+			if (failures >= CACHE_LOCAL_TRIES) /* what is written there cannot be read again */
+				err = -EIO;
+			else
+				err = far_cache_need(r, i, last - i + 1);
+			if (err && (failures || atomic_load_explicit(&r->local_error, memory_order_relaxed))) {
+				err = cache_read_past(r, i, off, p, (size_t)(stop - off), err);
 				p += stop - off;
 				off = stop;
+				failures = 0;
 			}
 			if (err)
 				return err;
@@ -161,10 +212,15 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 		far_pull_touched(r, i, n);
 		err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
 		far_chunkmap_unpin(r->map, i, n);
-		if (err)
-			return err;
+		if (err) {
+			err = cache_read_failed(r, i, n, &failures, err);
+			if (err)
+				return err;
+			continue;
+		}
 		p += stop - off;
 		off = stop;
+		failures = 0;
 	}
 	return 0;
 }
@@ -230,6 +286,8 @@ static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint
 
 	while (off < end) {
 		enum far_claim why = FAR_CLAIM_WAIT;
+		if (atomic_load_explicit(&r->fenced, memory_order_acquire))
+			return -ESTALE;
 		int err = far_push_throttle(r, far_min(end - off, CACHE_BATCH << r->shift), flags);
 		if (err)
 			return err;
@@ -253,7 +311,10 @@ static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint
 		err = buf ? far_write(r->local, off, buf, (size_t)(stop - off), flags & FAR_NOWAIT)
 			  : far_zero(r->local, off, stop - off, flags & FAR_NOWAIT);
 		batch_end(r, &b, err);
-		if (b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT)
+		bool fresh = b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT;
+		if (fresh && err != -EAGAIN && (buf || err))
+			cache_local_wrote(r, err);
+		if (fresh)
 			far_cache_arrived(r);
 		far_push_dirtied(r);
 		if (err)
