@@ -139,6 +139,11 @@ int far_region_flush(struct far_region *r)
 	return far_push_flush(r);
 }
 
+int far_region_push(struct far_region *r)
+{
+	return r->writable && r->o.durable == FAR_DURABLE_LOCAL ? far_push_flush(r) : 0;
+}
+
 void far_region_status(struct far_region *r, struct far_status *st)
 {
 	struct far_status s = FAR_STATUS_INIT;
