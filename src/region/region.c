@@ -166,6 +166,11 @@ void far_region_fence(struct far_region *r)
 		far_push_fence(r);
 }
 
+int far_region_push(struct far_region *r)
+{
+	return r->writable && r->o.durable == FAR_DURABLE_LOCAL ? far_push_flush(r) : 0;
+}
+
 void far_region_status(struct far_region *r, struct far_status *st)
 {
 	struct far_status s = FAR_STATUS_INIT;
