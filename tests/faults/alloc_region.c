@@ -359,7 +359,7 @@ static bool controlling_asks(struct controlling *t, struct far_error *err)
 	inject_pause(false);
 	int r = far_control_call(t->path, NULL, req, 10000, &reply, err);
 	if (!r)
-		right = json_object_object_get_ex(reply, "bytes", &v) && json_object_get_int64(v) == 4711;
+		right = json_object_object_get_ex(reply, "size", &v) && json_object_get_int64(v) == 4711;
 	t->wrong |= !r && !right;
 	json_object_put(reply);
 	json_object_put(req);
