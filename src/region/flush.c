@@ -233,6 +233,17 @@ static void flush_list(void *opaque, uint64_t i, enum far_chunk s)
 	f->left++;
 }
 
+/* A chunk that was half-written when it was listed is absent again if that write failed: nobody will push it. */
+static void flush_prune(struct far_push *p, struct push_flush *f)
+{
+	for (uint64_t w = 0; f->left && w <= far_chunkmap_chunks(p->r->map) / 64; w++)
+		for (uint64_t bits = f->listed[w]; bits; bits &= bits - 1)
+			if (!far_chunkmap_has_news(p->r->map, w * 64 + (uint64_t)__builtin_ctzll(bits))) {
+				f->listed[w] &= ~(bits & -bits);
+				f->left--;
+			}
+}
+
 /* Wait until the list is empty. Without workers this thread pushes. */
 static int flush_wait_locked(struct far_push *p, struct push_flush *f) FAR_REQUIRES(p->lock)
 {
@@ -243,8 +254,10 @@ static int flush_wait_locked(struct far_push *p, struct push_flush *f) FAR_REQUI
 			return -ESTALE;
 		if (far_now() >= far_deadline())
 			return -ETIMEDOUT;
-		if (!p->round)
+		if (!p->round) {
+			flush_prune(p, f);
 			far_push_round_locked(p);
+		}
 		if (p->max_threads == 0 && far_push_step_locked(p))
 			continue;
 		if (p->max_threads == 0)
