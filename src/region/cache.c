@@ -80,6 +80,12 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 			err = cache_store(r, base, buf, from, to, flags);
 		cache_local_wrote(r, err);
 	}
+	if (!err) {
+		far_persist_verified(r->persist, i, 1);
+		if (!e)
+			far_persist_sum(r->persist, i, buf, (size_t)len);
+		far_persist_fresh(r->persist, i, 1);
+	}
 	far_chunkmap_fill_end(r->map, i, e, !err);
 	if (!err && r->o.chunk_local)
 		r->o.chunk_local(r->o.opaque, base, len);
@@ -89,7 +95,7 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 void far_cache_arrived(struct far_region *r)
 {
 	far_pull_progress(r);
-	if (r->all_local && far_chunkmap_local(r->map) == r->bytes &&
+	if (r->all_local && far_chunkmap_local(r->map) == r->bytes && !far_persist_any_unverified(r->persist) &&
 	    !atomic_exchange_explicit(&r->was_all_local, true, memory_order_relaxed))
 		r->all_local(r->all_local_opaque);
 }
@@ -163,7 +169,7 @@ static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void 
  * else the error for the reader. */
 static int cache_read_failed(struct far_region *r, uint64_t i, uint64_t n, unsigned *failures, int err)
 {
-	if (err == -EAGAIN || err == -ESHUTDOWN || err == -ETIMEDOUT)
+	if (err == -EAGAIN || err == -ESHUTDOWN || err == -ETIMEDOUT || err == -ENOMEM)
 		return err;
 	++*failures;
 	if (n > 1)
@@ -171,6 +177,27 @@ static int cache_read_failed(struct far_region *r, uint64_t i, uint64_t n, unsig
 	bool again = far_evict_unreadable(r, i) && *failures < 3 * CACHE_LOCAL_TRIES;
 	far_cache_unreadable(r, i, err, !again);
 	return again ? 0 : err == -EBADMSG ? err : -EIO;
+}
+
+/* What the chunk map's file called clean is looked at before it is used for the first time. [i, i+n) is pinned. */
+static int cache_verify(struct far_region *r, uint64_t i, uint64_t n)
+{
+	for (uint64_t k = i; k < i + n; k++) {
+		size_t len = (size_t)far_chunkmap_len(r->map, k);
+		if (!far_persist_is_unverified(r->persist, k, 1))
+			continue;
+		char *buf = far_buf_get(len);
+		int err = buf ? far_read(r->local, k << r->shift, buf, len, 0) : -ENOMEM;
+		if (!err)
+			err = far_persist_check(r->persist, k, buf, len);
+		far_buf_put(buf, len);
+		if (err)
+			return err == -ENOMEM ? err : -EBADMSG;
+		far_persist_verified(r->persist, k, 1);
+	}
+	if (!far_persist_any_unverified(r->persist))
+		far_cache_arrived(r);
+	return 0;
 }
 
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
@@ -210,7 +237,11 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 		if (r->trace)
 			far_trace_touch(r->trace, i, n);
 		far_pull_touched(r, i, n);
-		err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
+		err = 0;
+		if (far_persist_is_unverified(r->persist, i, n))
+			err = flags & FAR_NOWAIT ? -EAGAIN : cache_verify(r, i, n);
+		if (!err)
+			err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
 		far_chunkmap_unpin(r->map, i, n);
 		if (err) {
 			err = cache_read_failed(r, i, n, &failures, err);
@@ -261,64 +292,120 @@ static uint64_t batch_claim(struct far_region *r, struct cache_batch *b, uint64_
 	return off;
 }
 
-static void batch_end(struct far_region *r, struct cache_batch *b, int err)
+/* copied: bytes may have reached the local store, err or not. */
+static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool copied)
 {
 	for (unsigned k = 0; k < b->n; k++) {
 		uint64_t i = b->first + k;
-		if (err == -EAGAIN && b->c[k].claim == FAR_CLAIM_PRESENT) { /* nothing was written */
+		if (!copied && b->c[k].claim == FAR_CLAIM_PRESENT) {
 			far_chunkmap_unpin(r->map, i, 1);
 			continue;
 		}
-		if (err && err != -EAGAIN && b->c[k].claim == FAR_CLAIM_WHOLE &&
+		if (err && copied && b->c[k].claim == FAR_CLAIM_WHOLE &&
 		    far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
-		if (err && err != -EAGAIN && b->c[k].claim == FAR_CLAIM_PARTIAL) /* it may be absent afterwards, with some of the bytes there */
+		if (err && copied && b->c[k].claim == FAR_CLAIM_PARTIAL) /* it may be absent afterwards, with some of it there */
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
+		if (copied)
+			far_persist_fresh(r->persist, i, 1);
 		far_chunkmap_write_end(r->map, i, b->c[k].from, b->c[k].to, b->c[k].claim, b->c[k].ragged, !err);
 		if (!err && b->c[k].claim == FAR_CLAIM_WHOLE && r->o.chunk_local)
 			r->o.chunk_local(r->o.opaque, i << r->shift, far_chunkmap_len(r->map, i));
 	}
 }
 
+/* The chunk map's file learns of it first. */
+static int batch_announce(struct far_region *r, struct cache_batch *b, unsigned flags)
+{
+	int err = 0;
+
+	for (unsigned k = 0, n; r->persist && !err && k < b->n; k += n) {
+		for (n = 0; k + n < b->n && b->c[k + n].claim == FAR_CLAIM_PRESENT; n++)
+			;
+		if (n)
+			err = far_persist_before_write(r->persist, b->first + k, n, flags);
+		n += !n;
+	}
+	if (!err) /* what is overwritten as a whole need not be looked at any more */
+		far_persist_verified(r->persist, b->first, b->n);
+	return err;
+}
+
+/* A write of a part keeps the other bytes: they must be what they were. Only the first and the last chunk can be. */
+static int batch_verify(struct far_region *r, uint64_t off, uint64_t end, unsigned flags)
+{
+	uint64_t ends[2] = { off >> r->shift, (end - 1) >> r->shift };
+	int err = 0;
+
+	for (unsigned k = 0; !err && k < 2; k++) {
+		while (!err && far_persist_is_unverified(r->persist, ends[k], 1)) {
+			if (flags & FAR_NOWAIT)
+				return -EAGAIN;
+			if (!far_chunkmap_pin(r->map, ends[k], 1))
+				break;
+			err = cache_verify(r, ends[k], 1);
+			far_chunkmap_unpin(r->map, ends[k], 1);
+			if (err != -EBADMSG)
+				continue;
+			bool again = far_evict_unreadable(r, ends[k]);
+			far_cache_unreadable(r, ends[k], err, !again);
+			err = again ? 0 : -EIO;
+		}
+	}
+	return err;
+}
+
+/* Write one batch from `off` on; *stop is where it ended. -EALREADY: nothing was written, look again. */
+static int cache_write_batch(struct far_region *r, uint64_t off, uint64_t end, const char *buf, unsigned flags,
+			     uint64_t *stop)
+{
+	enum far_claim why = FAR_CLAIM_WAIT;
+	struct cache_batch b;
+	int err;
+
+	*stop = batch_claim(r, &b, off, end, &why);
+	if (!b.n) {
+		if (flags & FAR_NOWAIT)
+			return -EAGAIN;
+		err = why == FAR_CLAIM_FETCH ? far_cache_need(r, b.first, 1) : far_chunkmap_wait(r->map, b.first);
+		/* Another's fetch that failed is no error of ours: the write may not need it. */
+		return err && (why == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN) ? err : -EALREADY;
+	}
+	/* The rest might have to wait, and -EAGAIN says that nothing was written. */
+	err = (flags & FAR_NOWAIT) && *stop < end ? -EAGAIN : batch_announce(r, &b, flags);
+	if (err) {
+		batch_end(r, &b, err, false);
+		return err;
+	}
+	if (r->trace)
+		far_trace_touch(r->trace, b.first, b.n);
+	err = buf ? far_write(r->local, off, buf, (size_t)(*stop - off), flags & FAR_NOWAIT)
+		  : far_zero(r->local, off, *stop - off, flags & FAR_NOWAIT);
+	batch_end(r, &b, err, err != -EAGAIN);
+	bool fresh = b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT;
+	if (fresh && err != -EAGAIN && (buf || err))
+		cache_local_wrote(r, err);
+	if (fresh)
+		far_cache_arrived(r);
+	far_push_dirtied(r);
+	return err;
+}
+
 /* buf == NULL writes zeros. */
 static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint64_t len, unsigned flags)
 {
-	uint64_t end = off + len;
-	struct cache_batch b;
+	uint64_t end = off + len, stop;
 
 	while (off < end) {
-		enum far_claim why = FAR_CLAIM_WAIT;
 		if (atomic_load_explicit(&r->fenced, memory_order_acquire))
 			return -ESTALE;
 		int err = far_push_throttle(r, far_min(end - off, CACHE_BATCH << r->shift), flags);
-		if (err)
-			return err;
-		uint64_t stop = batch_claim(r, &b, off, end, &why);
-		if (!b.n) {
-			if (flags & FAR_NOWAIT)
-				return -EAGAIN;
-			err = why == FAR_CLAIM_FETCH ? far_cache_need(r, b.first, 1) : far_chunkmap_wait(r->map, b.first);
-			/* Another's fetch that failed is no error of ours: the write may not need it. */
-			if (err && (why == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN))
-				return err;
+		if (!err && far_persist_any_unverified(r->persist))
+			err = batch_verify(r, off, end, flags);
+		if (!err)
+			err = cache_write_batch(r, off, end, buf, flags, &stop);
+		if (err == -EALREADY)
 			continue;
-		}
-		if ((flags & FAR_NOWAIT) && stop < end) {
-			/* The rest might have to wait, and -EAGAIN says that nothing was written. */
-			batch_end(r, &b, -EAGAIN);
-			return -EAGAIN;
-		}
-		if (r->trace)
-			far_trace_touch(r->trace, b.first, b.n);
-		err = buf ? far_write(r->local, off, buf, (size_t)(stop - off), flags & FAR_NOWAIT)
-			  : far_zero(r->local, off, stop - off, flags & FAR_NOWAIT);
-		batch_end(r, &b, err);
-		bool fresh = b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT;
-		if (fresh && err != -EAGAIN && (buf || err))
-			cache_local_wrote(r, err);
-		if (fresh)
-			far_cache_arrived(r);
-		far_push_dirtied(r);
 		if (err)
 			return err;
 		if (buf)

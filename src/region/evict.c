@@ -56,11 +56,15 @@ static bool evict_claim(struct far_region *r, struct evict_batch *b, uint64_t i)
 /* Punch what was claimed and let it go, also where the punch failed if `anyway`. The batch is empty afterwards. */
 static void evict_run(struct far_region *r, struct evict_batch *b, bool anyway)
 {
+	/* On disk they are absent first. What others read as well keeps its room. */
+	int forgot = b->n ? far_persist_forget(r->persist, b->chunk, b->n) : 0;
+	bool keep = far_persist_shared(r->persist);
+
 	for (unsigned k = 0; k < b->n; k++) {
 		uint64_t i = b->chunk[k], len = far_chunkmap_len(r->map, i);
-		int err = far_discard(r->local, i << r->shift, len, 0);
+		int err = forgot || keep ? forgot : far_discard(r->local, i << r->shift, len, 0);
 
-		if (err && anyway)
+		if (keep || (err && anyway))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		far_chunkmap_evict_end(r->map, i, !err || anyway);
 		if (far_evict_kept(r, i))

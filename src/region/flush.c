@@ -106,6 +106,7 @@ void far_push_ended_locked(struct far_push *p, uint64_t first, uint64_t n, uint6
 	bool ok = !err && before == after;
 	if (ok)
 		far_unstable_add(&p->unstable, first, n);
+	far_persist_fresh(p->r->persist, first, n);
 	far_chunkmap_push_end(p->r->map, first, n, ok);
 	if (ok || err) /* else it is dirty and listed, and pushed again */
 		flush_listed_locked(p, first, n, began, err);

@@ -102,7 +102,10 @@ static bool push_reads_zero(struct far_region *r, uint64_t i, char *buf)
 {
 	size_t len = (size_t)far_chunkmap_len(r->map, i);
 
-	return !far_read(r->local, i << r->shift, buf, len, 0) && far_is_zero(buf, len);
+	if (far_read(r->local, i << r->shift, buf, len, 0) || !far_is_zero(buf, len))
+		return false;
+	far_persist_sum(r->persist, i, buf, len);
+	return true;
 }
 
 /* The job is all zeros: claim what follows it as long as that is, too, so that discarding a large range takes few calls. */
@@ -136,6 +139,8 @@ static int push_move(struct far_push *p, struct push_job *j, unsigned flags)
 	int err = buf ? far_read(r->local, off, buf, (size_t)len, 0) : -ENOMEM;
 
 	j->local = err && err != -ENOMEM;
+	for (uint64_t i = j->first; r->persist && !err && i < j->first + j->n; i++)
+		far_persist_sum(r->persist, i, buf + ((i - j->first) << r->shift), (size_t)far_chunkmap_len(r->map, i));
 	if (!err) {
 		bool zero = far_is_zero(buf, (size_t)len);
 		if (zero)
@@ -390,6 +395,7 @@ int far_push_open(struct far_region *r)
 	far_mutex_lock(&p->lock);
 	p->extent = p->zero_extent = far_max(256 * FAR_KIB, r->chunk);
 	p->show_at = far_now();
+	p->next_round = far_now() + r->o.push_interval_ms * FAR_MSEC;
 	p->instance = far_push_instance(r);
 	if (r->writable)
 		p->max_threads = r->o.push_workers < 0 ? 8 : (unsigned)far_min((uint64_t)r->o.push_workers, PUSH_THREADS_MAX);

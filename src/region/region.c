@@ -111,6 +111,9 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 		if (e)
 			goto fail;
 	}
+	e = far_persist_begin(r->persist, r, err);
+	if (e)
+		goto fail;
 	e = far_push_open(r);
 	if (e)
 		far_error_set(err, -e, "cannot start the pusher's threads: %s", far_strerror(e));
@@ -124,6 +127,7 @@ fail:
 	if (r->push)
 		far_push_stop(r);
 	far_push_join(r);
+	far_persist_end(r->persist);
 	far_push_close(r);
 	far_trace_close(r->trace);
 	far_close(r->face);
@@ -149,14 +153,27 @@ int far_region_flush(struct far_region *r)
 	if (!r->writable)
 		return 0;
 	if (r->o.durable == FAR_DURABLE_LOCAL)
-		return far_flush(r->local);
-	return far_push_flush(r);
+		return r->persist ? far_persist_commit(r->persist) : far_flush(r->local);
+	/* The local store is flushed beside it: persist.c, rule 5. */
+	uint64_t ticket = far_persist_sync_begin(r->persist);
+	err = far_push_flush(r);
+	return err ? err : far_persist_sync_wait(r->persist, ticket);
 }
 
 void far_region_fence(struct far_region *r)
 {
 	if (!atomic_exchange_explicit(&r->fenced, true, memory_order_acq_rel))
 		far_push_fence(r);
+}
+
+int far_region_push(struct far_region *r)
+{
+	return r->writable && r->o.durable == FAR_DURABLE_LOCAL ? far_push_flush(r) : 0;
+}
+
+int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced)
+{
+	return far_persist_remember(r->persist, NULL, facts, origin, fenced);
 }
 
 void far_region_status(struct far_region *r, struct far_status *st)
@@ -199,7 +216,8 @@ void far_region_stop(struct far_region *r)
 	far_chunkmap_stop(r->map);
 	far_stop(r->face);
 	far_stop(r->remote);
-	far_stop(r->local);
+	if (!r->persist) /* else it is still flushed */
+		far_stop(r->local);
 }
 
 void far_region_join(struct far_region *r)
@@ -217,6 +235,8 @@ void far_region_close(struct far_region *r)
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 	far_chunkmap_check(r->map);
 #endif
+	far_persist_end(r->persist);
+	far_persist_close(r->persist);
 	far_pull_close(r);
 	far_push_close(r);
 	int err = far_trace_close(r->trace);

@@ -9,6 +9,7 @@
 #include "base/thread.h"
 #include "region/chunkmap.h"
 #include "region/order.h"
+#include "region/persist_int.h"
 #include "region/region.h"
 
 #include <stdatomic.h>
