@@ -48,6 +48,7 @@ bool far_error_is_transient(int code)
 	case ENOBUFS:
 	case EAGAIN:
 	case EBUSY:
+	case EBADMSG: /* bytes were changed on their way: another try may bring them whole */
 		return true;
 	default:
 		return false;

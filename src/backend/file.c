@@ -282,7 +282,8 @@ static int file_create(struct file *f, const struct far_uri *u, uint64_t size, s
 		unlink(u->path);
 		return file_fail(u, code, code == EFBIG ? "the file system takes no file of that size" : NULL, err);
 	}
-	return 0;
+	int r = far_io_sync_parent(u->path);
+	return r ? file_fail(u, -r, NULL, err) : 0;
 }
 
 static int file_find_size(struct file *f, const struct far_uri *u, uint64_t want, uint32_t *caps, struct far_error *err)

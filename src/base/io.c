@@ -4,6 +4,7 @@
 #include "base/io.h"
 
 #include <fcntl.h>
+#include <limits.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <sys/xattr.h>
@@ -60,6 +61,24 @@ int far_io_fdatasync(int fd)
 		r = fdatasync(fd);
 	while (r < 0 && errno == EINTR);
 	return r < 0 ? -errno : 0;
+}
+
+int far_io_sync_parent(const char *path)
+{
+	char dir[PATH_MAX];
+	const char *slash = strrchr(path, '/');
+	size_t n = slash ? (size_t)(slash - path) : 0;
+
+	if (n >= sizeof dir)
+		return -ENAMETOOLONG;
+	memcpy(dir, path, n);
+	dir[n] = 0;
+	int fd = open(!slash ? "." : n ? dir : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return -errno;
+	int r = far_io_fsync(fd);
+	close(fd);
+	return r == -EINVAL ? 0 : r; /* some file systems have nothing to sync there */
 }
 
 int far_io_fsync(int fd)

@@ -9,6 +9,8 @@
 /* 0 or -errno; -ENODATA when the file ends before len. flags: FAR_NOWAIT (preadv2 RWF_NOWAIT: -EAGAIN). */
 int far_io_pread(int fd, uint64_t off, void *buf, size_t len, unsigned flags);
 int far_io_pwrite(int fd, uint64_t off, const void *buf, size_t len, unsigned flags);
+/* After a file was made: its name is durable as well. */
+int far_io_sync_parent(const char *path);
 int far_io_fdatasync(int fd);
 int far_io_fsync(int fd);
 /* A small value that is kept beside the file and moves with it (an extended attribute), replaced as a whole; durable

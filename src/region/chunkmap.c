@@ -15,7 +15,7 @@
  *   FETCHING_PARTIAL --> PARTIAL            fetch_end       the fetch failed
  *   FILLING -----------> CLEAN | DIRTY      fill_end, write_end
  *   FILLING -----------> ABSENT | PARTIAL   fill_end, write_end: the local store failed
- *   CLEAN -------------> DIRTY              write_end
+ *   CLEAN -------------> DIRTY              write_end; redirty: the remote has forgotten it
  *   DIRTY -------------> PUSHING            push_begin
  *   PUSHING -----------> REDIRTY            write_end
  *   PUSHING -----------> CLEAN | DIRTY      push_end
@@ -787,6 +787,28 @@ void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, b
 	}
 }
 
+bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i)
+{
+	uint16_t w = load(m, i), was, is;
+
+	for (;;) {
+		if (state_of(w) == FAR_EVICTING) { /* it will look at the chunk's mark and let go */
+			far_thread_yield();
+			w = load(m, i);
+			continue;
+		}
+		if (state_of(w) != FAR_CLEAN)
+			return false;
+		was = w;
+		is = add_news(m, i, with_state(w, FAR_DIRTY), far_chunkmap_len(m, i));
+		if (!cas(m, i, &w, is))
+			continue;
+		count_news(m, i, was, is);
+		hint(m, i);
+		return true;
+	}
+}
+
 void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, uint64_t i, enum far_chunk s), void *opaque)
 {
 	uint64_t words = far_div_up(far_div_up(m->chunks, GROUP), 64);
@@ -827,6 +849,56 @@ void far_chunkmap_evict_end(struct far_chunkmap *m, uint64_t i, bool ok)
 	while (!cas(m, i, &w, with_state(w, ok ? FAR_ABSENT : FAR_CLEAN)))
 		;
 	changed_wake(m);
+}
+
+/* ------------------------------------------------------------------------------------------------ the map's file */
+
+void far_chunkmap_restore(struct far_chunkmap *m, uint64_t i, uint64_t n, bool dirty)
+{
+	uint64_t len = ((n - 1) << m->shift) + far_chunkmap_len(m, i + n - 1);
+	uint16_t w = dirty ? (uint16_t)(FAR_DIRTY | NEWS_ALL << NEWS_SHIFT) : FAR_CLEAN;
+
+	for (uint64_t k = i; k < i + n; k++) {
+		atomic_store_explicit(&m->word[k], w, memory_order_relaxed);
+		if (dirty)
+			hint(m, k);
+	}
+	atomic_fetch_add_explicit(&m->local, len, memory_order_relaxed);
+	if (dirty)
+		atomic_fetch_add_explicit(&m->dirty, len, memory_order_relaxed);
+}
+
+void far_chunkmap_restore_partial(struct far_chunkmap *m, struct far_partial *e)
+{
+	uint64_t i = e->chunk, news = far_max((uint64_t)e->n_valid * FAR_PARTIAL_SECTOR, 1);
+
+	far_mutex_lock(&m->lock);
+	struct far_partial **p = partial_at_locked(m, i);
+	FAR_ASSERT(!*p);
+	e->next = NULL;
+	*p = e;
+	m->n_partial++;
+	uint16_t w = add_news(m, i, FAR_PARTIAL, far_min(news, e->len));
+	atomic_store_explicit(&m->word[i], w, memory_order_release);
+	count_news(m, i, FAR_ABSENT, w);
+	hint(m, i);
+	far_mutex_unlock(&m->lock);
+}
+
+void far_chunkmap_each_partial(struct far_chunkmap *m, void (*fn)(void *opaque, const struct far_partial *e), void *opaque)
+{
+	far_mutex_lock(&m->lock);
+	for (unsigned b = 0; m->n_partial && b < BUCKETS; b++)
+		for (const struct far_partial *e = m->bucket[b]; e; e = e->next)
+			fn(opaque, e);
+	far_mutex_unlock(&m->lock);
+}
+
+bool far_chunkmap_is_quiet(struct far_chunkmap *m, uint64_t i)
+{
+	enum far_chunk s;
+
+	return !(load(m, i) & PIN_MASK) && !holds_news(m, i, &s) && !(load(m, i) & PIN_MASK);
 }
 
 void far_chunkmap_check(struct far_chunkmap *m)

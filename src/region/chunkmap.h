@@ -75,6 +75,9 @@ bool far_chunkmap_push_begin(struct far_chunkmap *m, uint64_t *cursor, uint64_t 
 			     bool *partial);
 bool far_chunkmap_push_begin_one(struct far_chunkmap *m, uint64_t i);
 void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, bool ok);
+/* The remote may have forgotten what was pushed of chunk i: if it counts as clean it is dirty again. False: it did not.
+ * Nobody may evict it meanwhile for longer than a look at it takes. */
+bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i);
 /* Call fn for every chunk that holds something the remote lacks. */
 void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, uint64_t i, enum far_chunk s), void *opaque);
 
@@ -83,6 +86,14 @@ bool far_chunkmap_evict_begin(struct far_chunkmap *m, uint64_t i);
 void far_chunkmap_evict_end(struct far_chunkmap *m, uint64_t i, bool ok);
 /* Whether the chunk was used since this was last asked (second chance). */
 bool far_chunkmap_test_touched(struct far_chunkmap *m, uint64_t i);
+
+/* The chunk map's file (persist.c). restore: chunks [i, i+n) are local; before any other thread. */
+void far_chunkmap_restore(struct far_chunkmap *m, uint64_t i, uint64_t n, bool dirty);
+void far_chunkmap_restore_partial(struct far_chunkmap *m, struct far_partial *e); /* e becomes the map's */
+/* Call fn for every half-written chunk; it must not call back. */
+void far_chunkmap_each_partial(struct far_chunkmap *m, void (*fn)(void *opaque, const struct far_partial *e), void *opaque);
+/* Nothing of it is newer than the remote's, and nobody has it pinned. */
+bool far_chunkmap_is_quiet(struct far_chunkmap *m, uint64_t i);
 
 /* What must always hold; for tests and debug builds. */
 void far_chunkmap_check(struct far_chunkmap *m);

@@ -62,6 +62,12 @@ static int region_face(struct far_region *r)
 	return far_backend_new(&region_ops, r, &facts, &r->face);
 }
 
+static int region_bad(struct far_region *r)
+{
+	r->bad = calloc((size_t)(far_chunkmap_chunks(r->map) / 64 + 1), sizeof *r->bad);
+	return r->bad ? 0 : -ENOMEM;
+}
+
 int far_region_open(const struct far_region_conf *conf, struct far_region **out, struct far_error *err)
 {
 	struct far_region *r = calloc(1, sizeof *r);
@@ -73,6 +79,7 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 	r->o = *conf->opts;
 	r->remote = conf->remote;
 	r->local = conf->local;
+	r->persist = conf->persist;
 	r->bytes = facts->bytes;
 	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
 	r->local_zero = conf->local_is_zero;
@@ -90,6 +97,10 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 	r->shift = (unsigned)__builtin_ctzll(r->chunk);
 	e = far_chunkmap_open(&r->map, r->bytes, r->shift, r->o.max_partial);
 	if (!e)
+		e = far_evict_open(r);
+	if (!e)
+		e = region_bad(r);
+	if (!e)
 		e = region_face(r);
 	if (e) {
 		far_error_set(err, -e, "cannot set up a region of %" PRIu64 " bytes: %s", r->bytes, far_strerror(e));
@@ -100,6 +111,9 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 		if (e)
 			goto fail;
 	}
+	e = far_persist_begin(r->persist, r, err);
+	if (e)
+		goto fail;
 	e = far_push_open(r);
 	if (e)
 		far_error_set(err, -e, "cannot start the pusher's threads: %s", far_strerror(e));
@@ -113,10 +127,13 @@ fail:
 	if (r->push)
 		far_push_stop(r);
 	far_push_join(r);
+	far_persist_end(r->persist);
 	far_push_close(r);
 	far_trace_close(r->trace);
 	far_close(r->face);
+	far_evict_close(r);
 	far_chunkmap_close(r->map);
+	free((void *)r->bad);
 	free(r);
 	return e;
 }
@@ -128,21 +145,52 @@ struct far_backend *far_region_backend(struct far_region *r)
 
 int far_region_flush(struct far_region *r)
 {
+	if (atomic_load_explicit(&r->fenced, memory_order_acquire))
+		return -ESTALE;
 	int err = r->o.before_flush ? r->o.before_flush(r->o.opaque) : 0;
-
 	if (err)
 		return err;
 	if (!r->writable)
 		return 0;
 	if (r->o.durable == FAR_DURABLE_LOCAL)
-		return far_flush(r->local);
-	return far_push_flush(r);
+		return r->persist ? far_persist_commit(r->persist) : far_flush(r->local);
+	/* The local store is flushed beside it: persist.c, rule 5. */
+	uint64_t ticket = far_persist_sync_begin(r->persist);
+	err = far_push_flush(r);
+	return err ? err : far_persist_sync_wait(r->persist, ticket);
+}
+
+void far_region_fence(struct far_region *r)
+{
+	if (!atomic_exchange_explicit(&r->fenced, true, memory_order_acq_rel))
+		far_push_fence(r);
+}
+
+int far_region_push(struct far_region *r)
+{
+	return r->writable && r->o.durable == FAR_DURABLE_LOCAL ? far_push_flush(r) : 0;
+}
+
+int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced)
+{
+	return far_persist_remember(r->persist, NULL, facts, origin, fenced);
 }
 
 void far_region_status(struct far_region *r, struct far_status *st)
 {
 	struct far_status s = FAR_STATUS_INIT;
+	struct far_counters c = FAR_COUNTERS_INIT;
+	int local = atomic_load_explicit(&r->local_error, memory_order_relaxed);
 
+	far_counters(r->remote, &c);
+	s.reconnects = c.reconnects;
+	s.checksum_errors = c.checksum_errors;
+	s.last_error_at = atomic_load_explicit(&r->last_error_at, memory_order_relaxed);
+	s.local_errors = atomic_load_explicit(&r->local_errors, memory_order_relaxed);
+	s.local_full = local == ENOSPC || local == EDQUOT;
+	s.pinned = atomic_load_explicit(&r->pinned, memory_order_relaxed);
+	s.persistent = r->persist != NULL;
+	s.lease = atomic_load_explicit(&r->fenced, memory_order_relaxed) ? FAR_LEASE_FENCED : FAR_LEASE_NONE;
 	s.mode = FAR_MODE_MANAGED;
 	s.bytes = r->bytes;
 	s.local = far_chunkmap_local(r->map);
@@ -155,6 +203,7 @@ void far_region_status(struct far_region *r, struct far_status *st)
 	s.errors = atomic_load_explicit(&r->errors, memory_order_relaxed);
 	s.last_error = atomic_load_explicit(&r->last_error, memory_order_relaxed);
 	far_pull_status(r, &s);
+	far_push_status(r, &s);
 	s.size = st->size;
 	memcpy(st, &s, far_min(st->size, sizeof s));
 }
@@ -167,7 +216,8 @@ void far_region_stop(struct far_region *r)
 	far_chunkmap_stop(r->map);
 	far_stop(r->face);
 	far_stop(r->remote);
-	far_stop(r->local);
+	if (!r->persist) /* else it is still flushed */
+		far_stop(r->local);
 }
 
 void far_region_join(struct far_region *r)
@@ -185,13 +235,17 @@ void far_region_close(struct far_region *r)
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 	far_chunkmap_check(r->map);
 #endif
+	far_persist_end(r->persist);
+	far_persist_close(r->persist);
 	far_pull_close(r);
 	far_push_close(r);
 	int err = far_trace_close(r->trace);
 	if (err)
 		far_log(FAR_LOG_WARNING, "cannot write the recorded order to %s: %s", r->o.record_order, far_strerror(err));
 	far_close(r->face);
+	far_evict_close(r);
 	far_chunkmap_close(r->map);
+	free((void *)r->bad);
 	far_close(r->remote);
 	far_close(r->local);
 	free(r);
