@@ -319,7 +319,12 @@ static int hello_unimplemented(struct far_client *c, struct hello *h, struct far
 	far_mutex_unlock(&c->lock);
 	if (far_client_kind(c) == FAR_CLIENT_REGION || region)
 		return hello_odd(c, "it does not speak farpage.v1 any more", err);
-	int r = hello_plain(c, h, err);
+	/* Asked once more in other words: a flipped bit must not make a peer plain for good. */
+	struct far_pb_out o = { h->head, 0, sizeof h->head };
+	int r = hello_call(c, h, FAR_GRPC_REGION "Exports", &o);
+	if (r == 0 || h->call.grpc_status != FAR_GRPC_UNIMPLEMENTED)
+		return hello_failed(c, h, r ? r : -EBADMSG, err);
+	r = hello_plain(c, h, err);
 	if (r == 0) {
 		far_mutex_lock(&c->lock);
 		c->has_heard = true;
@@ -334,8 +339,8 @@ static int hello_described(struct far_client *c, struct hello *h, uint64_t gen, 
 	struct far_grpc_export e;
 	int r = far_grpc_decode_export(h->reply, h->call.buf_n, &e);
 
-	/* Who has once sent checks always does. */
-	if (r == 0 && !e.checked && far_client_flag(&c->sums))
+	/* Who has checksums sends them always. */
+	if (r == 0 && !e.checked && (e.sums || far_client_flag(&c->sums)))
 		r = -EBADMSG;
 	if (r == -EBADMSG)
 		atomic_fetch_add_explicit(&c->checksum_errors, 1, memory_order_relaxed);
