@@ -106,8 +106,11 @@ void far_persist_sum(struct far_persist *p, uint64_t i, const void *buf, size_t 
 {
 	if (persist_idle(p))
 		return;
-	p->sums[i] = farmap_sum_of(buf, len);
-	atomic_thread_fence(memory_order_release);
+	struct farmap_sum sum = farmap_sum_of(buf, len);
+	/* A commit that sees halves of two writes a wrong checksum; but whoever calls has a newer state to show, and comes
+	 * again with it. */
+	__atomic_store_n(&p->sums[i].lo, sum.lo, __ATOMIC_RELAXED);
+	__atomic_store_n(&p->sums[i].hi, sum.hi, __ATOMIC_RELAXED);
 	bit_set(p->sums_dirty, i / FARMAP_SUMS);
 }
 

@@ -171,6 +171,11 @@ int far_region_push(struct far_region *r)
 	return r->writable && r->o.durable == FAR_DURABLE_LOCAL ? far_push_flush(r) : 0;
 }
 
+int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced)
+{
+	return far_persist_remember(r->persist, NULL, facts, origin, fenced);
+}
+
 void far_region_status(struct far_region *r, struct far_status *st)
 {
 	struct far_status s = FAR_STATUS_INIT;
