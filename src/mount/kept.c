@@ -165,6 +165,8 @@ static enum kept_verdict kept_compare(const struct far_persist_info *i, const ch
 		return KEPT_OTHER;
 	if (!o)
 		return KEPT_FITS;
+	if (far_kept_ours(i) && !o->identity[0] && !o->epoch)
+		return i->fenced ? KEPT_FENCED : KEPT_FITS; /* a store that keeps no record: who wrote last is believed */
 	if (o->epoch < i->origin.epoch || o->version < i->origin.version)
 		return KEPT_OLDER;
 	if (far_kept_ours(i))
