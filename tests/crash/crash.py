@@ -36,8 +36,10 @@ SHORT = [
     Setting('plain', ['mount', 'server', 'both', 'mount'], rtt='5ms'),
     Setting('durable local', ['mount', 'both', 'offline', 'server'], durable='local', mount=('--push-interval', '30ms')),
     Setting('evicting', ['mount', 'lost', 'both', 'server'], mount=('--local-max', '2M', '--push-interval', '50ms')),
-    Setting('power, durable local', ['power here', 'power there', 'power on both'], durable='local', disk=True),
-    Setting('power', ['power here', 'power there', 'power there, mount killed'], disk=True, rtt='2ms'),
+    Setting('power, durable local', ['power here', 'power there', 'power on both'], durable='local', disk=True,
+            mount=('--push-interval', '20ms')),
+    Setting('power', ['power here', 'power there', 'power there, mount killed'], disk=True, rtt='2ms',
+            mount=('--push-interval', '20ms')),
     Setting('link', ['the dead write', 'link'], link=True, rtt='0ms', mount=('--push-interval', '20ms')),
 ]
 
@@ -218,6 +220,8 @@ class Crash(Rig):
         if settle:
             self.flush()
             self.work('settle')
+            if self.s.durable == 'remote':
+                self.work('check', 'there/remote.img')
 
     def flush(self):
         wait_for(lambda: self.alive() and subprocess.run([WORKER, 'flush', 'ledger', self.file], cwd=self.dir,
@@ -453,7 +457,7 @@ def main():
     a.add_argument('--seconds', type=float, default=0)
     a.add_argument('--only', default='')
     a.add_argument('--what', default='')
-    args = a.parse_args()
+    args = a.parse_intermixed_args()
     global WORKER
     WORKER = os.path.abspath(args.worker)
     seed = args.seed or int(os.environ.get('FARPAGE_SEED', '0')) or random.SystemRandom().getrandbits(31)
