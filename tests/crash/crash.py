@@ -393,6 +393,7 @@ class Crash(Rig):
 
     def finish(self):
         """The orderly end brings everything to the server's file."""
+        wait_for(lambda: self.alive() and self.status(self.file)['dirty'] == 0, 'the end of the push', 90)
         self.run('stop', self.file, code=0, timeout=120)
         code = self.m.p.wait(60)
         true(code == 0, 'the mount ended with %d: %s' % (code, self.m.err()))
