@@ -9,6 +9,8 @@
 /* 0 or -errno; -ENODATA when the file ends before len. flags: FAR_NOWAIT (preadv2 RWF_NOWAIT: -EAGAIN). */
 int far_io_pread(int fd, uint64_t off, void *buf, size_t len, unsigned flags);
 int far_io_pwrite(int fd, uint64_t off, const void *buf, size_t len, unsigned flags);
+/* After a file was made: its name is durable as well. */
+int far_io_sync_parent(const char *path);
 int far_io_fdatasync(int fd);
 /* Make [off, off+len) read as zeros, the room given back (punch) or kept (zero) where the file system can do that.
  * -EOPNOTSUPP: it cannot; write zeros. Never changes the file's size. */

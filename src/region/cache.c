@@ -48,6 +48,12 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 		for (; !err && far_partial_missing(e, &from, &to); from = to)
 			err = cache_store(r, base, buf, from, to, flags);
 	}
+	if (!err) {
+		far_persist_verified(r->persist, i, 1);
+		if (!e)
+			far_persist_sum(r->persist, i, buf, (size_t)len);
+		far_persist_fresh(r->persist, i, 1);
+	}
 	far_chunkmap_fill_end(r->map, i, e, !err);
 	if (!err && r->o.chunk_local)
 		r->o.chunk_local(r->o.opaque, base, len);
@@ -57,7 +63,7 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 void far_cache_arrived(struct far_region *r)
 {
 	far_pull_progress(r);
-	if (r->all_local && far_chunkmap_local(r->map) == r->bytes &&
+	if (r->all_local && far_chunkmap_local(r->map) == r->bytes && !far_persist_any_unverified(r->persist) &&
 	    !atomic_exchange_explicit(&r->was_all_local, true, memory_order_relaxed))
 		r->all_local(r->all_local_opaque);
 }
@@ -82,7 +88,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
 	far_cache_arrived(r);
-	far_cache_trim(r);
+	far_evict_trim(r);
 	return err;
 }
 
@@ -127,6 +133,40 @@ static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void 
 	return err;
 }
 
+/* What the chunk map's file called clean is looked at before it is used for the first time. The chunks are pinned; false:
+ * chunk *bad is not what it was. */
+static bool cache_verify(struct far_region *r, uint64_t i, uint64_t n, uint64_t *bad)
+{
+	for (*bad = i; *bad < i + n; ++*bad) {
+		size_t len = (size_t)far_chunkmap_len(r->map, *bad);
+		if (!far_persist_is_unverified(r->persist, *bad, 1))
+			continue;
+		char *buf = far_buf_get(len);
+		int err = buf ? far_read(r->local, *bad << r->shift, buf, len, 0) : -ENOMEM;
+		if (!err)
+			err = far_persist_check(r->persist, *bad, buf, len);
+		far_buf_put(buf, len);
+		if (err)
+			return false;
+		far_persist_verified(r->persist, *bad, 1);
+	}
+	if (!far_persist_any_unverified(r->persist))
+		far_cache_arrived(r);
+	return true;
+}
+
+/* The local store lost a clean chunk: forget it, and it will be fetched again. */
+static void cache_lost(struct far_region *r, uint64_t i)
+{
+	if (!far_evict_one(r, i)) {
+		far_thread_yield(); /* others have it pinned; they find out as well */
+		return;
+	}
+	atomic_fetch_add_explicit(&r->local_errors, 1, memory_order_relaxed);
+	far_log(FAR_LOG_WARNING, "the local store has lost %" PRIu64 " bytes at %" PRIu64 ": they are fetched again",
+		far_chunkmap_len(r->map, i), i << r->shift);
+}
+
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct far_region *r = self;
@@ -155,6 +195,18 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 			if (err)
 				return err;
 			continue;
+		}
+		if (far_persist_is_unverified(r->persist, i, n)) {
+			uint64_t bad;
+			bool ok = !(flags & FAR_NOWAIT) && cache_verify(r, i, n, &bad);
+			if (!ok)
+				far_chunkmap_unpin(r->map, i, n);
+			if (flags & FAR_NOWAIT)
+				return -EAGAIN;
+			if (!ok) {
+				cache_lost(r, bad);
+				continue;
+			}
 		}
 		if (r->trace)
 			far_trace_touch(r->trace, i, n);
@@ -205,64 +257,118 @@ static uint64_t batch_claim(struct far_region *r, struct cache_batch *b, uint64_
 	return off;
 }
 
-static void batch_end(struct far_region *r, struct cache_batch *b, int err)
+/* copied: bytes may have reached the local store, err or not. */
+static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool copied)
 {
 	for (unsigned k = 0; k < b->n; k++) {
 		uint64_t i = b->first + k;
-		if (err == -EAGAIN && b->c[k].claim == FAR_CLAIM_PRESENT) { /* nothing was written */
+		if (!copied && b->c[k].claim == FAR_CLAIM_PRESENT) {
 			far_chunkmap_unpin(r->map, i, 1);
 			continue;
 		}
-		if (err && err != -EAGAIN && b->c[k].claim == FAR_CLAIM_WHOLE &&
+		if (err && copied && b->c[k].claim == FAR_CLAIM_WHOLE &&
 		    far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
+		if (!err)
+			far_persist_fresh(r->persist, i, 1);
 		far_chunkmap_write_end(r->map, i, b->c[k].from, b->c[k].to, b->c[k].claim, b->c[k].ragged, !err);
 		if (!err && b->c[k].claim == FAR_CLAIM_WHOLE && r->o.chunk_local)
 			r->o.chunk_local(r->o.opaque, i << r->shift, far_chunkmap_len(r->map, i));
 	}
 }
 
+/* The chunk map's file learns of it first. What is overwritten as a whole need not be looked at any more. */
+static int batch_announce(struct far_region *r, struct cache_batch *b, unsigned flags)
+{
+	int err = 0;
+
+	for (unsigned k = 0, n; r->persist && !err && k < b->n; k += n) {
+		for (n = 0; k + n < b->n && b->c[k + n].claim == FAR_CLAIM_PRESENT; n++)
+			;
+		if (n)
+			err = far_persist_before_write(r->persist, b->first + k, n, flags);
+		n += !n;
+	}
+	if (!err)
+		far_persist_verified(r->persist, b->first, b->n);
+	return err;
+}
+
+/* A write of a part keeps the other bytes: they must be what they were. Only the first and the last chunk can be. */
+static int batch_verify(struct far_region *r, uint64_t off, uint64_t end, unsigned flags)
+{
+	uint64_t ends[2] = { off >> r->shift, (end - 1) >> r->shift }, bad;
+
+	for (unsigned k = 0; k < 2; k++) {
+		if (!far_persist_is_unverified(r->persist, ends[k], 1))
+			continue;
+		if (flags & FAR_NOWAIT)
+			return -EAGAIN;
+		if (!far_chunkmap_pin(r->map, ends[k], 1))
+			continue;
+		bool ok = cache_verify(r, ends[k], 1, &bad);
+		far_chunkmap_unpin(r->map, ends[k], 1);
+		if (!ok) {
+			cache_lost(r, bad);
+			k--; /* gone, or somebody else had it pinned */
+		}
+	}
+	return 0;
+}
+
+/* Write one batch from `off` on; *stop is where it ended. -EALREADY: nothing was written, look again. */
+static int cache_write_batch(struct far_region *r, uint64_t off, uint64_t end, const char *buf, unsigned flags,
+			     uint64_t *stop)
+{
+	enum far_claim why = FAR_CLAIM_WAIT;
+	struct cache_batch b;
+	int err;
+
+	*stop = batch_claim(r, &b, off, end, &why);
+	if (!b.n) {
+		if (flags & FAR_NOWAIT)
+			return -EAGAIN;
+		err = why == FAR_CLAIM_FETCH ? far_cache_need(r, b.first, 1) : far_chunkmap_wait(r->map, b.first);
+		/* Another's fetch that failed is no error of ours: the write may not need it. */
+		return err && (why == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN) ? err : -EALREADY;
+	}
+	/* The rest might have to wait, and -EAGAIN says that nothing was written. */
+	err = (flags & FAR_NOWAIT) && *stop < end ? -EAGAIN : batch_announce(r, &b, flags);
+	if (err) {
+		batch_end(r, &b, err, false);
+		return err;
+	}
+	if (r->trace)
+		far_trace_touch(r->trace, b.first, b.n);
+	err = buf ? far_write(r->local, off, buf, (size_t)(*stop - off), flags & FAR_NOWAIT)
+		  : far_zero(r->local, off, *stop - off, flags & FAR_NOWAIT);
+	batch_end(r, &b, err, err != -EAGAIN);
+	if (b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT)
+		far_cache_arrived(r);
+	far_push_dirtied(r);
+	return err;
+}
+
 /* buf == NULL writes zeros. */
 static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint64_t len, unsigned flags)
 {
-	uint64_t end = off + len;
-	struct cache_batch b;
+	uint64_t end = off + len, stop;
 
 	while (off < end) {
-		enum far_claim why = FAR_CLAIM_WAIT;
 		int err = far_push_throttle(r, far_min(end - off, CACHE_BATCH << r->shift), flags);
-		if (err)
-			return err;
-		uint64_t stop = batch_claim(r, &b, off, end, &why);
-		if (!b.n) {
-			if (flags & FAR_NOWAIT)
-				return -EAGAIN;
-			err = why == FAR_CLAIM_FETCH ? far_cache_need(r, b.first, 1) : far_chunkmap_wait(r->map, b.first);
-			/* Another's fetch that failed is no error of ours: the write may not need it. */
-			if (err && (why == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN))
-				return err;
+		if (!err && far_persist_any_unverified(r->persist))
+			err = batch_verify(r, off, end, flags);
+		if (!err)
+			err = cache_write_batch(r, off, end, buf, flags, &stop);
+		if (err == -EALREADY)
 			continue;
-		}
-		if ((flags & FAR_NOWAIT) && stop < end) {
-			/* The rest might have to wait, and -EAGAIN says that nothing was written. */
-			batch_end(r, &b, -EAGAIN);
-			return -EAGAIN;
-		}
-		if (r->trace)
-			far_trace_touch(r->trace, b.first, b.n);
-		err = buf ? far_write(r->local, off, buf, (size_t)(stop - off), flags & FAR_NOWAIT)
-			  : far_zero(r->local, off, stop - off, flags & FAR_NOWAIT);
-		batch_end(r, &b, err);
-		if (b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT)
-			far_cache_arrived(r);
-		far_push_dirtied(r);
 		if (err)
 			return err;
 		if (buf)
 			buf += stop - off;
 		off = stop;
 	}
-	far_cache_trim(r);
+	far_evict_trim(r);
 	return 0;
 }
 
@@ -274,41 +380,4 @@ int far_cache_write(void *self, uint64_t off, const void *buf, size_t len, unsig
 int far_cache_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	return cache_write(self, off, NULL, len, flags);
-}
-
-/* ------------------------------------------------------------------------------------------------------- eviction */
-
-static bool cache_evict_one(struct far_region *r, uint64_t i)
-{
-	if (!far_chunkmap_evict_begin(r->map, i))
-		return false;
-	int err = far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0);
-	far_chunkmap_evict_end(r->map, i, !err);
-	return !err;
-}
-
-int far_region_evict(struct far_region *r, uint64_t off, uint64_t len)
-{
-	if (off > r->bytes || len > r->bytes - off)
-		return -EINVAL;
-	for (uint64_t i = far_div_up(off, r->chunk); i < far_div_up(off + len, r->chunk); i++)
-		if (off + len == r->bytes || (i + 1) << r->shift <= off + len)
-			cache_evict_one(r, i);
-	far_pull_progress(r);
-	return 0;
-}
-
-/* A clock: a chunk that was used since the hand last passed gets a second chance. Two rounds at most: what is left
- * then is dirty or in use. */
-void far_cache_trim(struct far_region *r)
-{
-	uint64_t n = far_chunkmap_chunks(r->map);
-
-	if (!r->o.local_max)
-		return;
-	for (uint64_t steps = 0; steps < 2 * n && far_chunkmap_local(r->map) > r->o.local_max; steps++) {
-		uint64_t i = atomic_fetch_add_explicit(&r->evict_hand, 1, memory_order_relaxed) % n;
-		if (!far_chunkmap_test_touched(r->map, i))
-			cache_evict_one(r, i);
-	}
 }

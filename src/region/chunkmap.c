@@ -829,6 +829,56 @@ void far_chunkmap_evict_end(struct far_chunkmap *m, uint64_t i, bool ok)
 	changed_wake(m);
 }
 
+/* ------------------------------------------------------------------------------------------------ the map's file */
+
+void far_chunkmap_restore(struct far_chunkmap *m, uint64_t i, uint64_t n, bool dirty)
+{
+	uint64_t len = ((n - 1) << m->shift) + far_chunkmap_len(m, i + n - 1);
+	uint16_t w = dirty ? (uint16_t)(FAR_DIRTY | NEWS_ALL << NEWS_SHIFT) : FAR_CLEAN;
+
+	for (uint64_t k = i; k < i + n; k++) {
+		atomic_store_explicit(&m->word[k], w, memory_order_relaxed);
+		if (dirty)
+			hint(m, k);
+	}
+	atomic_fetch_add_explicit(&m->local, len, memory_order_relaxed);
+	if (dirty)
+		atomic_fetch_add_explicit(&m->dirty, len, memory_order_relaxed);
+}
+
+void far_chunkmap_restore_partial(struct far_chunkmap *m, struct far_partial *e)
+{
+	uint64_t i = e->chunk, news = far_max((uint64_t)e->n_valid * FAR_PARTIAL_SECTOR, 1);
+
+	far_mutex_lock(&m->lock);
+	struct far_partial **p = partial_at_locked(m, i);
+	FAR_ASSERT(!*p);
+	e->next = NULL;
+	*p = e;
+	m->n_partial++;
+	uint16_t w = add_news(m, i, FAR_PARTIAL, far_min(news, e->len));
+	atomic_store_explicit(&m->word[i], w, memory_order_release);
+	count_news(m, i, FAR_ABSENT, w);
+	hint(m, i);
+	far_mutex_unlock(&m->lock);
+}
+
+void far_chunkmap_each_partial(struct far_chunkmap *m, void (*fn)(void *opaque, const struct far_partial *e), void *opaque)
+{
+	far_mutex_lock(&m->lock);
+	for (unsigned b = 0; m->n_partial && b < BUCKETS; b++)
+		for (const struct far_partial *e = m->bucket[b]; e; e = e->next)
+			fn(opaque, e);
+	far_mutex_unlock(&m->lock);
+}
+
+bool far_chunkmap_is_quiet(struct far_chunkmap *m, uint64_t i)
+{
+	enum far_chunk s;
+
+	return !(load(m, i) & PIN_MASK) && !holds_news(m, i, &s) && !(load(m, i) & PIN_MASK);
+}
+
 void far_chunkmap_check(struct far_chunkmap *m)
 {
 	uint64_t local = 0, dirty = 0, partial = 0;

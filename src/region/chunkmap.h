@@ -84,6 +84,14 @@ void far_chunkmap_evict_end(struct far_chunkmap *m, uint64_t i, bool ok);
 /* Whether the chunk was used since this was last asked (second chance). */
 bool far_chunkmap_test_touched(struct far_chunkmap *m, uint64_t i);
 
+/* The chunk map's file (persist.c). restore: chunks [i, i+n) are local; before any other thread. */
+void far_chunkmap_restore(struct far_chunkmap *m, uint64_t i, uint64_t n, bool dirty);
+void far_chunkmap_restore_partial(struct far_chunkmap *m, struct far_partial *e); /* e becomes the map's */
+/* Call fn for every half-written chunk; it must not call back. */
+void far_chunkmap_each_partial(struct far_chunkmap *m, void (*fn)(void *opaque, const struct far_partial *e), void *opaque);
+/* Nothing of it is newer than the remote's, and nobody has it pinned. */
+bool far_chunkmap_is_quiet(struct far_chunkmap *m, uint64_t i);
+
 /* What must always hold; for tests and debug builds. */
 void far_chunkmap_check(struct far_chunkmap *m);
 

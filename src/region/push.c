@@ -100,6 +100,8 @@ static int push_move(struct far_region *r, uint64_t first, uint64_t n, unsigned 
 	char *buf = far_buf_get((size_t)len);
 	int err = buf ? far_read(r->local, off, buf, (size_t)len, 0) : -ENOMEM;
 
+	for (uint64_t i = first; r->persist && !err && i < first + n; i++)
+		far_persist_sum(r->persist, i, buf + ((i - first) << r->shift), (size_t)far_chunkmap_len(r->map, i));
 	if (!err) {
 		atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
 		err = far_is_zero(buf, (size_t)len) ? far_zero(r->remote, off, len, flags)
@@ -140,6 +142,7 @@ static bool push_step_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 		start = far_now();
 		err = push_move(r, first, n, flags);
 		far_mutex_lock(&p->lock);
+		far_persist_fresh(r->persist, first, n);
 		far_chunkmap_push_end(r->map, first, n, !err);
 	}
 	far_deadline_restore(old);
@@ -302,6 +305,14 @@ static int push_remote_flush(struct far_region *r)
 	p->flushed = far_max(p->flushed, covers);
 	far_mutex_unlock(&p->lock);
 	return 0;
+}
+
+bool far_push_is_unstable(struct far_region *r, uint64_t i)
+{
+	far_mutex_lock(&r->push->lock);
+	bool unstable = r->push->pushes > r->push->flushed;
+	far_mutex_unlock(&r->push->lock);
+	return unstable;
 }
 
 int far_push_flush(struct far_region *r)

@@ -76,6 +76,7 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 	r->bytes = facts->bytes;
 	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
 	r->local_zero = conf->local_is_zero;
+	r->persist = conf->persist;
 	r->all_local = conf->all_local;
 	r->all_local_opaque = conf->opaque;
 	e = region_defaults(&r->o, err);
@@ -100,6 +101,9 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 		if (e)
 			goto fail;
 	}
+	e = far_persist_begin(r->persist, r, err);
+	if (e)
+		goto fail;
 	e = far_push_open(r);
 	if (e)
 		far_error_set(err, -e, "cannot start the pusher's threads: %s", far_strerror(e));
@@ -113,6 +117,7 @@ fail:
 	if (r->push)
 		far_push_stop(r);
 	far_push_join(r);
+	far_persist_end(r->persist);
 	far_push_close(r);
 	far_trace_close(r->trace);
 	far_close(r->face);
@@ -135,8 +140,11 @@ int far_region_flush(struct far_region *r)
 	if (!r->writable)
 		return 0;
 	if (r->o.durable == FAR_DURABLE_LOCAL)
-		return far_flush(r->local);
-	return far_push_flush(r);
+		return r->persist ? far_persist_commit(r->persist) : far_flush(r->local);
+	/* The local store is flushed beside it: persist.c, rule 5. */
+	uint64_t ticket = far_persist_sync_begin(r->persist);
+	err = far_push_flush(r);
+	return err ? err : far_persist_sync_wait(r->persist, ticket);
 }
 
 void far_region_status(struct far_region *r, struct far_status *st)
@@ -154,6 +162,8 @@ void far_region_status(struct far_region *r, struct far_status *st)
 	s.blocked = atomic_load_explicit(&r->blocked, memory_order_relaxed);
 	s.errors = atomic_load_explicit(&r->errors, memory_order_relaxed);
 	s.last_error = atomic_load_explicit(&r->last_error, memory_order_relaxed);
+	s.local_errors = atomic_load_explicit(&r->local_errors, memory_order_relaxed);
+	s.persistent = r->persist != NULL;
 	far_pull_status(r, &s);
 	s.size = st->size;
 	memcpy(st, &s, far_min(st->size, sizeof s));
@@ -167,7 +177,8 @@ void far_region_stop(struct far_region *r)
 	far_chunkmap_stop(r->map);
 	far_stop(r->face);
 	far_stop(r->remote);
-	far_stop(r->local);
+	if (!r->persist) /* else it is still flushed */
+		far_stop(r->local);
 }
 
 void far_region_join(struct far_region *r)
@@ -185,6 +196,8 @@ void far_region_close(struct far_region *r)
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 	far_chunkmap_check(r->map);
 #endif
+	far_persist_end(r->persist);
+	far_persist_close(r->persist);
 	far_pull_close(r);
 	far_push_close(r);
 	int err = far_trace_close(r->trace);

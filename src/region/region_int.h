@@ -9,6 +9,7 @@
 #include "base/thread.h"
 #include "region/chunkmap.h"
 #include "region/order.h"
+#include "region/persist_int.h"
 #include "region/region.h"
 
 #include <stdatomic.h>
@@ -27,6 +28,7 @@ struct far_region {
 	void (*all_local)(void *opaque);
 	void *all_local_opaque;
 	struct far_chunkmap *map;
+	struct far_persist *persist; /* NULL: the state lives in memory */
 	struct far_trace *trace; /* NULL: nothing is recorded */
 	struct far_pull *pull;
 	struct far_push *push;
@@ -35,10 +37,11 @@ struct far_region {
 	_Atomic bool stopped;
 	_Atomic bool was_all_local;  /* all_local has been called */
 	_Atomic bool local_zero;     /* whatever is absent reads as zeros in the local store: zeros need no write */
-	_Atomic uint64_t pulled, pushed, inflight, demand_reads, errors;
+	_Atomic uint64_t pulled, pushed, inflight, demand_reads, errors, local_errors;
 	_Atomic unsigned blocked;
 	_Atomic int last_error;
 	_Atomic uint64_t evict_hand; /* chunk where the clock stands */
+	_Atomic uint64_t evicting;   /* bytes of chunks that are on their way out */
 };
 
 /* cache.c: the data paths. */
@@ -51,9 +54,12 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 int far_cache_need(struct far_region *r, uint64_t i, uint64_t max);
 /* Chunks have become local: tell who waits for that. */
 void far_cache_arrived(struct far_region *r);
-/* Give clean chunks back until the local store is inside its budget. */
-void far_cache_trim(struct far_region *r);
 void far_region_remote_failed(struct far_region *r, int err);
+
+/* evict.c: give clean chunks back until the local store is inside its budget. */
+void far_evict_trim(struct far_region *r);
+/* Forget a clean chunk. False: it is busy or not clean. */
+bool far_evict_one(struct far_region *r, uint64_t i);
 
 /* pull.c */
 int far_pull_open(struct far_region *r, struct far_error *err);
@@ -80,5 +86,7 @@ int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags);
 /* After a write: a sleeping pusher hears of it. */
 void far_push_dirtied(struct far_region *r);
 int far_push_flush(struct far_region *r);
+/* Chunk i may have been pushed without the remote having flushed it since. */
+bool far_push_is_unstable(struct far_region *r, uint64_t i);
 
 #endif

@@ -216,7 +216,7 @@ static void test_names_and_errors(void **state)
 	static const struct {
 		int error, status;
 		const char *name;
-	} errors[] = { { -EIO, 2, "EIO" }, { -ENOSPC, 8, "ENOSPC" }, { -EROFS, 7, "EROFS" }, { -ESTALE, 10, "ESTALE" },
+	} errors[] = { { -EIO, 2, "EIO" }, { -ENOSPC, 8, "ENOSPC" }, { -EROFS, 7, "EROFS" }, { -ESTALE, 9, "ESTALE" },
 		       { -ESHUTDOWN, 14, "" }, { -ETIMEDOUT, 4, "ETIMEDOUT" }, { -EPROTO, 13, "EPROTO" } };
 	for (size_t i = 0; i < FAR_ARRAY_LEN(errors); i++) {
 		f->slow.error = errors[i].error;

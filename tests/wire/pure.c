@@ -195,7 +195,7 @@ static void test_timeout(void **state)
 static void test_status(void **state)
 {
 	static const int exact[] = { EIO, EINVAL, ETIMEDOUT, ENOENT, EROFS, EPERM, EACCES, ENOSPC, EDQUOT, ESTALE,
-				     EOPNOTSUPP, EPROTO, ECONNRESET };
+				     EOPNOTSUPP, EPROTO, ECONNRESET, ECANCELED, EBADMSG, ENOTCONN, EBUSY };
 
 	for (size_t i = 0; i < FAR_ARRAY_LEN(exact); i++) {
 		enum far_grpc_status s = far_grpc_status_of(-exact[i]);
@@ -243,6 +243,123 @@ static void test_extents_checked(void **state)
 	far_grpc_encode_extent(&o, &in[0]);
 	assert_int_equal(far_grpc_decode_extents(buf, o.n, 100, 49, out, 8, &n), -EPROTO); /* longer than asked */
 	assert_int_equal(far_grpc_decode_extents(buf, 0, 100, 49, out, 8, &n), -EPROTO);   /* none */
+}
+
+static void export_fill(struct far_grpc_export *e)
+{
+	*e = (struct far_grpc_export){ .name = "disk", .size = 1 << 20, .chunk = 512, .max_request = 7, .read_only = true,
+				       .sums = true, .sessions = true, .identity = "id", .version = "v", .writer = "w-1",
+				       .instance = UINT64_MAX, .epoch = 3, .revision = 4, .change = 5 };
+}
+
+static void export_same(const struct far_grpc_export *a, const struct far_grpc_export *b)
+{
+	assert_string_equal(a->name, b->name);
+	assert_string_equal(a->identity, b->identity);
+	assert_string_equal(a->version, b->version);
+	assert_string_equal(a->writer, b->writer);
+	assert_true(a->size == b->size && a->chunk == b->chunk && a->max_request == b->max_request);
+	assert_true(a->read_only == b->read_only && a->durable == b->durable && a->sums == b->sums && a->sessions == b->sessions);
+	assert_true(a->instance == b->instance && a->epoch == b->epoch && a->revision == b->revision && a->change == b->change);
+}
+
+/* Every request comes out as it went in; of one with a check no bit can be flipped without being noticed. */
+static void test_requests(void **state)
+{
+	uint8_t sum[FAR_GRPC_SUM] = "0123456789abcde", buf[512], bad[512];
+	struct far_grpc_request in = { .export = "disk", .export_n = 4, .session = UINT64_MAX, .generation = 2, .off = 4096,
+				       .len = 77, .max = 9, .bulk = true, .zeros = true, .flush = true, .sums = true,
+				       .take_over = true, .release = true, .epoch = 5, .revision = 6, .instance = 8, .since = 10,
+				       .writer = "me", .writer_n = 2, .holder = "host: 1", .holder_n = 7, .sum = sum, .data_n = 0,
+				       .piece = 3, .ranges_n = 2, .ranges = { { 1, 2 }, { 3, 0 } } };
+	struct far_grpc_request out;
+
+	for (int m = FAR_M_EXPORTS; m < FAR_M_NONE; m++) {
+		struct far_pb_out o = { buf, 0, sizeof buf }, again = { bad, 0, sizeof bad };
+		far_grpc_encode_request(&o, (enum far_grpc_method)m, &in);
+		assert_true(o.n <= o.cap);
+		assert_int_equal(far_grpc_decode_request((enum far_grpc_method)m, buf, o.n, &out), 0);
+		far_grpc_encode_request(&again, (enum far_grpc_method)m, &out);
+		assert_int_equal(again.n, o.n);
+		assert_memory_equal(buf, bad, o.n);
+		assert_int_equal(out.checked, m == FAR_M_DESCRIBE || m >= FAR_M_EXTENTS);
+		for (size_t bit = 0; out.checked && bit < (o.n - 10) * 8; bit++) {
+			memcpy(bad, buf, o.n);
+			bad[bit / 8] ^= (uint8_t)(1 << bit % 8);
+			struct far_grpc_request x;
+			int r = far_grpc_decode_request((enum far_grpc_method)m, bad, o.n, &x);
+			assert_true(r < 0 || !x.checked); /* the check itself may be taken for something else */
+			if (m == FAR_M_LEASE || m == FAR_M_WATCH)
+				assert_true(r < 0);
+		}
+	}
+	struct far_pb_out o = { buf, 0, sizeof buf };
+	far_grpc_encode_request(&o, FAR_M_LEASE, &in);
+	assert_int_equal(far_grpc_decode_request(FAR_M_LEASE, buf, o.n, &out), 0);
+	assert_true(out.session == in.session && out.generation == 2 && out.epoch == 5 && out.revision == 6 && out.take_over);
+	assert_true(out.release && out.writer_n == 2 && out.holder_n == 7 && !memcmp(out.holder, "host: 1", 7));
+	far_pb_put_uint(&o, 1000, 1);
+	assert_int_equal(far_grpc_decode_request(FAR_M_LEASE, buf, o.n, &out), -EBADMSG); /* not the last field */
+}
+
+static void test_replies(void **state)
+{
+	struct far_extent list[2] = { { 0, 4096, FAR_EXTENT_DATA }, { 8192, 1, FAR_EXTENT_DATA } }, got[2];
+	struct far_grpc_lease l = { .answer = FAR_GRPC_STALE, .ttl_ms = 1, .left_ms = 2, .gone = true, .other = "them" }, l2;
+	struct far_grpc_watch w = { .all = false }, w2;
+	struct far_grpc_flushed f = { 11, 12, false }, f2;
+	uint8_t buf[FAR_GRPC_LEASE_MAX + FAR_GRPC_WATCH_MAX(2)], sum[FAR_GRPC_SUM] = "x";
+	const uint8_t *back;
+	size_t n;
+
+	export_fill(&l.export);
+	export_fill(&w.export);
+	struct far_pb_out o = { buf, 0, FAR_GRPC_LEASE_MAX };
+	far_grpc_encode_lease(&o, &l);
+	assert_int_equal(far_grpc_decode_lease(buf, o.n, &l2), 0);
+	assert_true(l2.checked && l2.answer == l.answer && l2.ttl_ms == 1 && l2.left_ms == 2 && l2.gone);
+	assert_string_equal(l2.other, "them");
+	export_same(&l2.export, &l.export);
+	buf[3] ^= 4;
+	assert_int_equal(far_grpc_decode_lease(buf, o.n, &l2), -EBADMSG);
+
+	o = (struct far_pb_out){ buf, 0, FAR_GRPC_WATCH_MAX(2) };
+	far_grpc_encode_watch(&o, &w, list, 2);
+	assert_int_equal(far_grpc_decode_watch(buf, o.n, &w2, got, 2, &n), 0);
+	assert_true(n == 2 && !w2.all && got[0].off == 0 && got[0].len == 4096 && got[1].off == 8192 && got[1].len == 1);
+	export_same(&w2.export, &w.export);
+	assert_int_equal(far_grpc_decode_watch(buf, o.n, &w2, got, 1, &n), 0);
+	assert_true(n == 1 && w2.all); /* what has no room is not forgotten */
+	list[1].len = 1 << 20;
+	o.n = 0;
+	far_grpc_encode_watch(&o, &w, list, 2);
+	assert_int_equal(far_grpc_decode_watch(buf, o.n, &w2, got, 2, &n), -EPROTO); /* beyond the end */
+
+	o = (struct far_pb_out){ buf, 0, 64 };
+	far_grpc_encode_flushed(&o, &f);
+	assert_int_equal(far_grpc_decode_flushed(buf, o.n, &f2), 0);
+	assert_true(f2.checked && f2.instance == 11 && f2.revision == 12);
+	o.n = 0;
+	far_grpc_encode_sum_reply(&o, sum);
+	assert_int_equal(far_grpc_decode_sum_reply(buf, o.n, &back), 0);
+	assert_memory_equal(back, sum, sizeof sum);
+	assert_int_equal(far_grpc_decode_sum_reply(buf, 0, &back), 0);
+	assert_null(back);
+}
+
+/* The checksums as they stand in the protocol's text, so that another program can be compared with it. */
+static void test_sums(void **state)
+{
+	uint8_t a[FAR_GRPC_SUM], b[FAR_GRPC_SUM];
+
+	far_grpc_sum_data(a, "disk", 4, 4096, "hello", 5);
+	far_grpc_sum_data(b, "disk", 4, 4097, "hello", 5);
+	assert_memory_not_equal(a, b, sizeof a);
+	far_grpc_sum_data(b, "disj", 4, 4096, "hello", 5);
+	assert_memory_not_equal(a, b, sizeof a);
+	far_grpc_sum_span(a, "", 0, 0, 8);
+	far_grpc_sum_data(b, NULL, 0, 0, "\x08\0\0\0\0\0\0", 8);
+	assert_memory_equal(a, b, sizeof a);
 }
 
 #ifdef HAVE_PROTOBUF_C
@@ -335,6 +452,8 @@ int main(void)
 		cmocka_unit_test(test_percent),      cmocka_unit_test(test_deframe),
 		cmocka_unit_test(test_timeout),      cmocka_unit_test(test_status),
 		cmocka_unit_test(test_methods),      cmocka_unit_test(test_extents_checked),
+		cmocka_unit_test(test_requests),     cmocka_unit_test(test_replies),
+		cmocka_unit_test(test_sums),
 #ifdef HAVE_PROTOBUF_C
 		cmocka_unit_test(test_oracle),
 #endif

@@ -19,7 +19,7 @@
 #define FAR_H2_MAX_STREAMS 1024
 #define FAR_H2_IOV 256
 #define FAR_H2_SMALL 65536
-#define FAR_H2_HEAD 200 /* the longest: a Write with a name of 127 bytes */
+#define FAR_H2_HEAD 240 /* the longest: a Write with a name of 127 bytes, a session and a sum */
 
 /* A message to be sent: the gRPC prefix and the first bytes in `head`, then the borrowed body. */
 struct far_h2_msg {

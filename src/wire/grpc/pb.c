@@ -95,6 +95,14 @@ void far_pb_put_uint(struct far_pb_out *o, uint32_t num, uint64_t value)
 	pb_put_varint(o, value);
 }
 
+void far_pb_put_fixed(struct far_pb_out *o, uint32_t num, uint64_t value)
+{
+	pb_put_varint(o, (uint64_t)num << 3 | FAR_PB_I64);
+	for (unsigned i = 0; i < 8; i++, o->n++)
+		if (o->n < o->cap)
+			o->p[o->n] = (uint8_t)(value >> 8 * i);
+}
+
 void far_pb_put_head(struct far_pb_out *o, uint32_t num, uint64_t len)
 {
 	pb_put_varint(o, (uint64_t)num << 3 | FAR_PB_BYTES);

@@ -34,6 +34,7 @@ struct far_pb_out {
 	size_t n, cap;
 };
 void far_pb_put_uint(struct far_pb_out *o, uint32_t num, uint64_t value); /* zero is left out */
+void far_pb_put_fixed(struct far_pb_out *o, uint32_t num, uint64_t value); /* fixed64; zero is written too */
 void far_pb_put_bytes(struct far_pb_out *o, uint32_t num, const void *data, size_t len); /* empty is left out */
 /* Tag and length only: the caller puts the bytes behind. */
 void far_pb_put_head(struct far_pb_out *o, uint32_t num, uint64_t len);
