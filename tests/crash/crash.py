@@ -38,7 +38,7 @@ SHORT = [
     Setting('evicting', ['mount', 'lost', 'both', 'server'], mount=('--local-max', '2M', '--push-interval', '50ms')),
     Setting('power, durable local', ['power here', 'power there', 'power on both'], durable='local', disk=True,
             mount=('--push-interval', '20ms')),
-    Setting('power', ['power here', 'power there', 'power there, mount killed'], disk=True, rtt='2ms',
+    Setting('power', ['power here', 'power there', 'power there and mount'], disk=True, rtt='2ms',
             mount=('--push-interval', '20ms')),
     Setting('link', ['the dead write', 'link'], link=True, rtt='0ms', mount=('--push-interval', '20ms')),
 ]
@@ -61,7 +61,7 @@ def random_setting(rng):
         mount += ['--pull-workers', '0']
     kinds += ['lost'] if durable == 'remote' else ['offline', 'offline']
     if disk:
-        kinds += ['power here', 'power there', 'power on both', 'power there, mount killed'] * 2
+        kinds += ['power here', 'power there', 'power on both', 'power there and mount'] * 2
     if link:
         kinds += ['the dead write', 'link'] * 3
     return Setting('random', [rng.choice(kinds) for _ in range(rng.randint(4, 8))], durable, disk, link, tuple(mount),
@@ -231,7 +231,7 @@ class Crash(Rig):
     def strike(self, what):
         {'mount': self.r_mount, 'server': self.r_server, 'server twice': self.r_server_twice, 'both': self.r_both,
          'lost': self.r_lost, 'offline': self.r_offline, 'power here': self.r_power_here,
-         'power there': self.r_power_there, 'power there, mount killed': self.r_power_there_and_mount,
+         'power there': self.r_power_there, 'power there and mount': self.r_power_there_and_mount,
          'power on both': self.r_power_on_both, 'the dead write': self.r_the_dead_write, 'link': self.r_link}[what]()
 
     def r_mount(self):
@@ -457,14 +457,16 @@ def main():
     a.add_argument('--seed', type=int, default=0)
     a.add_argument('--seconds', type=float, default=0)
     a.add_argument('--only', default='')
-    a.add_argument('--what', default='')
+    a.add_argument('--what', default='', help='strike these, separated by commas')
+    a.add_argument('--leave-out', default='', help='do not strike these')
+    a.add_argument('--random', action='store_true', help='random settings only')
     args = a.parse_intermixed_args()
     global WORKER
     WORKER = os.path.abspath(args.worker)
     seed = args.seed or int(os.environ.get('FARPAGE_SEED', '0')) or random.SystemRandom().getrandbits(31)
     say('--seed %d' % seed)
     can = {verb: options_of(verb) for verb in ('mount', 'serve')}
-    settings = [s for s in SHORT if args.only in s.name]
+    settings = [s for s in SHORT if args.only in s.name and not args.random]
     if args.what:
         for s in settings:
             s.rounds = args.what.split(',')
@@ -479,6 +481,7 @@ def main():
     while n < args.rounds and good and time.monotonic() < deadline:
         rng = random.Random('%d %d' % (seed, k))
         s = settings[k] if k < len(settings) else random_setting(rng)
+        s.rounds = [x for x in s.rounds if x not in args.leave_out.split(',')] or ['mount']
         s.rounds = s.rounds[:args.rounds - n]
         ran, good = one(s, rng, can, n, deadline)
         n += ran
