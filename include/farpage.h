@@ -173,7 +173,8 @@ struct far_ops {
 	/* A layer: the backend that it wraps. The operations below that a layer leaves NULL are asked there. */
 	struct far_backend *(*inner)(void *self);
 	/* A small record that is kept beside the content (at most FAR_RECORD_MAX bytes), moves with it, and is replaced as a
-	 * whole. *n = 0: there is none yet. What record_write() wrote is durable after the next flush. */
+	 * whole. *n = 0: there is none yet. What record_write() wrote is durable after the next flush.
+	 * -EBUSY: another process writes records here, it has the content open for writing. */
 	int (*record_read)(void *self, void *buf, size_t cap, size_t *n);
 	int (*record_write)(void *self, const void *buf, size_t n);
 	/* What is known of the content now; with FAR_NOWAIT the last that was heard, without asking anybody. */
@@ -186,6 +187,9 @@ struct far_ops {
 	int (*watch)(void *self, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n, bool *all,
 		     struct far_origin *now);
 	void (*counters)(void *self, struct far_counters *c); /* add to *c */
+	/* With record_write(): a number that changes when the content is changed, by this program or another (a file's time
+	 * of change). 0: cannot tell. NULL: so. */
+	int (*record_mark)(void *self, uint64_t *mark);
 };
 #define FAR_OPS_INIT .size = sizeof(struct far_ops)
 

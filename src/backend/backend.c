@@ -48,6 +48,7 @@ bool far_error_is_transient(int code)
 	case ENOBUFS:
 	case EAGAIN:
 	case EBUSY:
+	case EBADMSG: /* bytes were changed on their way: another try may bring them whole */
 		return true;
 	default:
 		return false;
@@ -343,6 +344,14 @@ int far_record_write(struct far_backend *b, const void *buf, size_t n)
 		return -EINVAL;
 	b = BACKEND_WITH(b, record_write);
 	return b ? backend_code(b->ops.record_write(b->self, buf, n)) : -EOPNOTSUPP;
+}
+
+uint64_t far_record_mark(struct far_backend *b)
+{
+	uint64_t mark = 0;
+
+	b = BACKEND_WITH(b, record_write);
+	return b && b->ops.record_mark && b->ops.record_mark(b->self, &mark) == 0 ? mark : 0;
 }
 
 int far_origin(struct far_backend *b, struct far_origin *out, unsigned flags)

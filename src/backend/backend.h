@@ -32,31 +32,46 @@ int far_heap_new(uint64_t bytes, struct far_backend **out);
 /* Where its bytes are, for as long as b is open; NULL if b is something else. */
 const char *far_heap_address(const struct far_backend *b);
 
+/* What the innermost backend with a record calls its mark now; 0: cannot tell. */
+uint64_t far_record_mark(struct far_backend *b);
+/* For a leaf that has just read its record: put what it says of identity and version into the facts. */
+void far_record_facts(const void *buf, size_t n, struct far_facts *f);
+
 /*
  * owner.c: who may write, kept in the record beside the content: identity, epoch, version, last writer. One object an
- * export of a server, or of a store that a mount opens by itself. All thread-safe.
+ * export of a server, or of a store that a mount opens by itself. All thread-safe. A store without a record has an owner
+ * all the same, whose memory is the process's.
  */
 struct far_owner;
-int far_owner_new(struct far_backend *b, uint32_t lease_ms, struct far_owner **out); /* b stays the caller's */
+#define FAR_LEASE_MS 10000 /* how long a lease lasts where nobody says */
+/* b stays the caller's. -EBUSY: another process has the content open for writing; -EIO and the like: the record could not
+ * be read or written. */
+int far_owner_new(struct far_backend *b, uint32_t lease_ms, struct far_owner **out);
 void far_owner_free(struct far_owner *o);
+/* Bring the record up to date, so that a change by another program is noticed at the next start. Before b is stopped;
+ * far_owner_free() does it as well. */
+void far_owner_farewell(struct far_owner *o);
 void far_owner_origin(struct far_owner *o, struct far_origin *out);
 /* A session (0: a caller without one) begins a generation: when this returns no change of an older one runs or will. The
- * thread's deadline bounds the wait for those that run. */
+ * thread's deadline bounds the wait for those that run. -ECANCELED: there is a newer one already; -EBUSY: too many
+ * sessions. */
 int far_owner_session(struct far_owner *o, uint64_t session, uint64_t generation);
 /* A connection of the session was opened (+1) or has ended (-1). */
 void far_owner_connected(struct far_owner *o, uint64_t session, int change);
 /* Around everything that changes bytes. 0, -ECANCELED (older generation), -ENOTCONN (session unknown here: say
- * Describe first), -ESTALE (another holds the lease). After 0 change_end() must follow, with whether bytes may have
- * changed. */
-int far_owner_change_begin(struct far_owner *o, uint64_t session, uint64_t generation);
-void far_owner_change_end(struct far_owner *o, uint64_t session, uint64_t off, uint64_t len, bool changed);
-/* The backend's flush, with the record brought up to date in it. */
+ * Describe first), -ESTALE (another holds the lease), -EAGAIN with FAR_NOWAIT where it would wait. After 0 change_end()
+ * must follow, with the same session and generation, and with whether bytes may have changed. */
+int far_owner_change_begin(struct far_owner *o, uint64_t session, uint64_t generation, unsigned flags);
+void far_owner_change_end(struct far_owner *o, uint64_t session, uint64_t generation, uint64_t off, uint64_t len,
+			  bool changed);
+/* The backend's flush, with the record brought up to date in it. out->version: what is durable now. */
 int far_owner_flush(struct far_owner *o, struct far_origin *out);
+/* l's writer is checked here; session must be known. -EINVAL, -ENOTCONN, -ETIMEDOUT besides far_lease()'s codes. */
 int far_owner_lease(struct far_owner *o, uint64_t session, struct far_lease *l);
 int far_owner_watch(struct far_owner *o, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n,
 		    bool *all, struct far_origin *now);
-/* A backend over `inner` that has origin, lease and watch through an owner of its own: for a store without a server.
- * inner changes owner only on success. */
+/* owned.c: a backend over `inner` that has origin, lease and watch through an owner of its own: for a store without a
+ * server. inner changes owner only on success. */
 int far_owned_new(struct far_backend *inner, struct far_backend **out);
 
 /* The kernel's error numbers of a failed call worth another try: connection lost, refused, timed out, EIO. */

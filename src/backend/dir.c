@@ -18,11 +18,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #define DIR_DEFAULT_CHUNK 4096
 #define DIR_META ".farpage"
+#define DIR_RECORD ".farpage.record"
 #define DIR_PROBES 4096       /* files looked at by one call of extents */
 #define DIR_NO_SIZE UINT64_MAX
 
@@ -198,6 +200,45 @@ static int dir_flush(void *self)
 	return far_dir_files_flush(d->files);
 }
 
+/* A small file with a new content, whole in any case; its name is durable when the directory is synced. */
+static int dir_replace(struct dir *d, const char *name, const char *other, const void *buf, size_t n)
+{
+	FAR_CLEANUP(far_close_cleanup) int fd = openat(d->fd, other, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
+
+	if (fd < 0)
+		return -errno;
+	int r = far_io_write(fd, buf, n);
+	if (!r)
+		r = far_io_fdatasync(fd);
+	if (!r && renameat(d->fd, other, d->fd, name) < 0)
+		r = -errno;
+	return r;
+}
+
+/* Whoever writes records holds a lock on the directory, so that two processes never do. */
+static int dir_record_write(void *self, const void *buf, size_t n)
+{
+	struct dir *d = self;
+
+	if (flock(d->fd, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK)
+		return -EBUSY;
+	int r = dir_replace(d, DIR_RECORD, DIR_RECORD ".new", buf, n);
+	if (!r)
+		far_dir_files_renamed(d->files);
+	return r;
+}
+
+static int dir_record_read(void *self, void *buf, size_t cap, size_t *n)
+{
+	struct dir *d = self;
+	FAR_CLEANUP(far_close_cleanup) int fd = openat(d->fd, DIR_RECORD, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+
+	*n = 0;
+	if (fd < 0)
+		return errno == ENOENT ? 0 : -errno;
+	return far_io_read_some(fd, buf, cap, n);
+}
+
 static void dir_stop(void *self)
 {
 	struct dir *d = self;
@@ -223,6 +264,8 @@ static const struct far_ops dir_ops = {
 	.extents = dir_extents,
 	.stop = dir_stop,
 	.close = dir_close,
+	.record_read = dir_record_read,
+	.record_write = dir_record_write,
 };
 
 /* -------------------------------------------------------------------------------------------------------- open */
@@ -257,17 +300,9 @@ static int dir_save_meta(struct dir *d)
 {
 	char text[128];
 	int n = snprintf(text, sizeof text, "farpage directory 1\nsize %" PRIu64 "\nchunk %" PRIu64 "\n", d->bytes, d->chunk);
-	FAR_CLEANUP(far_close_cleanup) int fd = openat(d->fd, DIR_META ".new", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC |
-						       O_NOFOLLOW, 0600);
 
-	if (fd < 0)
-		return -errno;
-	int r = far_io_write(fd, text, (size_t)n);
-	if (!r)
-		r = far_io_fdatasync(fd);
-	if (!r && (renameat(d->fd, DIR_META ".new", d->fd, DIR_META) < 0 || fsync(d->fd) < 0))
-		r = -errno;
-	return r;
+	int r = dir_replace(d, DIR_META, DIR_META ".new", text, (size_t)n);
+	return r ? r : far_io_fsync(d->fd);
 }
 
 static int dir_open_path(struct dir *d, const struct far_uri *u, bool create, struct far_error *err)
@@ -341,6 +376,10 @@ int far_dir_open(const struct far_uri *u, const struct far_open_opts *opts, stru
 	facts.chunk = d->chunk;
 	if (d->writable)
 		facts.caps |= FAR_CAP_WRITE;
+	char record[FAR_RECORD_MAX];
+	size_t n;
+	if (!r && !dir_record_read(d, record, sizeof record, &n))
+		far_record_facts(record, n, &facts);
 	if (!r) {
 		r = far_backend_new(&dir_ops, d, &facts, out);
 		if (r)

@@ -351,6 +351,13 @@ static int files_sync_record(struct far_dir_files *d, struct files_record *rec, 
 	return r;
 }
 
+void far_dir_files_renamed(struct far_dir_files *d)
+{
+	far_mutex_lock(&d->lock);
+	d->names_changed = true;
+	far_mutex_unlock(&d->lock);
+}
+
 int far_dir_files_flush(struct far_dir_files *d)
 {
 	struct files_record rec = { 0 };

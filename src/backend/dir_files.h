@@ -24,6 +24,8 @@ int far_dir_file_fd(const struct far_dir_file *f);
 /* Remove the file of a chunk, or punch it when somebody else is using it. */
 int far_dir_files_remove(struct far_dir_files *d, uint64_t index);
 
+/* A name in the directory was changed by the caller: the next flush makes it durable. */
+void far_dir_files_renamed(struct far_dir_files *d);
 /* Everything that was put as written before, and the names, are on the disk after 0. */
 int far_dir_files_flush(struct far_dir_files *d);
 

@@ -8,6 +8,9 @@
  * concurrent writers of one block apart; reading, changing and writing it here would lose one of two updates.
  *
  * A failed fdatasync is remembered: the kernel may have dropped the dirty pages, and a second call would say 0.
+ *
+ * The record is an extended attribute of a regular file. fdatasync need not make it durable, so the flush after a change of
+ * it is an fsync. Whoever writes records holds a lock on one byte far behind the content, so that two processes never do.
  */
 #define _GNU_SOURCE
 #include "backend/backend.h"
@@ -28,12 +31,17 @@
 
 #define FILE_BLOCK ((uint64_t)4096) /* a multiple of every device's logical block */
 #define FILE_BOUNCE ((uint64_t)1 << 20)
+#define FILE_ATTR "user.farpage"
+#define FILE_LOCK_AT ((off_t)1 << 62)
 
 struct file {
 	/* fixed after open */
 	int fd;
 	int direct_fd; /* -1 without ?direct=1 */
 	uint64_t bytes;
+	bool regular;
+	/* atomic: changes of the record, and how many of them an fsync has covered */
+	_Atomic unsigned attr_changes, attr_synced;
 	/* atomic: first failed flush, relaxed: only its own value matters */
 	_Atomic int flush_error;
 };
@@ -159,7 +167,11 @@ static int file_flush(void *self)
 	int r = atomic_load_explicit(&f->flush_error, memory_order_relaxed);
 
 	if (!r) {
-		r = far_io_fdatasync(f->fd);
+		unsigned changes = atomic_load(&f->attr_changes);
+		bool whole = changes != atomic_load(&f->attr_synced);
+		r = whole ? far_io_fsync(f->fd) : far_io_fdatasync(f->fd);
+		if (!r && whole)
+			atomic_store(&f->attr_synced, changes); /* an older number only makes the next one an fsync, too */
 		if (r)
 			atomic_store_explicit(&f->flush_error, r, memory_order_relaxed);
 	}
@@ -198,6 +210,39 @@ static int file_share(void *self, int *fd)
 	return 0;
 }
 
+static int file_record_read(void *self, void *buf, size_t cap, size_t *n)
+{
+	struct file *f = self;
+	return f->regular ? far_io_attr_get(f->fd, FILE_ATTR, buf, cap, n) : -EOPNOTSUPP;
+}
+
+/* The lock belongs to the open file, not to the process: every write takes what is there already. */
+static int file_record_write(void *self, const void *buf, size_t n)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = FILE_LOCK_AT, .l_len = 1 };
+	struct file *f = self;
+
+	if (!f->regular)
+		return -EOPNOTSUPP;
+	if (fcntl(f->fd, F_OFD_SETLK, &lock) < 0 && (errno == EAGAIN || errno == EACCES))
+		return -EBUSY; /* a file system without locks keeps nobody out */
+	int r = far_io_attr_set(f->fd, FILE_ATTR, buf, n);
+	if (!r)
+		atomic_fetch_add(&f->attr_changes, 1);
+	return r;
+}
+
+static int file_record_mark(void *self, uint64_t *mark)
+{
+	struct file *f = self;
+	struct stat st;
+
+	if (fstat(f->fd, &st) < 0)
+		return -errno;
+	*mark = (uint64_t)st.st_mtim.tv_sec * 1000000000 + (uint64_t)st.st_mtim.tv_nsec;
+	return 0;
+}
+
 static void file_close(void *self)
 {
 	struct file *f = self;
@@ -215,6 +260,9 @@ static const struct far_ops file_ops = {
 	.zero = file_zero,
 	.extents = file_extents,
 	.share = file_share,
+	.record_read = file_record_read,
+	.record_write = file_record_write,
+	.record_mark = file_record_mark,
 	.close = file_close,
 };
 
@@ -234,7 +282,8 @@ static int file_create(struct file *f, const struct far_uri *u, uint64_t size, s
 		unlink(u->path);
 		return file_fail(u, code, code == EFBIG ? "the file system takes no file of that size" : NULL, err);
 	}
-	return 0;
+	int r = far_io_sync_parent(u->path);
+	return r ? file_fail(u, -r, NULL, err) : 0;
 }
 
 static int file_find_size(struct file *f, const struct far_uri *u, uint64_t want, uint32_t *caps, struct far_error *err)
@@ -255,7 +304,8 @@ static int file_find_size(struct file *f, const struct far_uri *u, uint64_t want
 		return far_error_set(err, EINVAL,
 				     "cannot open '%.150s': it exists with %" PRIu64 " bytes, not %" PRIu64
 				     ". Leave ?size= out to take it as it is.", u->text, f->bytes, want);
-	if (S_ISREG(st.st_mode))
+	f->regular = S_ISREG(st.st_mode);
+	if (f->regular)
 		*caps |= FAR_CAP_SHARE;
 	return 0;
 }
@@ -306,6 +356,10 @@ static int file_open(struct file *f, const struct far_uri *u, const struct far_o
 	if (!r && conf.direct)
 		r = file_open_direct(f, u, mode, err);
 	facts->bytes = f->bytes;
+	char record[FAR_RECORD_MAX];
+	size_t n;
+	if (!r && !file_record_read(f, record, sizeof record, &n))
+		far_record_facts(record, n, facts);
 	return r;
 }
 

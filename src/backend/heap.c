@@ -12,6 +12,7 @@
  */
 #define _GNU_SOURCE
 #include "backend/backend.h"
+#include "backend/record.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -28,6 +29,7 @@ struct heap {
 	uint64_t mapped;
 	_Atomic unsigned small; /* blocks with small pages */
 	_Atomic uint64_t *used; /* bit b: somebody wrote to block b */
+	struct far_ram_record record;
 };
 
 static int heap_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
@@ -79,9 +81,20 @@ static int heap_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
 	return madvise(h->base + a, (size_t)(b - a), MADV_DONTNEED) ? -errno : 0;
 }
 
+static int heap_record_read(void *self, void *buf, size_t cap, size_t *n)
+{
+	return far_ram_record_read(&((struct heap *)self)->record, buf, cap, n);
+}
+
+static int heap_record_write(void *self, const void *buf, size_t n)
+{
+	return far_ram_record_write(&((struct heap *)self)->record, buf, n);
+}
+
 static void heap_close(void *self)
 {
 	struct heap *h = self;
+	far_ram_record_fini(&h->record);
 	munmap(h->base, h->mapped);
 	free((void *)h->used);
 	free(h);
@@ -95,6 +108,8 @@ static const struct far_ops heap_ops = {
 	.discard = heap_discard,
 	.zero = heap_discard,
 	.close = heap_close,
+	.record_read = heap_record_read,
+	.record_write = heap_record_write,
 };
 
 int far_heap_new(uint64_t bytes, struct far_backend **out)
@@ -116,6 +131,7 @@ int far_heap_new(uint64_t bytes, struct far_backend **out)
 		free(h);
 		return -ENOMEM;
 	}
+	far_ram_record_init(&h->record);
 	madvise(h->base, h->mapped, MADV_HUGEPAGE); /* a kernel without them works as well, slower */
 	madvise(h->base, h->mapped, MADV_DONTFORK);
 	madvise(h->base, h->mapped, MADV_DONTDUMP);

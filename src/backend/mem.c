@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "backend/backend.h"
+#include "backend/record.h"
 
 #include "base/io.h"
 #include "base/options.h"
@@ -18,6 +19,7 @@
 
 struct mem {
 	int fd;
+	struct far_ram_record record;
 };
 
 static int mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
@@ -56,9 +58,20 @@ static int mem_share(void *self, int *fd)
 	return 0;
 }
 
+static int mem_record_read(void *self, void *buf, size_t cap, size_t *n)
+{
+	return far_ram_record_read(&((struct mem *)self)->record, buf, cap, n);
+}
+
+static int mem_record_write(void *self, const void *buf, size_t n)
+{
+	return far_ram_record_write(&((struct mem *)self)->record, buf, n);
+}
+
 static void mem_close(void *self)
 {
 	struct mem *m = self;
+	far_ram_record_fini(&m->record);
 	far_fd_close(&m->fd);
 	free(m);
 }
@@ -73,6 +86,8 @@ static const struct far_ops mem_ops = {
 	.extents = mem_extents,
 	.share = mem_share,
 	.close = mem_close,
+	.record_read = mem_record_read,
+	.record_write = mem_record_write,
 };
 
 int far_mem_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out,
@@ -97,6 +112,7 @@ int far_mem_open(const struct far_uri *u, const struct far_open_opts *opts, stru
 	struct mem *m = malloc(sizeof *m);
 	if (!m)
 		return far_error_set(err, ENOMEM, "cannot open '%.100s': %s.", u->text, far_strerror(ENOMEM));
+	far_ram_record_init(&m->record);
 	m->fd = memfd_create("farpage", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (m->fd < 0 || ftruncate(m->fd, (off_t)facts.bytes) < 0 ||
 	    fcntl(m->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {

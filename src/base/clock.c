@@ -15,6 +15,13 @@ uint64_t far_now(void)
 	return (uint64_t)ts.tv_sec * FAR_SEC + (uint64_t)ts.tv_nsec;
 }
 
+uint64_t far_wall_ms(void)
+{
+	struct timespec ts;
+	clock_gettime(CLOCK_REALTIME, &ts);
+	return (uint64_t)ts.tv_sec * 1000 + (uint64_t)ts.tv_nsec / FAR_MSEC;
+}
+
 void far_sleep_until(uint64_t when, bool precise)
 {
 	uint64_t margin = precise ? 300 * FAR_USEC : 0;

@@ -12,6 +12,7 @@
 #define FAR_NEVER UINT64_MAX
 
 uint64_t far_now(void);
+uint64_t far_wall_ms(void); /* milliseconds since 1970: to be shown, not to be reckoned with */
 /* A hint to the CPU inside a spin. */
 static inline void far_cpu_relax(void)
 {

@@ -7,6 +7,7 @@
 #include <limits.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 int far_io_pread(int fd, uint64_t off, void *buf, size_t len, unsigned flags)
@@ -75,9 +76,36 @@ int far_io_sync_parent(const char *path)
 	int fd = open(!slash ? "." : n ? dir : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (fd < 0)
 		return -errno;
-	int r = fsync(fd) < 0 && errno != EINVAL ? -errno : 0;
+	int r = far_io_fsync(fd);
 	close(fd);
-	return r;
+	return r == -EINVAL ? 0 : r; /* some file systems have nothing to sync there */
+}
+
+int far_io_fsync(int fd)
+{
+	int r;
+
+	do
+		r = fsync(fd);
+	while (r < 0 && errno == EINTR);
+	return r < 0 ? -errno : 0;
+}
+
+int far_io_attr_get(int fd, const char *name, void *buf, size_t cap, size_t *n)
+{
+	ssize_t k = fgetxattr(fd, name, buf, cap);
+
+	*n = k > 0 ? (size_t)k : 0;
+	if (k >= 0 || errno == ENODATA)
+		return 0;
+	return errno == ERANGE ? -ENOBUFS : errno == EPERM || errno == ENOSYS ? -EOPNOTSUPP : -errno;
+}
+
+int far_io_attr_set(int fd, const char *name, const void *buf, size_t n)
+{
+	if (fsetxattr(fd, name, buf, n, 0) == 0)
+		return 0;
+	return errno == EPERM || errno == ENOSYS ? -EOPNOTSUPP : -errno;
 }
 
 static int io_fallocate(int fd, int mode, uint64_t off, uint64_t len)

@@ -12,6 +12,11 @@ int far_io_pwrite(int fd, uint64_t off, const void *buf, size_t len, unsigned fl
 /* After a file was made: its name is durable as well. */
 int far_io_sync_parent(const char *path);
 int far_io_fdatasync(int fd);
+int far_io_fsync(int fd);
+/* A small value that is kept beside the file and moves with it (an extended attribute), replaced as a whole; durable
+ * after far_io_fsync(). *n = 0: there is none. -EOPNOTSUPP: the file system keeps none; -ENOBUFS: longer than cap. */
+int far_io_attr_get(int fd, const char *name, void *buf, size_t cap, size_t *n);
+int far_io_attr_set(int fd, const char *name, const void *buf, size_t n);
 /* Make [off, off+len) read as zeros, the room given back (punch) or kept (zero) where the file system can do that.
  * -EOPNOTSUPP: it cannot; write zeros. Never changes the file's size. */
 int far_io_punch(int fd, uint64_t off, uint64_t len);

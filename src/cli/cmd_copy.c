@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/io.h"
 #include "base/uri.h"
+#include "cli/copy_dirty.h"
 #include "cli/copy_engine.h"
 #include "cli/progress.h"
 
@@ -22,7 +23,7 @@
 #define COPY_NEAR FAR_MSEC /* a round trip below this */
 
 struct copy_options {
-	bool verify, json, quiet;
+	bool verify, dirty, json, quiet;
 	int64_t workers;
 	struct far_opt_list layer;
 	char *connections;
@@ -32,6 +33,8 @@ struct copy_options {
 static const struct far_opt copy_options[] = {
 	{ "verify", FAR_OPT_BOOL, offsetof(struct copy_options, verify),
 	  .help = "read both sides again afterwards and compare them" },
+	{ "dirty", FAR_OPT_BOOL, offsetof(struct copy_options, dirty),
+	  .help = "SRC is the local store of a mount that has ended: copy only what its remote lacks" },
 	{ "layer", FAR_OPT_LIST, offsetof(struct copy_options, layer), .value_name = "NAME[:KEY=VALUE,...]",
 	  .help = "wrap SRC in a layer; may be repeated, the first is outermost" },
 	{ "workers", FAR_OPT_INT, offsetof(struct copy_options, workers), .min = 1, .max = 256, .value_name = "N",
@@ -441,9 +444,52 @@ static void copy_summary(const struct copy *c)
 		progress_size(zeros, sizeof zeros, c->res.zeros), c->opts->verify ? "; verified" : "");
 }
 
+/* What a mount could not push, at its places in DST. */
+static int copy_only_dirty(struct copy *c)
+{
+	struct copy_dirty *d = NULL;
+	struct far_error err = { 0 };
+	struct far_backend *outer;
+	bool writing = false;
+	uint64_t at = 0;
+
+	if (c->opts->verify || c->opts->layer.n || c->src_fd >= 0 || c->dst_fd >= 0)
+		return cli_usage(&cli_copy, "--dirty copies from a local store, file:PATH or dir:PATH, to a region: leave out --verify, "
+				 "--layer and streams");
+	if (copy_dirty_open(c->src_uri, &d, &err) < 0)
+		return cli_fail("cannot copy", &err);
+	c->size = copy_dirty_size(d);
+	int code = copy_open_dst(c);
+	if (code == CLI_GO && far_facts(c->dst)->chunk) {
+		if (far_layer_open("chunked", c->dst, &outer, &err) < 0)
+			code = cli_fail("cannot copy", &err);
+		else
+			c->dst = outer;
+	}
+	if (code == CLI_GO) {
+		int r = copy_dirty_go(d, c->dst, &c->res.done, &at, &writing);
+		if (r < 0) {
+			cli_say("cannot %s %s at offset %" PRIu64 ": %s. What came before was copied", writing ? "write to" : "read from",
+				writing ? c->dst_uri : c->src_uri, at, far_strerror(r));
+			code = cli_exit_code(r);
+		}
+	}
+	copy_dirty_close(d);
+	return code;
+}
+
 static int copy_go(struct copy *c)
 {
 	int code = copy_streams(c);
+
+	if (code == CLI_GO && c->opts->dirty) {
+		code = copy_only_dirty(c);
+		if (code == CLI_GO)
+			code = copy_flush(c);
+		if (code == CLI_GO)
+			copy_summary(c);
+		return code == CLI_GO ? CLI_OK : code;
+	}
 
 	if (code == CLI_GO)
 		code = copy_open_src(c);

@@ -5,7 +5,9 @@
 #include "cli/cli.h"
 
 #include "base/clock.h"
+#include "cli/map_info.h"
 #include "cli/progress.h"
+#include "region/persist.h"
 
 #include <json-c/json.h>
 #include <stdlib.h>
@@ -96,7 +98,7 @@ static struct json_object *info_caps(uint32_t caps)
 	return list;
 }
 
-static void info_json(const char *uri, const struct far_facts *f, const struct info_sum *s)
+static void info_json(const char *uri, const struct far_facts *f, const struct info_sum *s, const struct far_persist *map)
 {
 	struct json_object *o = json_object_new_object();
 
@@ -112,6 +114,7 @@ static void info_json(const char *uri, const struct far_facts *f, const struct i
 	json_object_object_add(o, "extents", json_object_new_int64((int64_t)s->extents));
 	json_object_object_add(o, "round_trip_seconds",
 			       s->round_trip >= 0 ? json_object_new_double(s->round_trip) : NULL);
+	json_object_object_add(o, "map", map ? map_info_json(map) : NULL);
 	puts(json_object_to_json_string_ext(o, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
 	json_object_put(o);
 }
@@ -142,45 +145,66 @@ static void info_text(const char *uri, const struct far_facts *f, const struct i
 		printf("  round trip  %.2f ms\n", s->round_trip * 1e3);
 }
 
-static int info_run(int argc, char **argv)
+/* A chunk map alone. */
+static int info_map(const struct info_conf *conf, const struct far_persist *map)
 {
-	struct info_conf conf = { .deadline = 30 * FAR_SEC };
+	if (conf->json) {
+		struct json_object *o = map_info_json(map);
+		puts(json_object_to_json_string_ext(o, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
+		json_object_put(o);
+	} else {
+		map_info_text(map);
+	}
+	return CLI_OK;
+}
+
+static int info_region(const struct info_conf *conf, const char *uri, const struct far_persist *map)
+{
 	struct far_open_opts opts = FAR_OPEN_OPTS_INIT;
 	struct far_error err = { 0 };
 	struct info_sum sum = { 0 };
 	struct far_backend *b = NULL;
+
+	opts.deadline_ms = (uint32_t)far_min(conf->deadline / FAR_MSEC, UINT32_MAX);
+	if (cli_connections(conf->connections, &opts, &err) < 0)
+		return cli_usage(&cli_info, "%s", err.text);
+	/* What it can do is asked of a writable one; one that cannot be opened so is read-only. */
+	int r = cli_open(uri, &opts, &conf->layer, &b, &err);
+	opts.read_only = true;
+	if (r == -EACCES || r == -EROFS || r == -EPERM)
+		r = cli_open(uri, &opts, &conf->layer, &b, &err);
+	if (r < 0)
+		return cli_fail("cannot open", &err);
+	info_extents(b, &sum);
+	info_round_trip(b, &sum);
+	if (conf->json)
+		info_json(uri, far_facts(b), &sum, map);
+	else
+		info_text(uri, far_facts(b), &sum);
+	if (!conf->json && map)
+		map_info_text(map);
+	far_close(b);
+	return CLI_OK;
+}
+
+static int info_run(int argc, char **argv)
+{
+	struct info_conf conf = { .deadline = 30 * FAR_SEC };
+	struct far_persist *map = NULL;
+	struct far_error err = { 0 };
 	struct cli_args args;
 	int code = cli_parse(&cli_info, &conf, argc, argv, &args);
 
-	opts.read_only = true;
-	opts.deadline_ms = (uint32_t)far_min(conf.deadline / FAR_MSEC, UINT32_MAX);
-	if (code == CLI_GO && cli_connections(conf.connections, &opts, &err) < 0)
-		code = cli_usage(&cli_info, "%s", err.text);
-	/* What it can do is asked of a writable one; one that cannot be opened so is read-only. */
-	if (code == CLI_GO) {
-		opts.read_only = false;
-		int r = cli_open(args.v[0], &opts, &conf.layer, &b, &err);
-		opts.read_only = true;
-		if (r == -EACCES || r == -EROFS || r == -EPERM)
-			r = cli_open(args.v[0], &opts, &conf.layer, &b, &err);
-		if (r < 0)
-			code = cli_fail("cannot open", &err);
-	}
-	if (code == CLI_GO) {
-		info_extents(b, &sum);
-		info_round_trip(b, &sum);
-		if (conf.json)
-			info_json(args.v[0], far_facts(b), &sum);
-		else
-			info_text(args.v[0], far_facts(b), &sum);
-		code = CLI_OK;
-	}
-	far_close(b);
+	if (code == CLI_GO && map_info_find(args.v[0], &map, &err) < 0)
+		code = cli_fail("cannot explain", &err);
+	if (code == CLI_GO)
+		code = map_info_is_map(args.v[0]) ? info_map(&conf, map) : info_region(&conf, args.v[0], map);
+	far_persist_close(map);
 	cli_parse_fini(&cli_info, &conf, &args);
 	return code;
 }
 
 const struct cli_verb cli_info = {
-	.name = "info", .synopsis = "URI", .cannot = "cannot open", .about = "Say what a region is.",
+	.name = "info", .synopsis = "URI", .cannot = "cannot open", .about = "Say what a region, or a chunk map, is.",
 	.options = info_options, .min_args = 1, .max_args = 1, .run = info_run,
 };

@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/uri.h"
 #include "mount/control.h"
+#include "mount/kept.h"
 #include "cli/mount_loop.h"
 #include "cli/serve_hooks.h"
 #include "wire/wire.h"
@@ -24,12 +25,14 @@ enum mount_as { MOUNT_AS_AUTO, MOUNT_AS_FUSE };
 #define MOUNT_UNSET UINT64_MAX /* "not given": such options make `--mode auto` choose managed */
 #define MOUNT_UNSET_INT (-2)
 
+#define MOUNT_KNOWN_MS 5000 /* how long a remote may take that we can begin without */
+
 struct mount_conf {
 	int mode, as, durable, on_fail;
 	struct far_opt_list layer, local_layer;
-	char *local, *run, *name, *order, *record_order, *connections, *control;
-	bool background, read_only, quiet;
-	uint64_t chunk, local_max, dirty_max, push_interval, pull_first, window, deadline;
+	char *local, *map, *run, *name, *order, *record_order, *connections, *control;
+	bool background, read_only, quiet, take_over, discard_clean, force;
+	uint64_t follow, chunk, local_max, dirty_max, push_interval, pull_first, window, deadline;
 	int64_t pull_workers, push_workers, max_blocked, max_partial;
 };
 
@@ -48,9 +51,17 @@ static const struct far_opt mount_options[] = {
 	OPT("local", STRING, local), .value_name = "URI", .def = "mem:", .help = "where the local copy is kept" },
 	OPT("local-layer", LIST, local_layer), .value_name = "NAME[:KEY=VALUE,...]",
 	    .help = "wrap the local store in a layer; may be repeated" },
+	OPT("map", STRING, map), .value_name = "FILE", .def = "the local store's path and .farmap",
+	    .help = "where it is kept what of the local copy is there and what of it is unsaved" },
+	OPT("discard-clean", BOOL, discard_clean),
+	    .help = "if the local copy is not of what SOURCE holds now: forget what is not unsaved" },
+	OPT("force", BOOL, force), .help = "with --discard-clean: push what is unsaved over what SOURCE holds now" },
+	OPT("take-over", BOOL, take_over), .help = "take the right to write from whoever has SOURCE mounted" },
 	OPT("local-max", SIZE, local_max), .value_name = "SIZE", .def = "none", .also = "none",
 	    .help = "keep at most this much local; clean chunks are given back" },
 	OPT("read-only", BOOL, read_only), .help = "refuse writes" },
+	OPT("follow", DURATION, follow), .min = 1e7, .value_name = "DURATION", .def = "1s",
+	    .help = "a read-only mount looks so often for what others have written" },
 	OPT("chunk", SIZE, chunk), .min = 4096, .max = 32 << 20, .value_name = "SIZE", .def = "64K",
 	    .help = "unit of transfer, a power of two from 4K to 32M" },
 	OPT("pull-workers", INT, pull_workers), .max = 1024, .value_name = "N", .def = "auto", .also = "auto",
@@ -111,7 +122,7 @@ static int mount_name(const struct mount_conf *conf, const char *source, char *b
 
 static bool mount_asked_managed(const struct mount_conf *c)
 {
-	return c->local || c->local_layer.n || c->order || c->record_order || c->durable != -1 ||
+	return c->local || c->map || c->local_layer.n || c->order || c->record_order || c->durable != -1 ||
 	       c->pull_workers != MOUNT_UNSET_INT || c->push_workers != MOUNT_UNSET_INT || c->local_max != MOUNT_UNSET ||
 	       c->dirty_max != MOUNT_UNSET || c->push_interval != MOUNT_UNSET || c->pull_first != MOUNT_UNSET ||
 	       c->window != MOUNT_UNSET;
@@ -129,6 +140,11 @@ static void mount_fill(const struct mount_conf *c, struct far_mount_opts *o)
 	o->read_only = c->read_only;
 	o->chunk = c->chunk;
 	o->local = c->local;
+	o->map = c->map;
+	o->take_over = c->take_over;
+	o->discard_clean = c->discard_clean;
+	o->force = c->force;
+	o->follow_ms = (uint32_t)far_min(c->follow / FAR_MSEC, UINT32_MAX);
 	o->local_max = mount_or(c->local_max, 0);
 	o->dirty_max = mount_or(c->dirty_max, 0);
 	o->pull_workers = c->pull_workers == MOUNT_UNSET_INT ? -1 : (int)c->pull_workers;
@@ -158,6 +174,10 @@ static int mount_check(const struct mount_conf *c, const struct cli_args *args)
 	if (c->mode == FAR_MODE_DIRECT && mount_asked_managed(c))
 		return cli_usage(&cli_mount,
 				 "--mode direct keeps no local copy: leave out --local, --durable and the pull and push options");
+	if (c->force && !c->discard_clean)
+		return cli_usage(&cli_mount, "--force goes with --discard-clean: unsaved chunks are pushed, the others forgotten");
+	if (c->take_over && c->read_only)
+		return cli_usage(&cli_mount, "--take-over takes the right to write, --read-only wants none. Leave one of them out");
 	if (c->chunk && (c->chunk & (c->chunk - 1)))
 		return cli_usage(&cli_mount, "--chunk %" PRIu64 " is not a power of two", c->chunk);
 	if (stat(args->v[1], &st) < 0) {
@@ -221,8 +241,34 @@ static int mount_daemonise(int *fd)
 	return CLI_GO;
 }
 
+/* With what the map remembers the remote may be out of reach. A remote that is another one than the map's is opened as it
+ * is: the mount compares and says more. */
+static int mount_open_known(const struct mount_conf *conf, const char *source, struct far_open_opts *opts,
+			    const struct far_persist *map, struct far_backend **out, struct far_error *err)
+{
+	struct far_origin o = FAR_ORIGIN_INIT;
+
+	if (!map || far_persist_is_new(map) || !cli_is_network(source))
+		return cli_open(source, opts, &conf->layer, out, err);
+	opts->known = &far_persist_info(map)->facts;
+	opts->deadline_ms = (uint32_t)far_min(opts->deadline_ms, MOUNT_KNOWN_MS);
+	int r = cli_open(source, opts, &conf->layer, out, err);
+	if (r == 0) {
+		uint64_t old = far_deadline_limit(far_now() + MOUNT_KNOWN_MS * FAR_MSEC);
+		r = far_origin(*out, &o, 0);
+		far_deadline_restore(old);
+		if (r != -ESTALE)
+			return 0;
+		far_close(*out);
+	}
+	if (r != -ESTALE)
+		return r;
+	opts->known = NULL;
+	return cli_open(source, opts, &conf->layer, out, err);
+}
+
 static int mount_open_source(const struct mount_conf *conf, const char *source, const struct mount_parent *parent,
-			     struct far_backend **out)
+			     const struct far_persist *map, struct far_backend **out)
 {
 	struct far_open_opts opts = FAR_OPEN_OPTS_INIT;
 	struct far_error err = { 0 };
@@ -233,8 +279,19 @@ static int mount_open_source(const struct mount_conf *conf, const char *source, 
 		return cli_usage(&cli_mount, "%s", err.text);
 	int r = parent && parent->backend_fd >= 0
 			? far_grpc_open_fd(parent->backend_fd, "the program's own backend", &opts, out, &err)
-			: cli_open(source, &opts, &conf->layer, out, &err);
+			: mount_open_known(conf, source, &opts, map, out, &err);
 	return r < 0 ? cli_fail("cannot mount", &err) : CLI_GO;
+}
+
+/* What the local store's last mount knew. A program's own backend has no name by which it could be known again. */
+static int mount_open_map(const struct mount_conf *conf, const struct far_mount_opts *o, const struct mount_parent *parent,
+			  struct far_persist **map)
+{
+	struct far_error err = { 0 };
+
+	if (conf->mode == FAR_MODE_DIRECT || (parent && parent->backend_fd >= 0))
+		return CLI_GO;
+	return far_kept_open(o, map, &err) < 0 ? cli_fail("cannot mount", &err) : CLI_GO;
 }
 
 static int mount_go(const struct mount_conf *conf, const char *source, const char *target,
@@ -268,13 +325,18 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 		if (parent->hooks && serve_hooks_open(parent->hooks, &l.conf.opts, &hooks, &err) < 0)
 			return cli_fail("cannot mount", &err);
 	}
-	code = mount_open_source(conf, source, parent, &l.conf.remote);
-	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0) {
-		far_close(l.conf.remote);
-		code = cli_fail("cannot mount", &err);
-	}
+	code = mount_open_map(conf, &l.conf.opts, parent, &l.conf.persist);
+	l.keeps = l.conf.persist != NULL;
 	if (code == CLI_GO)
+		code = mount_open_source(conf, source, parent, l.conf.persist, &l.conf.remote);
+	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0)
+		code = cli_fail("cannot mount", &err);
+	if (code == CLI_GO) {
 		code = mount_loop_run(&l);
+	} else {
+		far_close(l.conf.remote);
+		far_persist_close(l.conf.persist);
+	}
 	serve_hooks_close(hooks);
 	far_fd_close(&l.ready_fd);
 	return code;

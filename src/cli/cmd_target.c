@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
-/* The verbs that speak to a running instance: status, flush, wait, pull, evict, stop. */
+/* The verbs that speak to a running instance: status, flush, wait, pull, pin, unpin, evict, stop. */
 #define _GNU_SOURCE
 #include "cli/cli.h"
 
@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 struct target_conf {
@@ -111,26 +112,84 @@ static const char *target_string(struct json_object *o, const char *key)
 	return s ? s : "";
 }
 
+static bool target_bool(struct json_object *o, const char *key)
+{
+	struct json_object *v;
+	return json_object_object_get_ex(o, key, &v) && json_object_get_boolean(v);
+}
+
+/* "12:03:44" of milliseconds since 1970. */
+static const char *target_time(uint64_t ms, char *buf, size_t n)
+{
+	time_t t = (time_t)(ms / 1000);
+	struct tm tm;
+
+	if (!localtime_r(&t, &tm) || !strftime(buf, n, "%Y-%m-%d %H:%M:%S", &tm))
+		snprintf(buf, n, "?");
+	return buf;
+}
+
+/* Who may write, and whether a reader is up to date. */
+static void target_print_owner(struct json_object *o)
+{
+	const char *lease = target_string(o, "lease"), *follow = target_string(o, "follow");
+	static const struct {
+		const char *word, *text;
+	} say[] = {
+		{ "held", "held, no one else may write" },
+		{ "unsure", "unsure: the remote is out of reach, nothing is pushed until it is renewed" },
+		{ "fenced", "FENCED: somebody else has taken the region over; writes fail, nothing is pushed" },
+		{ "following", "following what others write" },
+		{ "frozen", "frozen: the remote cannot tell of changes, what was pulled stays as it was" },
+		{ "lost", "lost: what is here stays as it was until the remote can be followed again" },
+	};
+
+	for (size_t i = 0; i < FAR_ARRAY_LEN(say); i++) {
+		if (strcmp(lease, say[i].word) == 0)
+			printf("  lease    %s (epoch %" PRIu64 ")\n", say[i].text, target_int(o, "epoch"));
+		if (strcmp(follow, say[i].word) == 0)
+			printf("  readonly %s\n", say[i].text);
+	}
+}
+
+static void target_print_managed(struct json_object *o)
+{
+	char a[24], b[24], c[24], d[24];
+	uint64_t size = target_int(o, "size"), local = target_int(o, "local"), age = target_int(o, "oldest_dirty_ms");
+
+	printf("  local    %s (%u %%)%s%s%s\n", progress_size(a, sizeof a, local),
+	       size ? (unsigned)((double)local * 100 / (double)size) : 100u, local >= size ? ", all local" : "",
+	       target_bool(o, "persistent") ? ", kept when this ends" : ", in memory",
+	       target_bool(o, "local_full") ? ", FULL: free some space" : "");
+	if (target_int(o, "pinned"))
+		printf("  pinned   %s\n", progress_size(a, sizeof a, target_int(o, "pinned")));
+	printf("  unsaved  %s", progress_size(a, sizeof a, target_int(o, "dirty")));
+	if (age)
+		printf(", the oldest for %s", far_format_duration(a, sizeof a, age * FAR_MSEC));
+	printf("\n  moved    %s pulled, %s pushed, %s on their way, pulling %s", progress_size(a, sizeof a, target_int(o, "pulled")),
+	       progress_size(b, sizeof b, target_int(o, "pushed")), progress_size(c, sizeof c, target_int(o, "inflight")),
+	       progress_speed(d, sizeof d, (double)target_int(o, "pull_rate")));
+	printf(", pushing %s\n", progress_speed(d, sizeof d, (double)target_int(o, "push_rate")));
+}
+
 static void target_print_mount(struct json_object *o)
 {
-	char a[24], b[24], c[24];
-	uint64_t size = target_int(o, "size"), local = target_int(o, "local");
+	char a[24], when[32];
 
-	printf("%s  %s  %s\n", target_string(o, "path"), progress_size(a, sizeof a, size), target_string(o, "why"));
+	printf("%s  %s  %s\n", target_string(o, "path"), progress_size(a, sizeof a, target_int(o, "size")),
+	       target_string(o, "why"));
 	printf("  source   %s\n", target_string(o, "source"));
-	if (strcmp(target_string(o, "mode"), "managed") == 0) {
-		printf("  local    %s (%u %%)%s\n", progress_size(a, sizeof a, local),
-		       size ? (unsigned)((double)local * 100 / (double)size) : 100u, local >= size ? ", all local" : "");
-		printf("  unsaved  %s\n", progress_size(a, sizeof a, target_int(o, "dirty")));
-		printf("  moved    %s pulled, %s pushed, %s on their way, pulling %s\n",
-		       progress_size(a, sizeof a, target_int(o, "pulled")),
-		       progress_size(b, sizeof b, target_int(o, "pushed")),
-		       progress_size(c, sizeof c, target_int(o, "inflight")),
-		       progress_speed((char[24]){ 0 }, 24, (double)target_int(o, "pull_rate")));
-	}
+	if (strcmp(target_string(o, "mode"), "managed") == 0)
+		target_print_managed(o);
+	target_print_owner(o);
 	printf("  waiting  %" PRIu64 " accesses wait now\n", target_int(o, "blocked"));
 	if (target_int(o, "errors"))
-		printf("  errors   %" PRIu64 ", the last: %s\n", target_int(o, "errors"), target_string(o, "last_error"));
+		printf("  errors   %" PRIu64 ", the last: %s%s%s\n", target_int(o, "errors"), target_string(o, "last_error"),
+		       target_int(o, "last_error_at") ? " at " : "",
+		       target_int(o, "last_error_at") ? target_time(target_int(o, "last_error_at"), when, sizeof when) : "");
+	if (target_int(o, "reconnects") || target_int(o, "checksum_errors") || target_int(o, "local_errors"))
+		printf("  link     %" PRIu64 " reconnects, %" PRIu64 " wrong checksums; local store: %" PRIu64 " errors\n",
+		       target_int(o, "reconnects"), target_int(o, "checksum_errors"), target_int(o, "local_errors"));
 	printf("  process  %" PRIu64 "\n", target_int(o, "pid"));
 }
 
@@ -206,8 +265,11 @@ static int target_flush_run(int argc, char **argv)
 		code = target_call(&t, target_request(&t, "status"), &status);
 	if (code == CLI_GO && strcmp(target_string(status, "kind"), "mount") == 0)
 		code = target_fsync(&t, target_string(status, "path"));
-	if (code == CLI_GO)
-		code = target_call(&t, target_request(&t, "flush"), &reply);
+	if (code == CLI_GO) {
+		struct json_object *req = target_request(&t, "flush");
+		json_object_object_add(req, "remote", json_object_new_boolean(true));
+		code = target_call(&t, req, &reply);
+	}
 	json_object_put(status);
 	json_object_put(reply);
 	return target_end(&t, code == CLI_GO ? CLI_OK : code);
@@ -287,6 +349,16 @@ static int target_evict_run(int argc, char **argv)
 	return target_ranges_run(&cli_evict, argc, argv);
 }
 
+static int target_pin_run(int argc, char **argv)
+{
+	return target_ranges_run(&cli_pin, argc, argv);
+}
+
+static int target_unpin_run(int argc, char **argv)
+{
+	return target_ranges_run(&cli_unpin, argc, argv);
+}
+
 /* -------------------------------------------------------------------------------------------------- stop */
 
 static int target_stop_run(int argc, char **argv)
@@ -332,6 +404,16 @@ const struct cli_verb cli_evict = {
 	.name = "evict", .synopsis = "TARGET [RANGES]", .cannot = "cannot evict",
 	.about = "Give the local room of clean chunks back.", .options = target_ranges_options, .max_args = 2,
 	.run = target_evict_run,
+};
+const struct cli_verb cli_pin = {
+	.name = "pin", .synopsis = "TARGET [RANGES]", .cannot = "cannot pin",
+	.about = "Pull ranges of a mount and keep them local.", .options = target_ranges_options, .max_args = 2,
+	.run = target_pin_run,
+};
+const struct cli_verb cli_unpin = {
+	.name = "unpin", .synopsis = "TARGET [RANGES]", .cannot = "cannot unpin",
+	.about = "Let what was pinned be evicted again.", .options = target_ranges_options, .max_args = 2,
+	.run = target_unpin_run,
 };
 const struct cli_verb cli_stop = {
 	.name = "stop", .synopsis = "TARGET", .cannot = "cannot stop", .about = "Flush and unmount a running mount.",

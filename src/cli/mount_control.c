@@ -129,6 +129,16 @@ static int mount_evict_one(struct mount_loop *l, const struct cli_range *range, 
 	return far_mnt_evict(l->mnt, range->off, range->len);
 }
 
+static int mount_pin_one(struct mount_loop *l, const struct cli_range *range, uint64_t until)
+{
+	return far_mnt_pin(l->mnt, range->off, range->len, true);
+}
+
+static int mount_unpin_one(struct mount_loop *l, const struct cli_range *range, uint64_t until)
+{
+	return far_mnt_pin(l->mnt, range->off, range->len, false);
+}
+
 static struct json_object *mount_op_wait(struct mount_loop *l, struct json_object *req)
 {
 	int64_t percent = mount_int(req, "percent", -1);
@@ -141,8 +151,10 @@ static struct json_object *mount_op_wait(struct mount_loop *l, struct json_objec
 
 static struct json_object *mount_op_flush(struct mount_loop *l, struct json_object *req)
 {
+	struct json_object *remote;
+	bool push = json_object_object_get_ex(req, "remote", &remote) && json_object_get_boolean(remote);
 	uint64_t old = far_deadline_limit(mount_until(req));
-	int r = far_mnt_flush(l->mnt);
+	int r = push ? far_mnt_push(l->mnt) : far_mnt_flush(l->mnt);
 
 	far_deadline_restore(old);
 	return mount_result(r, "what was written is not all on the remote");
@@ -184,6 +196,10 @@ struct json_object *mount_control_cb(void *opaque, const char *op, struct json_o
 		return mount_ranges(l, req, "cannot pull", mount_pull_one);
 	if (strcmp(op, "evict") == 0)
 		return mount_ranges(l, req, "cannot evict", mount_evict_one);
+	if (strcmp(op, "pin") == 0)
+		return mount_ranges(l, req, "cannot pin", mount_pin_one);
+	if (strcmp(op, "unpin") == 0)
+		return mount_ranges(l, req, "cannot unpin", mount_unpin_one);
 	if (strcmp(op, "stop") == 0)
 		return mount_op_stop(l, req);
 	return far_control_error(EOPNOTSUPP, "this farpage does not know the request '%.60s'", op);

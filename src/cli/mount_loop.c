@@ -268,12 +268,20 @@ static void mount_loop_finish(struct mount_run *run)
 }
 
 /* "1.5 MiB (1572864 bytes) ...": what was not saved and where it is now. */
-static void mount_unsaved_text(const struct mount_loop *l, uint64_t dirty, char *buf, size_t n)
+static void mount_unsaved_text(const struct mount_loop *l, const struct far_status *st, char *buf, size_t n)
 {
+	uint64_t dirty = st->dirty;
 	char size[24];
 
-	if (l->local)
-		snprintf(buf, n, "%s (%" PRIu64 " bytes) are not on %s. They are kept in the local store %s",
+	if (l->keeps && st->lease == FAR_LEASE_FENCED)
+		snprintf(buf, n, "%s (%" PRIu64 " bytes) are not on %.60s, which somebody else has taken over. They are kept in %.60s: "
+			 "save them with 'farpage copy --dirty %.60s file:NEW'",
+			 progress_size(size, sizeof size, dirty), dirty, l->source, l->local, l->local);
+	else if (l->keeps)
+		snprintf(buf, n, "%s (%" PRIu64 " bytes) are not on %.80s. They are kept in %.80s: mount it again to push them",
+			 progress_size(size, sizeof size, dirty), dirty, l->source, l->local);
+	else if (l->local)
+		snprintf(buf, n, "%s (%" PRIu64 " bytes) are not on %.100s. They are in the local store %.100s, whose map is lost with this process",
 			 progress_size(size, sizeof size, dirty), dirty, l->source, l->local);
 	else
 		snprintf(buf, n, "%s (%" PRIu64 " bytes) are not on %s and are lost with the local store in memory",
@@ -285,11 +293,11 @@ static void mount_loop_finished(struct mount_run *run)
 	struct far_status st = FAR_STATUS_INIT;
 	struct mount_loop *l = run->l;
 	int r = run->job.result;
-	char text[300] = "";
+	char text[400] = "";
 
 	far_mnt_status(l->mnt, &st);
 	if (st.dirty)
-		mount_unsaved_text(l, st.dirty, text, sizeof text);
+		mount_unsaved_text(l, &st, text, sizeof text);
 	if (r < 0 && r != -ECANCELED)
 		cli_say("cannot flush %s: %s%s%s", l->conf.target, far_strerror(r), st.dirty ? ". " : "", text);
 	else if (st.dirty)
@@ -323,13 +331,13 @@ static _Noreturn void mount_loop_give_up(struct mount_run *run)
 {
 	struct far_status st = FAR_STATUS_INIT;
 	struct mount_loop *l = run->l;
-	char text[300];
+	char text[400];
 
 	if (run->state == MOUNT_OPENING)
 		cli_say("stopped by a second signal before %s was usable", l->conf.target);
 	if (l->mnt) {
 		far_mnt_status(l->mnt, &st);
-		mount_unsaved_text(l, st.dirty, text, sizeof text);
+		mount_unsaved_text(l, &st, text, sizeof text);
 		cli_say("stopped %s by a second signal: %s", l->conf.target, st.dirty ? text : "nothing was unsaved");
 		mount_detach(l->conf.target);
 	}

@@ -26,6 +26,7 @@ struct mount_loop {
 	uint64_t deadline;       /* ns that the end may wait for open handles */
 	const char *source;
 	const char *local;       /* where unsaved bytes stay; NULL: memory, gone with us */
+	bool keeps;              /* the local store lasts, and its map: the next mount pushes what is unsaved */
 	const char *run;         /* --run; NULL: none */
 	int ready_fd;            /* the waiting parent of --background; -1: none */
 	int life_fd;             /* closes when we are to end; -1: none */
@@ -43,7 +44,7 @@ struct mount_loop {
 	bool ended FAR_GUARDED_BY(&lock);
 	int end_code FAR_GUARDED_BY(&lock);       /* 0 or -errno of the flush */
 	uint64_t unsaved FAR_GUARDED_BY(&lock);   /* bytes, after ended */
-	char end_text[300] FAR_GUARDED_BY(&lock); /* what to say about them */
+	char end_text[400] FAR_GUARDED_BY(&lock); /* what to say about them */
 	int wake_fd;                              /* eventfd: look at the flags */
 };
 

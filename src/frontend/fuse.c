@@ -253,6 +253,7 @@ static int fuse_set_up(struct far_fuse *f, const struct far_fuse_conf *conf, str
 	f->deadline = conf->deadline;
 	f->read_only = conf->read_only || !(far_facts(conf->b)->caps & FAR_CAP_WRITE);
 	f->keep_cache = conf->keep_cache;
+	f->changing = conf->changing;
 	f->max_blocked = conf->max_blocked ? conf->max_blocked : 256;
 	if (f->max_blocked > 65535)
 		f->max_blocked = 65535;

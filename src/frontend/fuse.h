@@ -17,6 +17,7 @@ struct far_fuse_conf {
 	bool pulling;            /* only a part is local yet; far_fuse_all_local() says when that is over */
 	bool keep_cache;         /* nobody else changes the content: the page cache outlives an open. Else each open drops
 				  * it, and for that waits for every cached read that is under way */
+	bool changing;           /* somebody else may change it: no handle passes through, so that far_fuse_not_local() can't fail */
 	unsigned max_blocked;    /* threads that may wait for b; what is more is parked. 0: 256 */
 	uint64_t deadline;       /* ns a request may take; FAR_NEVER: no limit */
 };

@@ -34,7 +34,7 @@ struct far_fuse {
 	struct far_backend *b;
 	uint64_t bytes, deadline;
 	char *target, *path, *name;
-	bool dir, read_only, keep_cache;
+	bool dir, read_only, keep_cache, changing;
 	unsigned max_blocked;
 	uid_t uid;
 	gid_t gid;

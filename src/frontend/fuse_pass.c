@@ -34,7 +34,7 @@ void far_fuse_pass_init(struct far_fuse *f, const void *request, size_t n)
 	struct fuse_in_header h;
 	struct fuse_init_in in;
 
-	if (!f->read_only || geteuid() != 0 || n < sizeof h + sizeof in)
+	if (!f->read_only || f->changing || geteuid() != 0 || n < sizeof h + sizeof in)
 		return;
 	memcpy(&h, request, sizeof h);
 	memcpy(&in, (const char *)request + sizeof h, sizeof in);

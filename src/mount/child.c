@@ -58,35 +58,6 @@ struct far_mount {
 
 /* ----------------------------------------------------------------------------------------------------------- hooks */
 
-static uint64_t child_u64(struct json_object *o, const char *key)
-{
-	struct json_object *v;
-	return json_object_object_get_ex(o, key, &v) ? (uint64_t)json_object_get_int64(v) : 0;
-}
-
-static void child_read_status(struct json_object *o, struct far_status *out)
-{
-	struct far_status st = FAR_STATUS_INIT;
-	struct json_object *v;
-
-	st.mode = json_object_object_get_ex(o, "mode", &v) && strcmp(json_object_get_string(v), "managed") == 0
-			  ? FAR_MODE_MANAGED : FAR_MODE_DIRECT;
-	st.bytes = child_u64(o, "size");
-	st.local = child_u64(o, "local");
-	st.dirty = child_u64(o, "dirty");
-	st.pulled = child_u64(o, "pulled");
-	st.pushed = child_u64(o, "pushed");
-	st.inflight = child_u64(o, "inflight");
-	st.window = child_u64(o, "window");
-	st.demand_reads = child_u64(o, "demand_reads");
-	st.blocked = child_u64(o, "blocked");
-	st.errors = child_u64(o, "errors");
-	st.last_error = (int)child_u64(o, "last_errno");
-	st.pull_rate = (double)child_u64(o, "pull_rate");
-	st.size = out->size;
-	memcpy(out, &st, far_min(out->size, sizeof st));
-}
-
 static void child_locals(struct far_mount *m, struct json_object *req)
 {
 	struct json_object *list, *pair;
@@ -114,7 +85,7 @@ static struct json_object *child_hook_cb(void *opaque, const char *op, struct js
 	} else if (strcmp(op, "local") == 0) {
 		child_locals(m, req);
 	} else if (strcmp(op, "progress") == 0 && m->o.progress) {
-		child_read_status(req, &st);
+		far_control_read_status(req, &st);
 		m->o.progress(m->o.opaque, &st);
 	}
 	return r ? far_control_error(r, "the program's %s hook refused: %s", op, far_strerror(r)) : far_control_ok();
@@ -178,6 +149,16 @@ static void child_args_options(struct child_args *a, const struct far_mount_opts
 		child_arg(a, "--chunk=%" PRIu64, o->chunk);
 	if (o->local)
 		child_arg(a, "--local=%s", o->local);
+	if (o->map)
+		child_arg(a, "--map=%s", o->map);
+	if (o->take_over)
+		child_arg(a, "--take-over");
+	if (o->discard_clean)
+		child_arg(a, "--discard-clean");
+	if (o->force)
+		child_arg(a, "--force");
+	if (o->follow_ms)
+		child_arg(a, "--follow=%ums", o->follow_ms);
 	if (o->local_max)
 		child_arg(a, "--local-max=%" PRIu64, o->local_max);
 	if (o->dirty_max)
@@ -500,9 +481,10 @@ int far_mount_wait(struct far_mount *m, unsigned percent, int timeout_ms)
 	return child_ask(m, req, -1, NULL);
 }
 
-int far_mount_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int timeout_ms)
+/* Ask for something on a range. */
+static int child_ask_range(struct far_mount *m, const char *op, uint64_t off, uint64_t len, int timeout_ms)
 {
-	struct json_object *req = child_request("wait", timeout_ms);
+	struct json_object *req = child_request(op, timeout_ms);
 	char range[48];
 
 	if (len > FAR_SIZE_MAX || off > FAR_SIZE_MAX - len)
@@ -512,13 +494,33 @@ int far_mount_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int ti
 	return child_ask(m, req, -1, NULL);
 }
 
+int far_mount_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int timeout_ms)
+{
+	return child_ask_range(m, "wait", off, len, timeout_ms);
+}
+
+int far_mount_pin(struct far_mount *m, uint64_t off, uint64_t len)
+{
+	return child_ask_range(m, "pin", off, len, -1);
+}
+
+int far_mount_unpin(struct far_mount *m, uint64_t off, uint64_t len)
+{
+	return child_ask_range(m, "unpin", off, len, -1);
+}
+
+int far_mount_evict(struct far_mount *m, uint64_t off, uint64_t len)
+{
+	return child_ask_range(m, "evict", off, len, -1);
+}
+
 int far_mount_status(struct far_mount *m, struct far_status *st)
 {
 	struct json_object *reply = NULL;
 	int r = child_ask(m, child_request("status", -1), 10000, &reply);
 
 	if (!r)
-		child_read_status(reply, st);
+		far_control_read_status(reply, st);
 	json_object_put(reply);
 	return r;
 }

@@ -192,31 +192,91 @@ struct json_object *far_control_ok(void)
 	return o;
 }
 
+/* A far_status as JSON and back; doc/status.md explains each. */
+static const struct {
+	const char *key;
+	size_t offset;
+} control_numbers[] = {
+#define N(key, field) { key, offsetof(struct far_status, field) }
+	N("size", bytes), N("local", local), N("dirty", dirty), N("pulled", pulled), N("pushed", pushed),
+	N("inflight", inflight), N("window", window), N("demand_reads", demand_reads), N("blocked", blocked),
+	N("errors", errors), N("reconnects", reconnects), N("checksum_errors", checksum_errors),
+	N("local_errors", local_errors), N("pinned", pinned), N("epoch", epoch), N("oldest_dirty_ms", oldest_dirty_ms),
+	N("last_error_at", last_error_at),
+#undef N
+};
+static const char *const control_modes[] = { "auto", "direct", "managed" };
+static const char *const control_leases[] = { "none", "held", "unsure", "fenced" };
+static const char *const control_follows[] = { "none", "frozen", "following", "lost" };
+
 static void control_add(struct json_object *o, const char *key, uint64_t v)
 {
 	json_object_object_add(o, key, json_object_new_int64((int64_t)v));
+}
+
+static void control_add_name(struct json_object *o, const char *key, const char *const *names, unsigned v)
+{
+	json_object_object_add(o, key, json_object_new_string(names[v]));
 }
 
 struct json_object *far_control_status(const struct far_status *st)
 {
 	struct json_object *o = far_control_ok();
 
-	json_object_object_add(o, "mode", json_object_new_string(st->mode == FAR_MODE_MANAGED ? "managed" : "direct"));
-	control_add(o, "size", st->bytes);
-	control_add(o, "local", st->local);
-	control_add(o, "dirty", st->dirty);
-	control_add(o, "pulled", st->pulled);
-	control_add(o, "pushed", st->pushed);
-	control_add(o, "inflight", st->inflight);
-	control_add(o, "window", st->window);
-	control_add(o, "demand_reads", st->demand_reads);
-	control_add(o, "blocked", st->blocked);
-	control_add(o, "errors", st->errors);
+	control_add_name(o, "mode", control_modes, st->mode);
+	for (size_t i = 0; i < FAR_ARRAY_LEN(control_numbers); i++)
+		control_add(o, control_numbers[i].key, *(const uint64_t *)((const char *)st + control_numbers[i].offset));
 	control_add(o, "pull_rate", (uint64_t)st->pull_rate);
+	control_add(o, "push_rate", (uint64_t)st->push_rate);
 	control_add(o, "last_errno", (uint64_t)st->last_error);
 	json_object_object_add(o, "last_error",
 			       st->last_error ? json_object_new_string(far_strerror(st->last_error)) : NULL);
+	control_add_name(o, "lease", control_leases, st->lease);
+	control_add_name(o, "follow", control_follows, st->follow);
+	json_object_object_add(o, "persistent", json_object_new_boolean(st->persistent));
+	json_object_object_add(o, "local_full", json_object_new_boolean(st->local_full));
 	return o;
+}
+
+static uint64_t control_get(struct json_object *o, const char *key)
+{
+	struct json_object *v;
+	return json_object_object_get_ex(o, key, &v) ? (uint64_t)json_object_get_int64(v) : 0;
+}
+
+static unsigned control_get_name(struct json_object *o, const char *key, const char *const *names, unsigned n)
+{
+	struct json_object *v;
+	const char *s = json_object_object_get_ex(o, key, &v) ? json_object_get_string(v) : NULL;
+
+	for (unsigned i = 0; s && i < n; i++)
+		if (strcmp(s, names[i]) == 0)
+			return i;
+	return 0;
+}
+
+static bool control_get_bool(struct json_object *o, const char *key)
+{
+	struct json_object *v;
+	return json_object_object_get_ex(o, key, &v) && json_object_get_boolean(v);
+}
+
+void far_control_read_status(struct json_object *o, struct far_status *out)
+{
+	struct far_status st = FAR_STATUS_INIT;
+
+	st.mode = (enum far_mode)control_get_name(o, "mode", control_modes, FAR_ARRAY_LEN(control_modes));
+	for (size_t i = 0; i < FAR_ARRAY_LEN(control_numbers); i++)
+		*(uint64_t *)((char *)&st + control_numbers[i].offset) = control_get(o, control_numbers[i].key);
+	st.pull_rate = (double)control_get(o, "pull_rate");
+	st.push_rate = (double)control_get(o, "push_rate");
+	st.last_error = (int)control_get(o, "last_errno");
+	st.lease = (enum far_lease_state)control_get_name(o, "lease", control_leases, FAR_ARRAY_LEN(control_leases));
+	st.follow = (enum far_follow)control_get_name(o, "follow", control_follows, FAR_ARRAY_LEN(control_follows));
+	st.persistent = control_get_bool(o, "persistent");
+	st.local_full = control_get_bool(o, "local_full");
+	st.size = out->size;
+	memcpy(out, &st, far_min(out->size, sizeof st));
 }
 
 struct json_object *far_control_error(int code, const char *fmt, ...)

@@ -28,6 +28,8 @@ void far_control_close(struct far_control *c);
 struct json_object *far_control_ok(void);
 /* A status as an answer's fields, after "ok". */
 struct json_object *far_control_status(const struct far_status *st);
+/* The way back; out->size says how much of it there is. What the other does not know is 0. */
+void far_control_read_status(struct json_object *o, struct far_status *out);
 struct json_object *far_control_error(int code, const char *fmt, ...) FAR_PRINTF(2, 3);
 
 /* Send one request to the instance that holds target (or that listens at path) and wait for its answer. timeout_ms -1:

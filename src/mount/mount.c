@@ -5,10 +5,16 @@
  *
  *     frontend (FUSE)
  *     region: chunk map, puller, pusher      managed only
+ *     admit                                  open while it is certain that we may speak to this remote (lease.c)
  *     retry                                  one budget for the whole mount
  *     chunked                                if the remote takes whole chunks only
+ *     owned                                  managed mounts of a store without a server: who may write, kept beside it
  *     the layers that were asked for
  *     remote
+ *
+ * Before the region is opened the remote is asked who it is, and the map of the local store whether it belongs to that
+ * (kept.c). A remote that is out of reach is no obstacle if there is a map: its facts are then what the map remembers,
+ * and lease.c or follow.c go on asking.
  */
 #define _GNU_SOURCE
 #include "mount/mount.h"
@@ -17,7 +23,9 @@
 #include "base/options.h"
 #include "frontend/fuse.h"
 #include "layer/layer.h"
+#include "mount/follow.h"
 #include "mount/holders.h"
+#include "mount/lease.h"
 #include "region/region.h"
 
 #include <stdatomic.h>
@@ -32,7 +40,14 @@ struct far_mnt {
 	struct far_mount_opts o;
 	enum far_mode mode;
 	char why[96];
+	char *source;
 	uint64_t bytes;
+	bool writable;
+	struct far_kept kept;         /* what is local, and whether it belongs to this remote */
+	struct far_backend *below;    /* the stack under the gate: for questions that must not wait for it */
+	struct far_admit *gate;       /* NULL: none */
+	struct far_leaser *leaser;    /* NULL: a store on this host that is not managed */
+	struct far_follower *follower; /* NULL: writable */
 	struct far_backend *remote;   /* direct: the whole stack; managed: owned by the region */
 	struct far_region *region;    /* NULL when direct */
 	struct far_fuse *fuse;        /* NULL once unmounted */
@@ -62,6 +77,11 @@ static int mnt_round_trip(struct far_backend *b, uint64_t *rtt, struct far_error
 	return 0;
 }
 
+static bool mnt_has_map(const struct far_mnt *m)
+{
+	return m->kept.p && !far_persist_is_new(m->kept.p);
+}
+
 static int mnt_choose_mode(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
 	char d[16];
@@ -69,6 +89,10 @@ static int mnt_choose_mode(struct far_mnt *m, const struct far_mnt_conf *conf, s
 	int e = 0;
 
 	m->mode = m->o.mode;
+	if (mnt_has_map(m)) { /* it may be out of reach */
+		m->mode = FAR_MODE_MANAGED;
+		return 0;
+	}
 	if (conf->network)
 		e = mnt_round_trip(m->remote, &rtt, err);
 	if (e)
@@ -144,7 +168,7 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 			far_close(b);
 		return e;
 	}
-	*is_zero = strncmp(uri, "mem:", 4) == 0 && !m->o.local_backend ? true : mnt_is_zero(b);
+	*is_zero = strncmp(uri, "mem:", 4) == 0 && !m->o.local_backend ? true : !mnt_has_map(m) && mnt_is_zero(b);
 	*out = b;
 	return 0;
 }
@@ -162,16 +186,116 @@ static void mnt_all_local_cb(void *opaque)
 
 static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
-	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o, .all_local = mnt_all_local_cb, .opaque = m };
-	int e = mnt_open_local(m, conf, &rc.local, &rc.local_is_zero, err);
+	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o, .all_local = mnt_all_local_cb, .opaque = m,
+				      .persist = m->kept.p };
 
+	if (mnt_has_map(m))
+		m->o.chunk = far_persist_info(m->kept.p)->chunk;
+	int e = mnt_open_local(m, conf, &rc.local, &rc.local_is_zero, err);
 	if (e)
 		return e;
 	m->local = m->o.local_max ? NULL : rc.local; /* before the first callback */
 	e = far_region_open(&rc, &m->region, err);
 	if (e && !m->o.local_backend)
 		far_close(rc.local);
+	m->kept.open = !e;
 	return e;
+}
+
+/* ------------------------------------------------------------------------------------- whose region it is */
+
+/* From the thread of lease.c or follow.c: what is known of the remote now. */
+static void mnt_heard_cb(void *opaque, const struct far_origin *o)
+{
+	struct far_mnt *m = opaque;
+	int e = m->region ? far_region_remember(m->region, NULL, o, false) : 0;
+
+	if (e)
+		far_log(FAR_LOG_WARNING, "the chunk map %s cannot be written: %s", far_persist_path(m->kept.p), far_strerror(e));
+}
+
+static void mnt_fenced_cb(void *opaque, const struct far_origin *o, const char *why)
+{
+	struct far_status st = FAR_STATUS_INIT;
+	struct far_mnt *m = opaque;
+	char size[24], saved[300] = "";
+
+	if (m->region) {
+		far_region_fence(m->region);
+		far_region_remember(m->region, NULL, NULL, true);
+		far_region_status(m->region, &st);
+	}
+	if (st.dirty && m->kept.p)
+		snprintf(saved, sizeof saved, ". %s are unsaved: end this mount, then save them with 'farpage copy --dirty %.150s file:NEW'",
+			 far_format_size(size, sizeof size, st.dirty), m->o.local);
+	else if (st.dirty)
+		snprintf(saved, sizeof saved, ". %s are unsaved here", far_format_size(size, sizeof size, st.dirty));
+	far_log(FAR_LOG_ERROR, "%s. Writes fail from now on and nothing is pushed%s", why, saved);
+}
+
+/* The first question to the remote, and the comparison with what is local. */
+static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
+{
+	struct far_leaser_conf lc = {
+		.remote = m->below, .gate = m->gate, .kept = &m->kept, .target = conf->target, .writable = m->writable,
+		.take_over = m->o.take_over, .may_be_offline = mnt_has_map(m), .deadline = m->o.deadline_ms * FAR_MSEC,
+		.heard = mnt_heard_cb, .fenced = mnt_fenced_cb, .opaque = m,
+	};
+	struct far_origin o;
+
+	if (!conf->network && m->mode != FAR_MODE_MANAGED)
+		return 0;
+	int e = far_leaser_open(&lc, &m->leaser, err);
+	if (e || !m->kept.p || far_leaser_offline(m->leaser))
+		return e;
+	far_leaser_origin(m->leaser, &o);
+	e = far_persist_remember(m->kept.p, m->source, far_facts(m->below), &o, false);
+	return e ? far_error_set(err, -e, "cannot write the chunk map %s: %s", far_persist_path(m->kept.p), far_strerror(e)) : 0;
+}
+
+/* What is said at first where there is a map, so that no mode had to be measured. */
+static void mnt_say_mapped(struct far_mnt *m, const struct far_mnt_conf *conf)
+{
+	struct far_status st = FAR_STATUS_INIT;
+	uint64_t rtt = 0;
+	char d[16];
+
+	far_region_status(m->region, &st);
+	unsigned percent = st.bytes ? (unsigned)((double)st.local * 100 / (double)st.bytes) : 100;
+	if (far_leaser_offline(m->leaser))
+		snprintf(m->why, sizeof m->why, "managed (remote out of reach: offline, %u %% local)", percent);
+	else if (conf->network && mnt_round_trip(m->below, &rtt, NULL) == 0)
+		snprintf(m->why, sizeof m->why, "managed (round trip %s, %u %% local)", far_format_duration(d, sizeof d, rtt), percent);
+	else
+		snprintf(m->why, sizeof m->why, "managed (%u %% local)", percent);
+}
+
+static int mnt_find_cb(void *opaque, struct far_error *err)
+{
+	struct far_mnt *m = opaque;
+	return far_leaser_find(m->leaser, err);
+}
+
+/* The threads that go on asking. */
+static int mnt_watch_remote(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
+{
+	struct far_follower_conf fc = {
+		.remote = m->below, .region = m->region, .fuse = m->fuse, .gate = m->gate, .source = m->source,
+		.interval = (m->o.follow_ms ? m->o.follow_ms : 1000) * FAR_MSEC, .heard = mnt_heard_cb, .opaque = m,
+		.from = FAR_ORIGIN_INIT,
+	};
+	int e = m->leaser && m->writable ? far_leaser_start(m->leaser) : 0;
+
+	if (!e && !m->writable) {
+		if (m->leaser && far_leaser_offline(m->leaser)) {
+			fc.find = mnt_find_cb;
+			fc.from = far_persist_info(m->kept.p)->origin;
+		} else if (m->leaser) {
+			far_leaser_origin(m->leaser, &fc.from);
+		}
+		e = far_follower_open(&fc, &m->follower);
+	}
+	return e ? far_error_set(err, -e, "cannot start a thread: %s", far_strerror(e)) : 0;
 }
 
 static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
@@ -181,7 +305,8 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		.target = conf->target,
 		.name = conf->name,
 		.source = conf->source,
-		.read_only = m->o.read_only || !(far_facts(m->remote)->caps & FAR_CAP_WRITE),
+		.read_only = !m->writable,
+		.changing = !m->writable && conf->network,
 		.pulling = m->mode == FAR_MODE_MANAGED,
 		.keep_cache = m->mode == FAR_MODE_MANAGED,
 		.max_blocked = m->o.max_blocked ? m->o.max_blocked : 256,
@@ -207,13 +332,14 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 	return m->path ? 0 : far_error_set(err, ENOMEM, "no memory for the path");
 }
 
-/* One retry budget a mount, and whole chunks for who needs them. On failure *b is what it was. */
-static int mnt_harden(struct far_mnt *m, bool network, struct far_backend **b, struct far_error *err)
+/* Who may write, whole chunks for who needs them, one retry budget a mount, the gate. On failure m->remote is what it was
+ * or wraps that. */
+static int mnt_harden(struct far_mnt *m, bool network, struct far_error *err)
 {
 	/* Back-off alone keeps 256 blocked calls from being a storm; a program gets its error at the deadline, not before. */
 	static const char always[] = "eio-tries=4,budget=1000000";
 	char spec[96];
-	int e = far_facts(*b)->chunk ? mnt_wrap(b, "chunked", err) : 0;
+	int e = far_facts(m->remote)->chunk ? mnt_wrap(&m->remote, "chunked", err) : 0;
 
 	if (e || !network) /* what fails on this host's own disks fails again */
 		return e;
@@ -221,31 +347,74 @@ static int mnt_harden(struct far_mnt *m, bool network, struct far_backend **b, s
 		snprintf(spec, sizeof spec, "retry:deadline=8760h,%s", always);
 	else
 		snprintf(spec, sizeof spec, "retry:deadline=%ums,%s", m->o.deadline_ms, always);
-	return mnt_wrap(b, spec, err);
+	return mnt_wrap(&m->remote, spec, err);
+}
+
+static int mnt_guard(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
+{
+	struct far_backend *outer;
+	int e = 0;
+
+	if (!conf->network && m->mode == FAR_MODE_MANAGED && m->writable && !(far_facts(m->remote)->caps & FAR_CAP_REMOTE)) {
+		e = far_owned_new(m->remote, &outer);
+		if (!e)
+			m->remote = outer;
+		else if (e != -EOPNOTSUPP) /* without a record it has no owner: then it is on its own */
+			return far_error_set(err, -e, "cannot find out who may write to %s: %s", m->source, far_strerror(e));
+	}
+	m->below = m->remote;
+	if (!conf->network)
+		return 0;
+	e = far_admit_new(m->remote, m->deadline, &outer, &m->gate);
+	if (e)
+		return far_error_set(err, -e, "cannot mount %s: %s", m->source, far_strerror(e));
+	m->remote = outer;
+	return 0;
+}
+
+static int mnt_build(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
+{
+	uint64_t old = far_deadline_limit(far_now() + m->o.deadline_ms * FAR_MSEC);
+	int e = mnt_harden(m, conf->network, err);
+
+	if (!e)
+		e = mnt_choose_mode(m, conf, err);
+	if (!e)
+		e = mnt_guard(m, conf, err);
+	if (!e)
+		e = mnt_claim(m, conf, err);
+	bool mapped = mnt_has_map(m);
+	if (!e && m->mode == FAR_MODE_MANAGED)
+		e = mnt_open_region(m, conf, err);
+	if (!e && mapped)
+		mnt_say_mapped(m, conf);
+	far_deadline_restore(old);
+	return e;
 }
 
 int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct far_error *err)
 {
 	struct far_mnt *m = calloc(1, sizeof *m);
-	int e;
 
-	if (!m)
+	if (!m) {
+		far_close(conf->remote);
+		far_persist_close(conf->persist);
 		return far_error_set(err, ENOMEM, "no memory for a mount");
+	}
 	m->o = conf->opts;
 	if (!m->o.deadline_ms)
 		m->o.deadline_ms = 30000;
 	m->deadline = m->o.on_fail == FAR_ON_FAIL_WAIT ? FAR_NEVER : m->o.deadline_ms * FAR_MSEC;
 	m->remote = conf->remote;
 	m->bytes = far_size(m->remote);
-	uint64_t old = far_deadline_limit(far_now() + m->o.deadline_ms * FAR_MSEC);
-	e = mnt_harden(m, conf->network, &m->remote, err);
-	if (!e)
-		e = mnt_choose_mode(m, conf, err);
-	if (!e && m->mode == FAR_MODE_MANAGED)
-		e = mnt_open_region(m, conf, err);
-	far_deadline_restore(old);
+	m->writable = !m->o.read_only && (far_facts(m->remote)->caps & FAR_CAP_WRITE);
+	m->source = strdup(conf->source ? conf->source : "the remote");
+	m->kept = (struct far_kept){ .p = conf->persist, .o = &m->o, .source = m->source };
+	int e = m->source ? mnt_build(m, conf, err) : far_error_set(err, ENOMEM, "no memory for a mount");
 	if (!e)
 		e = mnt_open_frontend(m, conf, err);
+	if (!e)
+		e = mnt_watch_remote(m, conf, err);
 	if (e) {
 		far_mnt_close(m);
 		return e;
@@ -267,6 +436,13 @@ enum far_mode far_mnt_mode(const struct far_mnt *m)
 const char *far_mnt_why(const struct far_mnt *m)
 {
 	return m->why;
+}
+
+/* With --durable local what was flushed is not on the remote yet. */
+int far_mnt_push(struct far_mnt *m)
+{
+	int err = far_mnt_flush(m);
+	return err || !m->region ? err : far_region_push(m->region);
 }
 
 int far_mnt_flush(struct far_mnt *m)
@@ -306,15 +482,39 @@ int far_mnt_evict(struct far_mnt *m, uint64_t off, uint64_t len)
 	return far_region_evict(m->region, off, len);
 }
 
+int far_mnt_pin(struct far_mnt *m, uint64_t off, uint64_t len, bool pin)
+{
+	if (!m->region)
+		return -EOPNOTSUPP;
+	return pin ? far_region_pin(m->region, off, len) : far_region_unpin(m->region, off, len);
+}
+
 void far_mnt_status(struct far_mnt *m, struct far_status *st)
 {
+	struct far_status s = FAR_STATUS_INIT;
+	struct far_counters c = FAR_COUNTERS_INIT;
+	struct far_origin o = FAR_ORIGIN_INIT;
+	size_t size = st->size;
+
 	if (m->region) {
-		far_region_status(m->region, st);
-		return;
+		far_region_status(m->region, &s);
+	} else {
+		s.mode = FAR_MODE_DIRECT;
+		s.bytes = m->bytes;
+		s.blocked = m->fuse ? far_fuse_blocked(m->fuse) : 0;
 	}
-	struct far_status s = { .size = st->size, .mode = FAR_MODE_DIRECT, .bytes = m->bytes };
-	s.blocked = m->fuse ? far_fuse_blocked(m->fuse) : 0;
-	memcpy(st, &s, far_min(st->size, sizeof s));
+	far_counters(m->remote, &c);
+	s.reconnects = c.reconnects;
+	s.checksum_errors = c.checksum_errors;
+	s.persistent = m->region && m->kept.p;
+	if (m->leaser) {
+		far_leaser_origin(m->leaser, &o);
+		s.lease = far_leaser_state(m->leaser);
+		s.epoch = s.lease == FAR_LEASE_NONE ? 0 : o.epoch;
+	}
+	s.follow = m->follower ? far_follower_state(m->follower) : FAR_FOLLOW_NONE;
+	s.size = size;
+	memcpy(st, &s, far_min(size, sizeof s));
 }
 
 bool far_mnt_ended(struct far_mnt *m, uint64_t until)
@@ -322,16 +522,29 @@ bool far_mnt_ended(struct far_mnt *m, uint64_t until)
 	return !m->fuse || far_fuse_wait(m->fuse, until);
 }
 
-int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len)
+/* The map learns what the last flush made of the remote. */
+static void mnt_remember(struct far_mnt *m)
 {
-	int err = far_mnt_flush(m); /* each push below it has the deadline; the whole may take longer */
+	struct far_origin o = FAR_ORIGIN_INIT;
 
-	if (holders_len)
-		holders[0] = 0;
-	if (!err && m->o.before_close)
-		err = m->o.before_close(m->o.opaque);
-	if (err || !m->fuse)
-		return err;
+	if (m->region && m->kept.p && m->leaser && far_leaser_state(m->leaser) == FAR_LEASE_HELD &&
+	    far_origin(m->below, &o, FAR_NOWAIT) == 0)
+		mnt_heard_cb(m, &o);
+}
+
+/* Nothing is pushed any more; the lease is another's to take. */
+static void mnt_let_go(struct far_mnt *m)
+{
+	mnt_remember(m);
+	if (m->gate)
+		far_admit_fence(m->gate);
+	if (m->leaser)
+		far_leaser_release(m->leaser);
+}
+
+/* The file goes; what the kernel wrote back for it is flushed. */
+static int mnt_unmount(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len)
+{
 	/* Unmounting makes the kernel write back what programs stored through mappings: flush again after it. */
 	if (far_fuse_unmount(m->fuse) == -EBUSY) {
 		far_holders(m->path, holders, holders_len);
@@ -344,10 +557,34 @@ int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t hold
 	return far_mnt_flush(m);
 }
 
+int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len)
+{
+	int err = far_mnt_push(m); /* each push below it has the deadline; the whole may take longer */
+
+	if (holders_len)
+		holders[0] = 0;
+	if (!err && m->o.before_close)
+		err = m->o.before_close(m->o.opaque);
+	/* Where the local store lasts the file may go all the same: the rest is pushed by the next mount. */
+	if ((err && !(m->region && m->kept.p)) || !m->fuse)
+		return err;
+	int after = mnt_unmount(m, until, holders, holders_len);
+	if (!err)
+		err = after ? after : far_mnt_push(m);
+	mnt_let_go(m);
+	return err;
+}
+
 void far_mnt_close(struct far_mnt *m)
 {
 	if (!m)
 		return;
+	if (m->follower)
+		far_follower_stop(m->follower);
+	if (m->leaser)
+		far_leaser_stop(m->leaser);
+	if (m->leaser && far_leaser_state(m->leaser) == FAR_LEASE_HELD)
+		mnt_let_go(m);
 	/* Whoever is blocked in a backend must get out before the frontend's threads can end. */
 	if (m->region) {
 		far_region_stop(m->region);
@@ -355,11 +592,16 @@ void far_mnt_close(struct far_mnt *m)
 	} else if (m->fuse) {
 		far_stop(m->remote);
 	}
+	far_follower_close(m->follower);
 	far_fuse_close(m->fuse);
-	if (m->region)
+	far_leaser_close(m->leaser);
+	if (m->region) {
 		far_region_close(m->region);
-	else
+	} else {
 		far_close(m->remote);
+		far_persist_close(m->kept.p);
+	}
 	free(m->path);
+	free(m->source);
 	free(m);
 }

@@ -4,12 +4,14 @@
 #include "net/net.h"
 
 #include <fcntl.h>
+#include <linux/sockios.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -53,6 +55,13 @@ static int conn_wait(struct far_conn *c, bool in, bool out, uint64_t until)
 	}
 }
 
+static uint64_t conn_unacked(struct far_conn *c)
+{
+	int n = 0;
+
+	return ioctl(c->fd, SIOCOUTQ, &n) || n < 0 ? 0 : (uint64_t)n;
+}
+
 static void conn_shutdown(struct far_conn *c)
 {
 	shutdown(c->fd, SHUT_RDWR);
@@ -67,6 +76,7 @@ static const struct far_conn_ops conn_ops = {
 	.readv = conn_readv,
 	.writev = conn_writev,
 	.wait = conn_wait,
+	.unacked = conn_unacked,
 	.shutdown = conn_shutdown,
 	.close = conn_close,
 };

@@ -21,6 +21,8 @@ struct far_conn_ops {
 	ssize_t (*writev)(struct far_conn *c, const struct iovec *iov, int n);
 	/* Until it can be read (if `in`) or written (if `out`), or has ended. 0, -ETIMEDOUT at `until`, -errno. */
 	int (*wait)(struct far_conn *c, bool in, bool out, uint64_t until);
+	/* Bytes written that the peer's system has not acknowledged yet; 0 where that cannot be told. */
+	uint64_t (*unacked)(struct far_conn *c);
 	/* Both directions, now: every wait() ends, reads give the end, writes fail. Any thread. */
 	void (*shutdown)(struct far_conn *c);
 	void (*close)(struct far_conn *c);

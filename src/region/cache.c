@@ -16,11 +16,40 @@
 #include <string.h>
 
 #define CACHE_BATCH 64
+#define CACHE_LOCAL_TRIES 3
+#define CACHE_SAY_AGAIN (60 * FAR_SEC)
 
 void far_region_remote_failed(struct far_region *r, int err)
 {
 	atomic_fetch_add_explicit(&r->errors, 1, memory_order_relaxed);
 	atomic_store_explicit(&r->last_error, -err, memory_order_relaxed);
+	atomic_store_explicit(&r->last_error_at, far_wall_ms(), memory_order_relaxed);
+}
+
+/* A write that needed new room in the local store has ended with err. */
+static void cache_local_wrote(struct far_region *r, int err)
+{
+	if (err == -ESHUTDOWN || atomic_load_explicit(&r->local_error, memory_order_relaxed) == -err)
+		return;
+	atomic_store_explicit(&r->local_error, -err, memory_order_relaxed);
+	if (!err)
+		return;
+	uint64_t now = far_now(), said = atomic_load_explicit(&r->local_said, memory_order_relaxed);
+	if (now - said >= CACHE_SAY_AGAIN &&
+	    atomic_compare_exchange_strong_explicit(&r->local_said, &said, now, memory_order_relaxed, memory_order_relaxed))
+		far_log(FAR_LOG_WARNING, "the local store takes no more bytes (%s): writes that need room there fail until "
+			"there is some", far_strerror(err));
+}
+
+void far_cache_unreadable(struct far_region *r, uint64_t i, int err, bool lost)
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+
+	atomic_fetch_add_explicit(&r->local_errors, 1, memory_order_relaxed);
+	if (lost && !(atomic_fetch_or_explicit(&r->bad[i / 64], bit, memory_order_relaxed) & bit))
+		far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " cannot be read from the local store (%s), and the "
+			"remote does not have their newest state: write them again", i << r->shift,
+			(i << r->shift) + far_chunkmap_len(r->map, i), far_strerror(err));
 }
 
 /* -------------------------------------------------------------------------------------------------------- fetches */
@@ -42,11 +71,14 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 		bool skip = atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len);
 		if (!skip)
 			err = cache_store(r, base, buf, 0, len, flags);
+		if (!skip)
+			cache_local_wrote(r, err);
 		if (err && far_discard(r->local, base, len, 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 	} else {
 		for (; !err && far_partial_missing(e, &from, &to); from = to)
 			err = cache_store(r, base, buf, from, to, flags);
+		cache_local_wrote(r, err);
 	}
 	if (!err) {
 		far_persist_verified(r->persist, i, 1);
@@ -121,60 +153,62 @@ int far_cache_need(struct far_region *r, uint64_t i, uint64_t max)
 
 /* ---------------------------------------------------------------------------------------------------------- reads */
 
-/* The local store is full: the remote's bytes go to the reader alone. Only while the chunk is wholly absent: whatever was
+/* The local store is full or failed: the remote's bytes go to the reader alone. Only while the chunk is wholly absent: whatever was
  * written here before this read began has made it something else. */
-static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len)
+static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len, int err)
 {
 	if (far_chunkmap_state(r->map, i) != FAR_ABSENT)
-		return -ENOSPC;
-	int err = far_read(r->remote, off, buf, len, 0);
+		return err;
+	err = far_read(r->remote, off, buf, len, 0);
 	if (err)
 		far_region_remote_failed(r, err);
 	return err;
 }
 
-/* What the chunk map's file called clean is looked at before it is used for the first time. The chunks are pinned; false:
- * chunk *bad is not what it was. */
-static bool cache_verify(struct far_region *r, uint64_t i, uint64_t n, uint64_t *bad)
+/* The chunks [i, i+n), which the reader had pinned, gave `err`. 0: chunk i is not local any more, or may be tried alone;
+ * else the error for the reader. */
+static int cache_read_failed(struct far_region *r, uint64_t i, uint64_t n, unsigned *failures, int err)
 {
-	for (*bad = i; *bad < i + n; ++*bad) {
-		size_t len = (size_t)far_chunkmap_len(r->map, *bad);
-		if (!far_persist_is_unverified(r->persist, *bad, 1))
+	if (err == -EAGAIN || err == -ESHUTDOWN || err == -ETIMEDOUT || err == -ENOMEM)
+		return err;
+	++*failures;
+	if (n > 1)
+		return 0;
+	bool again = far_evict_unreadable(r, i) && *failures < 3 * CACHE_LOCAL_TRIES;
+	far_cache_unreadable(r, i, err, !again);
+	return again ? 0 : err == -EBADMSG ? err : -EIO;
+}
+
+/* What the chunk map's file called clean is looked at before it is used for the first time. [i, i+n) is pinned. */
+static int cache_verify(struct far_region *r, uint64_t i, uint64_t n)
+{
+	for (uint64_t k = i; k < i + n; k++) {
+		size_t len = (size_t)far_chunkmap_len(r->map, k);
+		if (!far_persist_is_unverified(r->persist, k, 1))
 			continue;
 		char *buf = far_buf_get(len);
-		int err = buf ? far_read(r->local, *bad << r->shift, buf, len, 0) : -ENOMEM;
+		int err = buf ? far_read(r->local, k << r->shift, buf, len, 0) : -ENOMEM;
 		if (!err)
-			err = far_persist_check(r->persist, *bad, buf, len);
+			err = far_persist_check(r->persist, k, buf, len);
 		far_buf_put(buf, len);
 		if (err)
-			return false;
-		far_persist_verified(r->persist, *bad, 1);
+			return err == -ENOMEM ? err : -EBADMSG;
+		far_persist_verified(r->persist, k, 1);
 	}
 	if (!far_persist_any_unverified(r->persist))
 		far_cache_arrived(r);
-	return true;
-}
-
-/* The local store lost a clean chunk: forget it, and it will be fetched again. */
-static void cache_lost(struct far_region *r, uint64_t i)
-{
-	if (!far_evict_one(r, i)) {
-		far_thread_yield(); /* others have it pinned; they find out as well */
-		return;
-	}
-	atomic_fetch_add_explicit(&r->local_errors, 1, memory_order_relaxed);
-	far_log(FAR_LOG_WARNING, "the local store has lost %" PRIu64 " bytes at %" PRIu64 ": they are fetched again",
-		far_chunkmap_len(r->map, i), i << r->shift);
+	return 0;
 }
 
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct far_region *r = self;
 	uint64_t end = off + len;
+	unsigned failures = 0; /* of the local store, in a row */
 	char *p = buf;
 
 	while (off < end) {
-		uint64_t i = off >> r->shift, last = (end - 1) >> r->shift;
+		uint64_t i = off >> r->shift, last = failures ? i : (end - 1) >> r->shift;
 		uint64_t n = far_chunkmap_pin(r->map, i, last - i + 1);
 		uint64_t stop = n ? far_min(end, (i + n) << r->shift) : far_min(end, (i + 1) << r->shift);
 		int err;
@@ -186,37 +220,38 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 				return -EAGAIN;
 			if (r->trace)
 				far_trace_touch(r->trace, i, 1);
-			err = far_cache_need(r, i, last - i + 1);
-			if (err == -ENOSPC || err == -EDQUOT) {
-				err = cache_read_past(r, i, off, p, (size_t)(stop - off));
+			if (failures >= CACHE_LOCAL_TRIES) /* what is written there cannot be read again */
+				err = -EIO;
+			else
+				err = far_cache_need(r, i, last - i + 1);
+			if (err && (failures || atomic_load_explicit(&r->local_error, memory_order_relaxed))) {
+				err = cache_read_past(r, i, off, p, (size_t)(stop - off), err);
 				p += stop - off;
 				off = stop;
+				failures = 0;
 			}
 			if (err)
 				return err;
 			continue;
 		}
-		if (far_persist_is_unverified(r->persist, i, n)) {
-			uint64_t bad;
-			bool ok = !(flags & FAR_NOWAIT) && cache_verify(r, i, n, &bad);
-			if (!ok)
-				far_chunkmap_unpin(r->map, i, n);
-			if (flags & FAR_NOWAIT)
-				return -EAGAIN;
-			if (!ok) {
-				cache_lost(r, bad);
-				continue;
-			}
-		}
 		if (r->trace)
 			far_trace_touch(r->trace, i, n);
 		far_pull_touched(r, i, n);
-		err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
+		err = 0;
+		if (far_persist_is_unverified(r->persist, i, n))
+			err = flags & FAR_NOWAIT ? -EAGAIN : cache_verify(r, i, n);
+		if (!err)
+			err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
 		far_chunkmap_unpin(r->map, i, n);
-		if (err)
-			return err;
+		if (err) {
+			err = cache_read_failed(r, i, n, &failures, err);
+			if (err)
+				return err;
+			continue;
+		}
 		p += stop - off;
 		off = stop;
+		failures = 0;
 	}
 	return 0;
 }
@@ -269,7 +304,7 @@ static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool
 		if (err && copied && b->c[k].claim == FAR_CLAIM_WHOLE &&
 		    far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
-		if (!err)
+		if (copied)
 			far_persist_fresh(r->persist, i, 1);
 		far_chunkmap_write_end(r->map, i, b->c[k].from, b->c[k].to, b->c[k].claim, b->c[k].ragged, !err);
 		if (!err && b->c[k].claim == FAR_CLAIM_WHOLE && r->o.chunk_local)
@@ -277,7 +312,7 @@ static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool
 	}
 }
 
-/* The chunk map's file learns of it first. What is overwritten as a whole need not be looked at any more. */
+/* The chunk map's file learns of it first. */
 static int batch_announce(struct far_region *r, struct cache_batch *b, unsigned flags)
 {
 	int err = 0;
@@ -289,7 +324,7 @@ static int batch_announce(struct far_region *r, struct cache_batch *b, unsigned 
 			err = far_persist_before_write(r->persist, b->first + k, n, flags);
 		n += !n;
 	}
-	if (!err)
+	if (!err) /* what is overwritten as a whole need not be looked at any more */
 		far_persist_verified(r->persist, b->first, b->n);
 	return err;
 }
@@ -297,23 +332,25 @@ static int batch_announce(struct far_region *r, struct cache_batch *b, unsigned 
 /* A write of a part keeps the other bytes: they must be what they were. Only the first and the last chunk can be. */
 static int batch_verify(struct far_region *r, uint64_t off, uint64_t end, unsigned flags)
 {
-	uint64_t ends[2] = { off >> r->shift, (end - 1) >> r->shift }, bad;
+	uint64_t ends[2] = { off >> r->shift, (end - 1) >> r->shift };
+	int err = 0;
 
-	for (unsigned k = 0; k < 2; k++) {
-		if (!far_persist_is_unverified(r->persist, ends[k], 1))
-			continue;
-		if (flags & FAR_NOWAIT)
-			return -EAGAIN;
-		if (!far_chunkmap_pin(r->map, ends[k], 1))
-			continue;
-		bool ok = cache_verify(r, ends[k], 1, &bad);
-		far_chunkmap_unpin(r->map, ends[k], 1);
-		if (!ok) {
-			cache_lost(r, bad);
-			k--; /* gone, or somebody else had it pinned */
+	for (unsigned k = 0; !err && k < 2; k++) {
+		while (!err && far_persist_is_unverified(r->persist, ends[k], 1)) {
+			if (flags & FAR_NOWAIT)
+				return -EAGAIN;
+			if (!far_chunkmap_pin(r->map, ends[k], 1))
+				break;
+			err = cache_verify(r, ends[k], 1);
+			far_chunkmap_unpin(r->map, ends[k], 1);
+			if (err != -EBADMSG)
+				continue;
+			bool again = far_evict_unreadable(r, ends[k]);
+			far_cache_unreadable(r, ends[k], err, !again);
+			err = again ? 0 : -EIO;
 		}
 	}
-	return 0;
+	return err;
 }
 
 /* Write one batch from `off` on; *stop is where it ended. -EALREADY: nothing was written, look again. */
@@ -343,7 +380,10 @@ static int cache_write_batch(struct far_region *r, uint64_t off, uint64_t end, c
 	err = buf ? far_write(r->local, off, buf, (size_t)(*stop - off), flags & FAR_NOWAIT)
 		  : far_zero(r->local, off, *stop - off, flags & FAR_NOWAIT);
 	batch_end(r, &b, err, err != -EAGAIN);
-	if (b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT)
+	bool fresh = b.c[0].claim != FAR_CLAIM_PRESENT || b.c[b.n - 1].claim != FAR_CLAIM_PRESENT;
+	if (fresh && err != -EAGAIN && (buf || err))
+		cache_local_wrote(r, err);
+	if (fresh)
 		far_cache_arrived(r);
 	far_push_dirtied(r);
 	return err;
@@ -355,6 +395,8 @@ static int cache_write(struct far_region *r, uint64_t off, const char *buf, uint
 	uint64_t end = off + len, stop;
 
 	while (off < end) {
+		if (atomic_load_explicit(&r->fenced, memory_order_acquire))
+			return -ESTALE;
 		int err = far_push_throttle(r, far_min(end - off, CACHE_BATCH << r->shift), flags);
 		if (!err && far_persist_any_unverified(r->persist))
 			err = batch_verify(r, off, end, flags);

@@ -15,7 +15,7 @@
  *   FETCHING_PARTIAL --> PARTIAL            fetch_end       the fetch failed
  *   FILLING -----------> CLEAN | DIRTY      fill_end, write_end
  *   FILLING -----------> ABSENT | PARTIAL   fill_end, write_end: the local store failed
- *   CLEAN -------------> DIRTY              write_end
+ *   CLEAN -------------> DIRTY              write_end; redirty: the remote has forgotten it
  *   DIRTY -------------> PUSHING            push_begin
  *   PUSHING -----------> REDIRTY            write_end
  *   PUSHING -----------> CLEAN | DIRTY      push_end
@@ -784,6 +784,28 @@ void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, b
 		count_news(m, i, was, is);
 		if (state_of(is) == FAR_DIRTY)
 			hint(m, i);
+	}
+}
+
+bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i)
+{
+	uint16_t w = load(m, i), was, is;
+
+	for (;;) {
+		if (state_of(w) == FAR_EVICTING) { /* it will look at the chunk's mark and let go */
+			far_thread_yield();
+			w = load(m, i);
+			continue;
+		}
+		if (state_of(w) != FAR_CLEAN)
+			return false;
+		was = w;
+		is = add_news(m, i, with_state(w, FAR_DIRTY), far_chunkmap_len(m, i));
+		if (!cas(m, i, &w, is))
+			continue;
+		count_news(m, i, was, is);
+		hint(m, i);
+		return true;
 	}
 }
 

@@ -75,6 +75,9 @@ bool far_chunkmap_push_begin(struct far_chunkmap *m, uint64_t *cursor, uint64_t 
 			     bool *partial);
 bool far_chunkmap_push_begin_one(struct far_chunkmap *m, uint64_t i);
 void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, bool ok);
+/* The remote may have forgotten what was pushed of chunk i: if it counts as clean it is dirty again. False: it did not.
+ * Nobody may evict it meanwhile for longer than a look at it takes. */
+bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i);
 /* Call fn for every chunk that holds something the remote lacks. */
 void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, uint64_t i, enum far_chunk s), void *opaque);
 

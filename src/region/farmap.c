@@ -231,8 +231,13 @@ int farmap_write_sums(struct far_persist *p, uint64_t index)
 	page.index = index;
 	for (unsigned k = 0; k < FARMAP_SUMS; k++) {
 		uint64_t i = index * FARMAP_SUMS + k;
-		if (i < p->chunks && (p->sums[i].lo | p->sums[i].hi))
-			page.sums[k] = p->sums[i];
+		struct farmap_sum now = { 0, 0 };
+		if (i < p->chunks) {
+			now.lo = __atomic_load_n(&p->sums[i].lo, __ATOMIC_RELAXED);
+			now.hi = __atomic_load_n(&p->sums[i].hi, __ATOMIC_RELAXED);
+		}
+		if (now.lo | now.hi)
+			page.sums[k] = now;
 	}
 	page.sum = XXH3_64bits(&page.index, sizeof page - sizeof page.sum);
 	return far_io_pwrite(p->fd, sum_page_off(index), &page, sizeof page, 0);
@@ -643,7 +648,7 @@ bool far_persist_shared(const struct far_persist *p)
 	/* Alone now: stay so, and room may be given back from here on. */
 	if (p->passive || farmap_lock_op(p->fd, F_OFD_SETLK, F_WRLCK, 0))
 		return true;
-	q->exclusive = true;
+	atomic_store(&q->exclusive, true);
 	return false;
 }
 

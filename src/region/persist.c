@@ -106,8 +106,11 @@ void far_persist_sum(struct far_persist *p, uint64_t i, const void *buf, size_t 
 {
 	if (persist_idle(p))
 		return;
-	p->sums[i] = farmap_sum_of(buf, len);
-	atomic_thread_fence(memory_order_release);
+	struct farmap_sum sum = farmap_sum_of(buf, len);
+	/* A commit that sees halves of two writes a wrong checksum; but whoever calls has a newer state to show, and comes
+	 * again with it. */
+	__atomic_store_n(&p->sums[i].lo, sum.lo, __ATOMIC_RELAXED);
+	__atomic_store_n(&p->sums[i].hi, sum.hi, __ATOMIC_RELAXED);
 	bit_set(p->sums_dirty, i / FARMAP_SUMS);
 }
 
@@ -368,7 +371,7 @@ static bool commit_unmark(struct commit *c, uint64_t i)
 
 	atomic_fetch_and_explicit(&s->durable, ~bit, memory_order_seq_cst);
 	for (uint64_t k = first; quiet && k < end; k++)
-		quiet = far_chunkmap_is_quiet(p->r->map, k) && !bit_get(p->fresh_bits, k) && !far_push_is_unstable(p->r, k);
+		quiet = far_chunkmap_is_quiet(p->r->map, k) && !bit_get(p->fresh_bits, k) && !far_push_unstable(p->r, k);
 	if (quiet) {
 		s->marks &= ~bit;
 		s->ahead = true;
@@ -387,7 +390,7 @@ static void commit_clean(struct commit *c, uint64_t i)
 
 	if (bit_get(p->fresh_bits, i) || far_chunkmap_state(p->r->map, i) != FAR_CLEAN)
 		return; /* it changed since, and will come again */
-	if (far_push_is_unstable(p->r, i)) {
+	if (far_push_unstable(p->r, i)) {
 		/* The remote may yet forget it. */
 		if (farmap_kind(s, k) == FAR_PERSIST_ABSENT)
 			err = farmap_set_kind(s, k, FAR_PERSIST_DIRTY);
@@ -395,7 +398,7 @@ static void commit_clean(struct commit *c, uint64_t i)
 	} else if (farmap_kind(s, k) != FAR_PERSIST_CLEAN) {
 		err = farmap_set_kind(s, k, FAR_PERSIST_CLEAN);
 	}
-	if (!err && farmap_marked(s, k) && !far_push_is_unstable(p->r, i) && !commit_unmark(c, i) &&
+	if (!err && farmap_marked(s, k) && !far_push_unstable(p->r, i) && !commit_unmark(c, i) &&
 	    far_chunkmap_dirty(p->r->map) == 0)
 		commit_again(c, i); /* a reader's pin, perhaps: nobody else would bring it up again */
 	c->err = c->err ? c->err : err;

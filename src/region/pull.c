@@ -83,9 +83,16 @@ static bool wanted(struct far_region *r, uint64_t i)
 	return s == FAR_ABSENT || s == FAR_PARTIAL;
 }
 
-static bool pull_has_room(struct far_region *r, uint64_t len)
+/* Pinned chunks come in at the cost of others. */
+static bool pull_has_room(struct far_region *r, uint64_t first, uint64_t len)
 {
-	return !r->o.local_max || far_chunkmap_local(r->map) + len <= r->o.local_max;
+	return !r->o.local_max || far_chunkmap_local(r->map) + len <= r->o.local_max || far_evict_kept(r, first);
+}
+
+/* The local store took nothing when last asked: one fetch at a time finds out whether it does again. */
+static bool pull_probing_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
+{
+	return p->inflight && atomic_load_explicit(&p->r->local_error, memory_order_relaxed);
 }
 
 /* The next chunk to fetch and where its run ends. The cursor stays on it. */
@@ -200,6 +207,18 @@ void far_pull_demand_begin(struct far_region *r, uint64_t len)
 	far_mutex_unlock(&r->pull->lock);
 }
 
+void far_pull_again(struct far_region *r)
+{
+	struct far_pull *p = r->pull;
+
+	far_mutex_lock(&p->lock);
+	p->run = 0;
+	p->at = 0;
+	if (p->idle)
+		far_cond_signal(&p->work);
+	far_mutex_unlock(&p->lock);
+}
+
 void far_pull_demand_end(struct far_region *r, uint64_t len, int err)
 {
 	struct far_pull *p = r->pull;
@@ -218,6 +237,7 @@ void far_pull_demand_end(struct far_region *r, uint64_t len, int err)
 /* -------------------------------------------------------------------------------------------------------- workers */
 
 static void *pull_worker(void *arg);
+static void pull_request_locked(struct far_pull *p, uint64_t first, uint64_t end) FAR_REQUIRES(p->lock);
 
 static void pull_spawn_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 {
@@ -231,6 +251,8 @@ static void pull_failed_locked(struct far_pull *p, int err) FAR_REQUIRES(p->lock
 	p->error = err;
 	p->errors++;
 	p->backoff = p->backoff ? far_min(2 * p->backoff, PULL_BACKOFF_MAX) : 100 * FAR_MSEC;
+	if (atomic_load_explicit(&p->r->local_error, memory_order_relaxed))
+		p->backoff = far_min(p->backoff, FAR_SEC); /* no remote suffers from asking again */
 	p->resume = far_now() + p->backoff;
 	/* What failed is absent again: walk the order once more from its start. */
 	p->run = 0;
@@ -287,6 +309,8 @@ static void pull_fetch_locked(struct far_pull *p, uint64_t first, uint64_t end) 
 	p->inflight -= len;
 	if (err) {
 		pull_failed_locked(p, err);
+		if (far_evict_kept(r, first))
+			pull_request_locked(p, first, first + n);
 		far_cond_broadcast(&p->progress);
 	} else {
 		p->error = 0;
@@ -316,9 +340,9 @@ static void *pull_worker(void *arg)
 			pull_idle_locked(p, p->resume);
 		else if (!pull_next_locked(p, &first, &end))
 			pull_idle_locked(p, FAR_NEVER);
-		else if (!pull_has_room(r, p->extent))
+		else if (!pull_has_room(r, first, p->extent))
 			pull_idle_locked(p, far_now() + FAR_SEC);
-		else if (p->inflight && p->inflight + p->demand + p->extent > p->window)
+		else if (pull_probing_locked(p) || (p->inflight && p->inflight + p->demand + p->extent > p->window))
 			pull_idle_locked(p, FAR_NEVER);
 		else
 			pull_fetch_locked(p, first, end);

@@ -1,164 +1,258 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /*
- * The pusher: workers that go round the region and write what is dirty to the remote, neighbours joined, and the flush
- * that waits for them.
+ * The pusher: workers that go round the region and write what is dirty to the remote, neighbours joined. flush.c has the
+ * flush that waits for them, and what happens between a push and the flush of the remote that makes it safe.
  *
- * A flush takes a stamp, and a list of the chunks that hold news at that moment: one bit a chunk in `listed`, and a
- * second one in `later` for those that only a push begun after the stamp may take off. A chunk that is PUSHING at the
- * stamp and not REDIRTY was written before its push began, so the end of that push takes it off. Writes after the stamp
- * do not lengthen the list, so a flush ends under endless writes. It fails as soon as a push of a listed chunk fails;
- * the chunk stays dirty, so the next flush lists it again.
+ * A round walks the region once from its start. It ends early when a push fails, with a growing pause before the next; a
+ * chunk that the local store cannot read fails alone. Workers that find nothing to do sleep; one of them, the leader,
+ * watches the clock. A fenced region pushes nothing any more.
  *
- * Invariants, under lock: pushes begin and end (chunk map included) while it is held, so that a flush sees each chunk
- * either before or after; `began` of a push is a number from the same sequence as the stamps.
+ * `oldest`: when a round that began at T has ended whole, all that was dirty at T is on the remote, so what is dirty now
+ * has become so after T.
  */
-#include "region/region_int.h"
+#include "region/push_int.h"
 
 #include "base/io.h"
 #include "base/pool.h"
 
 #include <stdlib.h>
 
-#define PUSH_THREADS_MAX 32
 #define PUSH_EXTENT_MAX (2 * FAR_MIB)
+#define PUSH_ZERO_MAX (64 * FAR_MIB)
 #define PUSH_BACKOFF_MAX (10 * FAR_SEC)
 
-struct push_flush {
-	struct push_flush *next;
-	struct far_region *r;
-	uint64_t *listed, *later; /* bit i: chunk i */
-	uint64_t left, stamp;
-	int err;
+struct push_job {
+	uint64_t first, n, began;
+	uint64_t more, more_began; /* chunks of zeros behind them that were claimed as well */
+	bool local;                /* it was the local store that failed */
 };
 
-struct far_push {
-	struct far_region *r;
-	unsigned max_threads; /* fixed after open */
+/* ---------------------------------------------------------------------------------------------------------- rounds */
 
-	_Atomic bool sleeping; /* nothing is dirty, the leader sleeps without a limit */
-
-	struct far_mutex lock;
-	struct far_cond work, done; /* for workers; for flushes and throttled writers */
-	struct far_thread thread[PUSH_THREADS_MAX] FAR_GUARDED_BY(lock);
-	unsigned threads FAR_GUARDED_BY(lock), busy FAR_GUARDED_BY(lock);
-	bool stopped FAR_GUARDED_BY(lock);
-	bool round FAR_GUARDED_BY(lock);  /* the cursor is on its way */
-	bool leader FAR_GUARDED_BY(lock); /* one idle worker watches the clock, the others only wait */
-	uint64_t cursor FAR_GUARDED_BY(lock), next_round FAR_GUARDED_BY(lock), backoff FAR_GUARDED_BY(lock);
-	uint64_t sequence FAR_GUARDED_BY(lock);
-	unsigned throttled FAR_GUARDED_BY(lock);
-	struct push_flush *flushes FAR_GUARDED_BY(lock);
-	uint64_t pushes FAR_GUARDED_BY(lock), flushed FAR_GUARDED_BY(lock); /* that ended; that a remote flush covered */
-	uint64_t extent FAR_GUARDED_BY(lock), fastest FAR_GUARDED_BY(lock);
-};
-
-/* ------------------------------------------------------------------------------------------------------- one push */
-
-static void push_round_locked(struct far_push *p) FAR_REQUIRES(p->lock)
+void far_push_round_locked(struct far_push *p)
 {
+	struct push_round *g = &p->rounds[++p->n_round % 2];
+
 	p->round = true;
 	p->cursor = 0;
+	if (!g->busy) /* else it goes on being the older one */
+		g->began = far_now();
+	g->ended = false;
+	g->whole = true;
 	far_cond_broadcast(&p->work);
 }
 
-static void push_listed_end_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, int err)
-	FAR_REQUIRES(p->lock)
+/* Nothing dirty may be left, or nothing that is older than a round that has ended. */
+static void push_older_locked(struct far_push *p, const struct push_round *g) FAR_REQUIRES(p->lock)
 {
-	for (struct push_flush *f = p->flushes; f; f = f->next)
-		for (uint64_t i = first; i < first + n; i++) {
-			uint64_t bit = (uint64_t)1 << (i % 64);
-			if (!(f->listed[i / 64] & bit) || ((f->later[i / 64] & bit) && began <= f->stamp))
-				continue;
-			if (err) {
-				f->err = err;
-			} else {
-				f->listed[i / 64] &= ~bit;
-				f->left--;
-			}
-		}
+	uint64_t old = atomic_load_explicit(&p->oldest, memory_order_relaxed), none = 0;
+
+	if (!far_chunkmap_dirty(p->r->map)) {
+		/* Pairs with far_push_dirtied(): it finds 0, or we find the dirty bytes. */
+		atomic_store_explicit(&p->oldest, 0, memory_order_seq_cst);
+		if (far_chunkmap_dirty(p->r->map))
+			atomic_compare_exchange_strong(&p->oldest, &none, far_now());
+	} else if (g->ended && g->whole && !g->busy && old && old < g->began) {
+		atomic_compare_exchange_strong(&p->oldest, &old, g->began);
+	}
+}
+
+static void push_round_ended_locked(struct far_push *p) FAR_REQUIRES(p->lock)
+{
+	struct push_round *g = &p->rounds[p->n_round % 2];
+
+	if (p->round) {
+		p->next_round = far_now() + p->r->o.push_interval_ms * FAR_MSEC;
+		g->ended = true;
+		push_older_locked(p, g);
+	}
+	p->round = false;
+	far_cond_broadcast(&p->work);
+}
+
+/* -------------------------------------------------------------------------------------------------------- one push */
+
+void far_push_refused(struct far_region *r, int err)
+{
+	far_region_remote_failed(r, err);
+	if (err != -ESTALE || atomic_load_explicit(&r->fenced, memory_order_relaxed))
+		return;
+	far_log(FAR_LOG_ERROR, "the remote takes no more changes from here: somebody else owns the region now; %" PRIu64
+		" KiB that it lacks stay in the local store", far_chunkmap_dirty(r->map) / FAR_KIB);
+	far_region_fence(r);
 }
 
 /* Pieces that take long are cut smaller, so that throttled writers go on smoothly; a fast path gets larger ones. */
-static void push_resize_locked(struct far_push *p, uint64_t took) FAR_REQUIRES(p->lock)
+static void push_resize_locked(struct far_push *p, uint64_t took, bool zeros) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
 	uint64_t io = far_facts(r->remote)->max_io;
-	uint64_t most = io ? far_min(io, PUSH_EXTENT_MAX) : PUSH_EXTENT_MAX;
+	uint64_t most = zeros ? PUSH_ZERO_MAX : io ? far_min(io, PUSH_EXTENT_MAX) : PUSH_EXTENT_MAX;
+	uint64_t *extent = zeros ? &p->zero_extent : &p->extent;
 
 	p->fastest = p->fastest ? far_min(p->fastest + p->fastest / 64, took) : took;
-	if (took > 2 * p->fastest + 60 * FAR_MSEC && p->extent / 2 >= r->chunk)
-		p->extent /= 2;
-	else if (took < 2 * p->fastest + 20 * FAR_MSEC && p->extent * 2 <= most)
-		p->extent *= 2;
+	if (took > 2 * p->fastest + 60 * FAR_MSEC && *extent / 2 >= r->chunk)
+		*extent /= 2;
+	else if (took < 2 * p->fastest + 20 * FAR_MSEC && *extent * 2 <= most)
+		*extent *= 2;
+}
+
+static bool push_reads_zero(struct far_region *r, uint64_t i, char *buf)
+{
+	size_t len = (size_t)far_chunkmap_len(r->map, i);
+
+	if (far_read(r->local, i << r->shift, buf, len, 0) || !far_is_zero(buf, len))
+		return false;
+	far_persist_sum(r->persist, i, buf, len);
+	return true;
+}
+
+/* The job is all zeros: claim what follows it as long as that is, too, so that discarding a large range takes few calls. */
+static void push_more_zeros(struct far_push *p, struct push_job *j, char *buf)
+{
+	struct far_region *r = p->r;
+	uint64_t next = j->first + j->n, n = 0;
+
+	far_mutex_lock(&p->lock);
+	uint64_t most = p->zero_extent >> r->shift;
+	j->more_began = ++p->sequence;
+	while (j->n + n < most && next + n < far_chunkmap_chunks(r->map) && far_chunkmap_push_begin_one(r->map, next + n))
+		n++;
+	far_mutex_unlock(&p->lock);
+	while (j->more < n && push_reads_zero(r, next + j->more, buf))
+		j->more++;
+	if (j->more == n)
+		return;
+	far_mutex_lock(&p->lock);
+	far_chunkmap_push_end(r->map, next + j->more, n - j->more, false);
+	p->cursor = far_min(p->cursor, next + j->more);
+	far_mutex_unlock(&p->lock);
 }
 
 /* Read the run from the local store, write it to the remote. */
-static int push_move(struct far_region *r, uint64_t first, uint64_t n, unsigned flags)
+static int push_move(struct far_push *p, struct push_job *j, unsigned flags)
 {
-	uint64_t off = first << r->shift, len = far_min(n << r->shift, r->bytes - off);
+	struct far_region *r = p->r;
+	uint64_t off = j->first << r->shift, len = far_min(j->n << r->shift, r->bytes - off);
 	char *buf = far_buf_get((size_t)len);
 	int err = buf ? far_read(r->local, off, buf, (size_t)len, 0) : -ENOMEM;
 
-	for (uint64_t i = first; r->persist && !err && i < first + n; i++)
-		far_persist_sum(r->persist, i, buf + ((i - first) << r->shift), (size_t)far_chunkmap_len(r->map, i));
+	j->local = err && err != -ENOMEM;
+	for (uint64_t i = j->first; r->persist && !err && i < j->first + j->n; i++)
+		far_persist_sum(r->persist, i, buf + ((i - j->first) << r->shift), (size_t)far_chunkmap_len(r->map, i));
 	if (!err) {
-		atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
-		err = far_is_zero(buf, (size_t)len) ? far_zero(r->remote, off, len, flags)
-						    : far_write(r->remote, off, buf, (size_t)len, flags);
-		atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
+		bool zero = far_is_zero(buf, (size_t)len);
+		if (zero)
+			push_more_zeros(p, j, buf);
+		uint64_t all = far_min((j->n + j->more) << r->shift, r->bytes - off);
+		atomic_fetch_add_explicit(&r->inflight, all, memory_order_relaxed);
+		err = zero ? far_zero(r->remote, off, all, flags) : far_write(r->remote, off, buf, (size_t)len, flags);
+		atomic_fetch_sub_explicit(&r->inflight, all, memory_order_relaxed);
 		if (err)
-			far_region_remote_failed(r, err);
+			far_push_refused(r, err);
 		else
-			atomic_fetch_add_explicit(&r->pushed, len, memory_order_relaxed);
+			atomic_fetch_add_explicit(&r->pushed, all, memory_order_relaxed);
 	}
 	far_buf_put(buf, (size_t)len);
 	return err;
 }
 
-/* Push the next run of the round. False: the round has nothing more to begin. */
-static bool push_step_locked(struct far_push *p) FAR_REQUIRES(p->lock)
+static void push_count_locked(struct far_push *p, uint64_t bytes) FAR_REQUIRES(p->lock)
+{
+	uint64_t now = far_now();
+
+	p->show_bytes += bytes;
+	if (now - p->show_at >= FAR_SEC) {
+		p->show_rate = (double)p->show_bytes * (double)FAR_SEC / (double)(now - p->show_at);
+		p->show_at = now;
+		p->show_bytes = 0;
+	}
+}
+
+/* Carry out a job whose chunks are PUSHING, and end it. */
+static int push_job_locked(struct far_push *p, struct push_job *j, unsigned flags) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
-	uint64_t first, n, began;
+
+	far_mutex_unlock(&p->lock);
+	uint64_t before = far_push_instance(r), start = far_now();
+	int err = push_move(p, j, flags);
+	uint64_t after = far_push_instance(r), took = far_now() - start;
+	if (j->local && j->n == 1)
+		far_cache_unreadable(r, j->first, err, true);
+	far_mutex_lock(&p->lock);
+	if (j->local && j->n > 1) {
+		/* One of them cannot be read: each by itself, so that the others get through. */
+		int first_err = 0;
+		for (uint64_t k = 0; k < j->n; k++) {
+			struct push_job one = { .first = j->first + k, .n = 1, .began = j->began };
+			err = push_job_locked(p, &one, flags);
+			first_err = first_err ? first_err : err;
+			j->local = !err || one.local;
+		}
+		return first_err;
+	}
+	far_push_ended_locked(p, j->first, j->n, j->began, before, after, err);
+	if (j->more)
+		far_push_ended_locked(p, j->first + j->n, j->more, j->more_began, before, after, err);
+	if (!err) {
+		push_count_locked(p, (j->n + j->more) << r->shift);
+		push_resize_locked(p, took, j->more > 0);
+	}
+	return err;
+}
+
+/* Half-written: fetch the rest, then push the whole. */
+static int push_whole_locked(struct far_push *p, struct push_job *j) FAR_REQUIRES(p->lock)
+{
+	struct far_region *r = p->r;
+	int err = 0;
+
+	far_mutex_unlock(&p->lock);
+	while (!err && !far_chunkmap_is_local(r->map, j->first) && far_chunkmap_state(r->map, j->first) != FAR_ABSENT)
+		err = far_cache_need(r, j->first, 1);
+	far_mutex_lock(&p->lock);
+	j->n = err || far_chunkmap_push_begin_one(r->map, j->first);
+	return err;
+}
+
+bool far_push_step_locked(struct far_push *p)
+{
+	struct far_region *r = p->r;
+	struct push_job j = { 0 };
 	bool partial;
 	int err = 0;
 
-	if (!far_chunkmap_push_begin(r->map, &p->cursor, far_max(p->extent >> r->shift, 1), &first, &n, &partial))
+	if (atomic_load_explicit(&r->fenced, memory_order_acquire) ||
+	    !far_chunkmap_push_begin(r->map, &p->cursor, far_max(p->extent >> r->shift, 1), &j.first, &j.n, &partial))
 		return false;
+	struct push_round *g = &p->rounds[p->n_round % 2];
 	p->busy++;
+	g->busy++;
 	unsigned flags = p->flushes || p->throttled ? 0 : FAR_BULK;
-	uint64_t start = far_now(), old = far_deadline_limit(start + r->o.deadline_ms * FAR_MSEC);
-	if (partial) { /* half-written: fetch the rest first */
-		far_mutex_unlock(&p->lock);
-		while (!err && !far_chunkmap_is_local(r->map, first) && far_chunkmap_state(r->map, first) != FAR_ABSENT)
-			err = far_cache_need(r, first, 1);
-		far_mutex_lock(&p->lock);
-		n = err || far_chunkmap_push_begin_one(r->map, first);
-	}
-	began = ++p->sequence;
-	if (n && !err) {
-		far_mutex_unlock(&p->lock);
-		start = far_now();
-		err = push_move(r, first, n, flags);
-		far_mutex_lock(&p->lock);
-		far_persist_fresh(r->persist, first, n);
-		far_chunkmap_push_end(r->map, first, n, !err);
-	}
+	uint64_t old = far_deadline_limit(far_now() + r->o.deadline_ms * FAR_MSEC);
+	if (partial)
+		err = push_whole_locked(p, &j);
+	j.began = ++p->sequence;
+	if (err)
+		far_push_failed_locked(p, j.first, j.began, err);
+	else if (j.n)
+		err = push_job_locked(p, &j, flags);
 	far_deadline_restore(old);
 	p->busy--;
-	if (n) {
-		push_listed_end_locked(p, first, n, began, err);
-		p->pushes++;
-	}
-	if (err) {
+	g->busy--;
+	if (err && j.local) {
+		g->whole = false;
+	} else if (err) {
 		p->backoff = p->backoff ? far_min(2 * p->backoff, PUSH_BACKOFF_MAX) : FAR_SEC;
 		p->next_round = far_now() + p->backoff;
 		p->round = false; /* the rest would fail as well */
-	} else if (n) {
+		g->whole = false;
+	} else if (j.n) {
 		p->backoff = 0;
-		push_resize_locked(p, far_now() - start);
 	}
+	push_older_locked(p, g);
 	far_cond_broadcast(&p->done);
 	return true;
 }
@@ -169,18 +263,19 @@ static void push_sleep_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
 
-	if (p->leader) {
+	if (p->leader || atomic_load_explicit(&r->fenced, memory_order_acquire)) {
 		far_cond_wait(&p->work, &p->lock);
 		return;
 	}
 	p->leader = true;
+	uint64_t settle = far_push_settle_at_locked(p);
 	if (far_chunkmap_dirty(r->map)) {
-		far_cond_wait_until(&p->work, &p->lock, p->next_round);
+		far_cond_wait_until(&p->work, &p->lock, far_min(p->next_round, settle));
 	} else {
 		/* Pairs with far_push_dirtied(): it sees the flag, or we see the dirty bytes. */
 		atomic_store_explicit(&p->sleeping, true, memory_order_seq_cst);
 		if (!far_chunkmap_dirty(r->map))
-			far_cond_wait(&p->work, &p->lock);
+			far_cond_wait_until(&p->work, &p->lock, settle);
 		atomic_store_explicit(&p->sleeping, false, memory_order_relaxed);
 	}
 	p->leader = false;
@@ -193,15 +288,15 @@ static void *push_worker(void *arg)
 
 	far_mutex_lock(&p->lock);
 	while (!p->stopped) {
-		if (p->round) {
-			if (push_step_locked(p))
-				continue;
-			if (p->round)
-				p->next_round = far_now() + r->o.push_interval_ms * FAR_MSEC;
-			p->round = false;
-			far_cond_broadcast(&p->work);
+		if (atomic_load_explicit(&r->fenced, memory_order_acquire)) {
+			push_sleep_locked(p);
+		} else if (far_push_settle_at_locked(p) <= far_now()) {
+			far_push_settle_now_locked(p);
+		} else if (p->round) {
+			if (!far_push_step_locked(p))
+				push_round_ended_locked(p);
 		} else if (far_chunkmap_dirty(r->map) && far_now() >= p->next_round) {
-			push_round_locked(p);
+			far_push_round_locked(p);
 		} else {
 			push_sleep_locked(p);
 		}
@@ -213,8 +308,11 @@ static void *push_worker(void *arg)
 void far_push_dirtied(struct far_region *r)
 {
 	struct far_push *p = r->push;
+	uint64_t none = 0;
 
 	atomic_thread_fence(memory_order_seq_cst);
+	if (!atomic_load_explicit(&p->oldest, memory_order_seq_cst))
+		atomic_compare_exchange_strong(&p->oldest, &none, far_now());
 	if (!atomic_load_explicit(&p->sleeping, memory_order_seq_cst))
 		return;
 	far_mutex_lock(&p->lock);
@@ -239,9 +337,11 @@ int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags)
 	while (!err && far_chunkmap_dirty(r->map) && far_chunkmap_dirty(r->map) + len > r->o.dirty_max) {
 		if (p->stopped)
 			err = -ESHUTDOWN;
+		else if (atomic_load_explicit(&r->fenced, memory_order_acquire))
+			err = -ESTALE;
 		else if (!p->round && far_now() >= p->next_round - far_min(p->next_round, p->backoff ? 0 : FAR_NEVER))
-			push_round_locked(p);
-		else if (p->max_threads == 0 && push_step_locked(p))
+			far_push_round_locked(p);
+		else if (p->max_threads == 0 && far_push_step_locked(p))
 			continue;
 		else if (!far_cond_wait_until(&p->done, &p->lock, far_min(far_deadline(), far_now() + 100 * FAR_MSEC)) &&
 			 far_now() >= far_deadline())
@@ -252,97 +352,28 @@ int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags)
 	return err;
 }
 
-/* ---------------------------------------------------------------------------------------------------------- flush */
-
-static void push_list(void *opaque, uint64_t i, enum far_chunk s)
-{
-	struct push_flush *f = opaque;
-	uint64_t bit = (uint64_t)1 << (i % 64);
-
-	f->listed[i / 64] |= bit;
-	if (s != FAR_PUSHING)
-		f->later[i / 64] |= bit;
-	f->left++;
-}
-
-/* Wait until the list is empty. Without workers this thread pushes. */
-static int push_wait_locked(struct far_push *p, struct push_flush *f) FAR_REQUIRES(p->lock)
-{
-
-	while (f->left && !f->err) {
-		if (p->stopped)
-			return -ESHUTDOWN;
-		if (far_now() >= far_deadline())
-			return -ETIMEDOUT;
-		if (!p->round)
-			push_round_locked(p);
-		if (p->max_threads == 0 && push_step_locked(p))
-			continue;
-		if (p->max_threads == 0)
-			p->round = false;
-		if (f->left && !f->err && (p->busy || p->max_threads))
-			far_cond_wait_until(&p->done, &p->lock, far_min(far_deadline(), far_now() + FAR_SEC));
-	}
-	return f->err;
-}
-
-static int push_remote_flush(struct far_region *r)
-{
-	struct far_push *p = r->push;
-
-	far_mutex_lock(&p->lock);
-	uint64_t covers = p->pushes;
-	bool needed = covers > p->flushed;
-	far_mutex_unlock(&p->lock);
-	if (!needed)
-		return 0;
-	int err = far_flush(r->remote);
-	if (err) {
-		far_region_remote_failed(r, err);
-		return err;
-	}
-	far_mutex_lock(&p->lock);
-	p->flushed = far_max(p->flushed, covers);
-	far_mutex_unlock(&p->lock);
-	return 0;
-}
-
-bool far_push_is_unstable(struct far_region *r, uint64_t i)
+void far_push_fence(struct far_region *r)
 {
 	far_mutex_lock(&r->push->lock);
-	bool unstable = r->push->pushes > r->push->flushed;
+	far_cond_broadcast(&r->push->work);
+	far_cond_broadcast(&r->push->done);
 	far_mutex_unlock(&r->push->lock);
-	return unstable;
 }
 
-int far_push_flush(struct far_region *r)
+void far_push_status(struct far_region *r, struct far_status *st)
 {
 	struct far_push *p = r->push;
-	size_t words = (size_t)(far_chunkmap_chunks(r->map) / 64 + 1);
-	struct push_flush f = { .r = r }, **at;
+	uint64_t now = far_now(), oldest = atomic_load_explicit(&p->oldest, memory_order_seq_cst);
 
-	f.listed = calloc(words, sizeof *f.listed);
-	f.later = calloc(words, sizeof *f.later);
-	if (!f.listed || !f.later) {
-		free(f.listed);
-		free(f.later);
-		return -ENOMEM;
-	}
 	far_mutex_lock(&p->lock);
-	f.stamp = ++p->sequence;
-	far_chunkmap_each_dirty(r->map, push_list, &f);
-	f.next = p->flushes;
-	p->flushes = &f;
-	if (f.left)
-		push_round_locked(p); /* from the start, whatever the cursor has passed */
-	int err = push_wait_locked(p, &f);
-	for (at = &p->flushes; *at != &f; at = &(*at)->next)
-		;
-	*at = f.next;
+	uint64_t span = now - p->show_at;
+	if (span > 2 * FAR_SEC || (p->show_rate == 0 && span > 50 * FAR_MSEC))
+		st->push_rate = (double)p->show_bytes * (double)FAR_SEC / (double)span;
+	else
+		st->push_rate = p->show_rate;
 	far_mutex_unlock(&p->lock);
-	free(f.listed);
-	free(f.later);
-	return err ? err : push_remote_flush(r);
+	if (oldest && far_chunkmap_dirty(r->map) && now > oldest)
+		st->oldest_dirty_ms = (now - oldest) / FAR_MSEC;
 }
 
 /* ---------------------------------------------------------------------------------------------------- open, close */
@@ -352,15 +383,19 @@ int far_push_open(struct far_region *r)
 	struct far_push *p = calloc(1, sizeof *p);
 	int err = 0;
 
-	if (!p)
+	if (!p || far_unstable_init(&p->unstable, far_chunkmap_chunks(r->map))) {
+		free(p);
 		return -ENOMEM;
+	}
 	far_mutex_init(&p->lock);
 	far_cond_init(&p->work);
 	far_cond_init(&p->done);
 	p->r = r;
 	r->push = p;
 	far_mutex_lock(&p->lock);
-	p->extent = far_max(256 * FAR_KIB, r->chunk);
+	p->extent = p->zero_extent = far_max(256 * FAR_KIB, r->chunk);
+	p->show_at = far_now();
+	p->instance = far_push_instance(r);
 	if (r->writable)
 		p->max_threads = r->o.push_workers < 0 ? 8 : (unsigned)far_min((uint64_t)r->o.push_workers, PUSH_THREADS_MAX);
 	while (!err && p->threads < p->max_threads) {
@@ -393,6 +428,7 @@ void far_push_close(struct far_region *r) FAR_NO_TSA
 	if (!p)
 		return;
 	FAR_ASSERT(!p->flushes);
+	far_unstable_fini(&p->unstable);
 	far_cond_fini(&p->work);
 	far_cond_fini(&p->done);
 	far_mutex_fini(&p->lock);

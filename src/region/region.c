@@ -62,6 +62,12 @@ static int region_face(struct far_region *r)
 	return far_backend_new(&region_ops, r, &facts, &r->face);
 }
 
+static int region_bad(struct far_region *r)
+{
+	r->bad = calloc((size_t)(far_chunkmap_chunks(r->map) / 64 + 1), sizeof *r->bad);
+	return r->bad ? 0 : -ENOMEM;
+}
+
 int far_region_open(const struct far_region_conf *conf, struct far_region **out, struct far_error *err)
 {
 	struct far_region *r = calloc(1, sizeof *r);
@@ -73,10 +79,10 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 	r->o = *conf->opts;
 	r->remote = conf->remote;
 	r->local = conf->local;
+	r->persist = conf->persist;
 	r->bytes = facts->bytes;
 	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
 	r->local_zero = conf->local_is_zero;
-	r->persist = conf->persist;
 	r->all_local = conf->all_local;
 	r->all_local_opaque = conf->opaque;
 	e = region_defaults(&r->o, err);
@@ -90,6 +96,10 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 	r->chunk = r->o.chunk;
 	r->shift = (unsigned)__builtin_ctzll(r->chunk);
 	e = far_chunkmap_open(&r->map, r->bytes, r->shift, r->o.max_partial);
+	if (!e)
+		e = far_evict_open(r);
+	if (!e)
+		e = region_bad(r);
 	if (!e)
 		e = region_face(r);
 	if (e) {
@@ -121,7 +131,9 @@ fail:
 	far_push_close(r);
 	far_trace_close(r->trace);
 	far_close(r->face);
+	far_evict_close(r);
 	far_chunkmap_close(r->map);
+	free((void *)r->bad);
 	free(r);
 	return e;
 }
@@ -133,8 +145,9 @@ struct far_backend *far_region_backend(struct far_region *r)
 
 int far_region_flush(struct far_region *r)
 {
+	if (atomic_load_explicit(&r->fenced, memory_order_acquire))
+		return -ESTALE;
 	int err = r->o.before_flush ? r->o.before_flush(r->o.opaque) : 0;
-
 	if (err)
 		return err;
 	if (!r->writable)
@@ -147,10 +160,37 @@ int far_region_flush(struct far_region *r)
 	return err ? err : far_persist_sync_wait(r->persist, ticket);
 }
 
+void far_region_fence(struct far_region *r)
+{
+	if (!atomic_exchange_explicit(&r->fenced, true, memory_order_acq_rel))
+		far_push_fence(r);
+}
+
+int far_region_push(struct far_region *r)
+{
+	return r->writable && r->o.durable == FAR_DURABLE_LOCAL ? far_push_flush(r) : 0;
+}
+
+int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced)
+{
+	return far_persist_remember(r->persist, NULL, facts, origin, fenced);
+}
+
 void far_region_status(struct far_region *r, struct far_status *st)
 {
 	struct far_status s = FAR_STATUS_INIT;
+	struct far_counters c = FAR_COUNTERS_INIT;
+	int local = atomic_load_explicit(&r->local_error, memory_order_relaxed);
 
+	far_counters(r->remote, &c);
+	s.reconnects = c.reconnects;
+	s.checksum_errors = c.checksum_errors;
+	s.last_error_at = atomic_load_explicit(&r->last_error_at, memory_order_relaxed);
+	s.local_errors = atomic_load_explicit(&r->local_errors, memory_order_relaxed);
+	s.local_full = local == ENOSPC || local == EDQUOT;
+	s.pinned = atomic_load_explicit(&r->pinned, memory_order_relaxed);
+	s.persistent = r->persist != NULL;
+	s.lease = atomic_load_explicit(&r->fenced, memory_order_relaxed) ? FAR_LEASE_FENCED : FAR_LEASE_NONE;
 	s.mode = FAR_MODE_MANAGED;
 	s.bytes = r->bytes;
 	s.local = far_chunkmap_local(r->map);
@@ -162,9 +202,8 @@ void far_region_status(struct far_region *r, struct far_status *st)
 	s.blocked = atomic_load_explicit(&r->blocked, memory_order_relaxed);
 	s.errors = atomic_load_explicit(&r->errors, memory_order_relaxed);
 	s.last_error = atomic_load_explicit(&r->last_error, memory_order_relaxed);
-	s.local_errors = atomic_load_explicit(&r->local_errors, memory_order_relaxed);
-	s.persistent = r->persist != NULL;
 	far_pull_status(r, &s);
+	far_push_status(r, &s);
 	s.size = st->size;
 	memcpy(st, &s, far_min(st->size, sizeof s));
 }
@@ -204,7 +243,9 @@ void far_region_close(struct far_region *r)
 	if (err)
 		far_log(FAR_LOG_WARNING, "cannot write the recorded order to %s: %s", r->o.record_order, far_strerror(err));
 	far_close(r->face);
+	far_evict_close(r);
 	far_chunkmap_close(r->map);
+	free((void *)r->bad);
 	far_close(r->remote);
 	far_close(r->local);
 	free(r);

@@ -33,6 +33,8 @@ struct far_backend *far_region_backend(struct far_region *r);
 
 /* Flush stamps: see DESIGN.md 5. Bounded under endless writes; honours the thread's deadline. */
 int far_region_flush(struct far_region *r);
+/* The same to the remote, whatever `durable` says. */
+int far_region_push(struct far_region *r);
 /* Wait until [off, off+len) is local, fetching it before the rest. Honours the thread's deadline. */
 int far_region_wait(struct far_region *r, uint64_t off, uint64_t len);
 /* Wait until this many bytes are local, no matter which. */

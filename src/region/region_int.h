@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
-/* What the files of this folder share. Locks: pull.lock and push.lock are each private to their file; both may be held
- * while the chunk map takes its own. */
+/* What the files of this folder share. Locks: pull.lock and push.lock are each private to their file, kept_lock to
+ * evict.c; the first two may be held while the chunk map takes its own. */
 #ifndef FAR_REGION_INT_H
 #define FAR_REGION_INT_H
 
@@ -28,18 +28,27 @@ struct far_region {
 	void (*all_local)(void *opaque);
 	void *all_local_opaque;
 	struct far_chunkmap *map;
-	struct far_persist *persist; /* NULL: the state lives in memory */
 	struct far_trace *trace; /* NULL: nothing is recorded */
 	struct far_pull *pull;
 	struct far_push *push;
+	struct far_persist *persist; /* NULL: the map lives in memory */
+	_Atomic uint64_t *bad;       /* bit i: it was said that chunk i cannot be read */
+	_Atomic uint64_t *kept;      /* bit i: chunk i is pinned by far_region_pin(); set and taken back under kept_lock */
+	struct far_mutex kept_lock;
 
 	/* atomic */
 	_Atomic bool stopped;
+	_Atomic bool fenced;
 	_Atomic bool was_all_local;  /* all_local has been called */
 	_Atomic bool local_zero;     /* whatever is absent reads as zeros in the local store: zeros need no write */
-	_Atomic uint64_t pulled, pushed, inflight, demand_reads, errors, local_errors;
+	_Atomic uint64_t pulled, pushed, inflight, demand_reads, errors;
 	_Atomic unsigned blocked;
 	_Atomic int last_error;
+	_Atomic uint64_t last_error_at; /* ms since 1970 */
+	_Atomic uint64_t local_errors;
+	_Atomic int local_error;        /* of the last write that needed new room in the local store; 0: it worked */
+	_Atomic uint64_t local_said;    /* when that was logged */
+	_Atomic uint64_t pinned;        /* bytes of chunks in `kept` */
 	_Atomic uint64_t evict_hand; /* chunk where the clock stands */
 	_Atomic uint64_t evicting;   /* bytes of chunks that are on their way out */
 };
@@ -55,11 +64,17 @@ int far_cache_need(struct far_region *r, uint64_t i, uint64_t max);
 /* Chunks have become local: tell who waits for that. */
 void far_cache_arrived(struct far_region *r);
 void far_region_remote_failed(struct far_region *r, int err);
+/* A read of chunk i from the local store failed: count it, and say so once a chunk if the bytes are nowhere else. */
+void far_cache_unreadable(struct far_region *r, uint64_t i, int err, bool lost);
 
-/* evict.c: give clean chunks back until the local store is inside its budget. */
+/* evict.c */
+int far_evict_open(struct far_region *r);
+void far_evict_close(struct far_region *r);
+/* Give clean chunks back until the local store is inside its budget. */
 void far_evict_trim(struct far_region *r);
-/* Forget a clean chunk. False: it is busy or not clean. */
-bool far_evict_one(struct far_region *r, uint64_t i);
+bool far_evict_kept(struct far_region *r, uint64_t i); /* pinned by far_region_pin() */
+/* Clean chunk i cannot be read from the local store. True: it is not local any more, fetch it again. */
+bool far_evict_unreadable(struct far_region *r, uint64_t i);
 
 /* pull.c */
 int far_pull_open(struct far_region *r, struct far_error *err);
@@ -74,6 +89,7 @@ void far_pull_fault(struct far_region *r, uint64_t i, uint64_t n);
 void far_pull_touched(struct far_region *r, uint64_t i, uint64_t n);
 /* Chunks became local, or room was made: wake who waits for that. */
 void far_pull_progress(struct far_region *r);
+void far_pull_again(struct far_region *r); /* chunks were dropped: walk the order from its start */
 void far_pull_status(struct far_region *r, struct far_status *st);
 
 /* push.c */
@@ -86,7 +102,14 @@ int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags);
 /* After a write: a sleeping pusher hears of it. */
 void far_push_dirtied(struct far_region *r);
 int far_push_flush(struct far_region *r);
-/* Chunk i may have been pushed without the remote having flushed it since. */
-bool far_push_is_unstable(struct far_region *r, uint64_t i);
+/* The region was fenced: whoever waits ends with -ESTALE. */
+void far_push_fence(struct far_region *r);
+/* Chunk i was pushed, but no flush of the remote has covered that yet. Only a chunk that is or was just pushed becomes
+ * unstable, before it becomes clean. */
+bool far_push_unstable(struct far_region *r, uint64_t i);
+/* Flush the remote so that what was pushed becomes stable: here, or soon by a pusher. */
+int far_push_settle(struct far_region *r);
+void far_push_settle_soon(struct far_region *r);
+void far_push_status(struct far_region *r, struct far_status *st);
 
 #endif

@@ -19,6 +19,10 @@
  *  3. A call's memory is touched by others only while it is on the list; its caller leaves (channel_leave) only when no
  *     reader is reading into it (`pinned`) and the batch borrows nothing of it.
  *  4. A channel dies once: `error` is set, every pending call gets it, the session is not used again.
+ *
+ * Signs of life. While calls are pending and nothing comes for `quiet`, the holder of the read token sends a PING; when
+ * for `dead` more neither a byte comes nor the peer's system takes any (a slow path is not a dead one), the channel dies.
+ * grpc-go hangs up on a client that pings a third time without being told anything in between, hence `max_pings`.
  */
 #include "wire/grpc/channel.h"
 
@@ -48,6 +52,11 @@ struct far_channel {
 	int error FAR_GUARDED_BY(lock);
 	unsigned leaving FAR_GUARDED_BY(lock); /* callers whose memory the batch still borrows */
 	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
+	uint64_t quiet FAR_GUARDED_BY(lock), patience FAR_GUARDED_BY(lock); /* FAR_NEVER: no pings */
+	uint64_t pinged FAR_GUARDED_BY(lock);  /* when the PING was sent that is not answered yet; 0: none */
+	unsigned pings FAR_GUARDED_BY(lock), max_pings FAR_GUARDED_BY(lock); /* sent since the peer said something */
+	uint64_t written FAR_GUARDED_BY(lock), taken FAR_GUARDED_BY(lock);   /* bytes; taken: acknowledged by its system */
+	uint64_t moved FAR_GUARDED_BY(lock);   /* when `taken` was last seen to grow */
 	/* token: reading */
 	uint8_t *spare;
 	struct far_spin spin;
@@ -66,6 +75,8 @@ static void channel_frame(struct far_h2 *h, const nghttp2_frame *frame) FAR_NO_T
 	if (frame->hd.type == NGHTTP2_GOAWAY) {
 		c->draining = true;
 		atomic_store_explicit(&c->gone, true, memory_order_release);
+	} else if (frame->hd.type == NGHTTP2_HEADERS || frame->hd.type == NGHTTP2_DATA) {
+		c->pings = 0;
 	}
 }
 
@@ -128,8 +139,10 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 		ssize_t k = c->conn.ops->writev(&c->conn, iov, n);
 		far_mutex_lock(&c->lock);
 		c->h2.writing = false;
-		if (k > 0)
+		if (k > 0) {
 			far_h2_wrote(&c->h2, (size_t)k);
+			c->written += (uint64_t)k;
+		}
 		if (c->leaving)
 			channel_let_go(c);
 		all = k != -EAGAIN;
@@ -193,6 +206,7 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 		k = -ECONNRESET;
 	if (k > 0 && !c->dead) {
 		c->heard = now;
+		c->pinged = 0;
 		size_t first = (size_t)far_min((uint64_t)k, direct);
 		int r = first ? far_h2_feed(&c->h2, dst, first) : 0;
 		if (r == 0 && (size_t)k > first)
@@ -205,6 +219,44 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 	if (pin && --pin->pinned == 0 && pin->waiting)
 		far_cond_signal(&pin->cond);
 	return k;
+}
+
+/* Until when the reader may sleep before it looks for signs of life again. */
+static uint64_t channel_look_at(struct far_channel *c, uint64_t deadline) FAR_REQUIRES(c->lock)
+{
+	uint64_t since = far_max(c->heard, c->moved);
+
+	if (c->quiet == FAR_NEVER || (!c->pinged && c->pings >= c->max_pings))
+		return deadline;
+	if (c->pinged) /* in slices, to see when the peer's system takes something */
+		return far_min(deadline, far_min(far_max(since, c->pinged) + c->patience, far_now() + c->patience / 8 + 1));
+	return far_min(deadline, since + c->quiet);
+}
+
+/* It slept for so long and nothing came. */
+static void channel_look(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	uint64_t now = far_now(), left = c->conn.ops->unacked(&c->conn);
+
+	if (c->quiet == FAR_NEVER || c->dead)
+		return;
+	if (c->written - far_min(left, c->written) > c->taken) {
+		c->taken = c->written - left;
+		c->moved = now;
+	}
+	uint64_t since = far_max(c->heard, c->moved);
+	if (c->pinged) {
+		if (now >= far_max(since, c->pinged) + c->patience)
+			channel_die(c, -ETIMEDOUT);
+	} else if (c->pings < c->max_pings && now >= since + c->quiet) {
+		if (nghttp2_submit_ping(c->h2.session, NGHTTP2_FLAG_NONE, NULL)) {
+			channel_die(c, -ENOMEM);
+			return;
+		}
+		c->h2.dirty = true;
+		c->pinged = now;
+		c->pings++;
+	}
 }
 
 /* Hold the read token until the call is done or its time is up. */
@@ -226,12 +278,15 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 		}
 		if (!c->sending && channel_has_output(c) && room)
 			continue;
+		uint64_t until = channel_look_at(c, deadline);
 		far_mutex_unlock(&c->lock);
-		int r = c->conn.ops->wait(&c->conn, true, !room, deadline);
+		int r = c->conn.ops->wait(&c->conn, true, !room, until);
 		far_mutex_lock(&c->lock);
-		if (r == -ETIMEDOUT)
+		if (r == -ETIMEDOUT && until == deadline)
 			break;
-		if (r)
+		if (r == -ETIMEDOUT)
+			channel_look(c);
+		else if (r)
 			channel_die(c, r);
 	}
 	c->reading = false;
@@ -401,6 +456,19 @@ static void channel_wait(struct far_channel *c, struct far_call *call, uint64_t 
 	}
 }
 
+/* Read what has come; nobody reads now. */
+static void channel_hear(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	ssize_t k;
+
+	c->reading = true;
+	while ((k = channel_read_some(c, false)) > 0)
+		;
+	if (k != -EAGAIN)
+		channel_die(c, (int)k);
+	c->reading = false;
+}
+
 /* The first call after a pause: settings, pings and a farewell that came meanwhile are read before it is made. */
 static void channel_catch_up(struct far_channel *c) FAR_REQUIRES(c->lock)
 {
@@ -409,15 +477,9 @@ static void channel_catch_up(struct far_channel *c) FAR_REQUIRES(c->lock)
 	uint64_t now = far_now();
 	bool stale = now - c->heard >= CHANNEL_STALE;
 	c->heard = now; /* silence is counted from the first call that waits */
-	if (!stale)
-		return;
-	c->reading = true;
-	ssize_t k;
-	while ((k = channel_read_some(c, false)) > 0)
-		;
-	if (k != -EAGAIN)
-		channel_die(c, (int)k);
-	c->reading = false;
+	c->moved = c->pinged = 0;
+	if (stale)
+		channel_hear(c);
 }
 
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
@@ -453,6 +515,35 @@ void far_channel_kill(struct far_channel *c, int err)
 	far_mutex_unlock(&c->lock);
 }
 
+void far_channel_retire(struct far_channel *c)
+{
+	far_mutex_lock(&c->lock);
+	c->draining = true;
+	atomic_store_explicit(&c->gone, true, memory_order_release);
+	far_mutex_unlock(&c->lock);
+}
+
+bool far_channel_alive(struct far_channel *c)
+{
+	far_mutex_lock(&c->lock);
+	if (!c->calls && !c->reading && !c->dead) {
+		channel_hear(c);
+		channel_pass(c);
+	}
+	bool alive = !c->dead && !c->draining;
+	far_mutex_unlock(&c->lock);
+	return alive;
+}
+
+void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead, unsigned max_pings)
+{
+	far_mutex_lock(&c->lock);
+	c->quiet = quiet;
+	c->patience = dead;
+	c->max_pings = max_pings;
+	far_mutex_unlock(&c->lock);
+}
+
 bool far_channel_usable(struct far_channel *c)
 {
 	return !atomic_load_explicit(&c->gone, memory_order_acquire);
@@ -477,6 +568,7 @@ int far_channel_new(struct far_conn *conn, const char *authority, struct far_cha
 	atomic_init(&c->refs, 1);
 	far_mutex_lock(&c->lock);
 	c->heard = far_now();
+	c->quiet = c->patience = FAR_NEVER;
 	int r = c->authority && c->spare ? far_h2_init(&c->h2, false, &channel_ops) : -ENOMEM;
 	far_mutex_unlock(&c->lock);
 	if (r) {

@@ -65,6 +65,13 @@ void far_channel_put(struct far_channel *c);
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence);
 /* Every pending and later call gets err. */
 void far_channel_kill(struct far_channel *c, int err);
+/* No new calls; those that are pending go on. */
+void far_channel_retire(struct far_channel *c);
+/* Read what the peer has said meanwhile, without waiting; false: it has ended. */
+bool far_channel_alive(struct far_channel *c);
+/* While calls are pending: PING after `quiet` ns of silence, dead after `dead` more; at most max_pings in a row. Off
+ * where this is not called. */
+void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead, unsigned max_pings);
 /* Whether new calls may be made on it: neither dead nor told to go away. */
 bool far_channel_usable(struct far_channel *c);
 /* Bytes that callers said they expect (far_channel_load), for spreading. */

@@ -1,555 +1,575 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /*
- * The client half as a backend. Which service the peer speaks is found once, at open: farpage.v1 if it answers Describe,
- * else the plain Backend service, whose size must be known here and whose messages must stay small. Connections are
- * lanes.c's, one connection with its calls is channel.c's.
+ * The client half as a backend: its calls. Each picks a connection (lanes.c; a new one was greeted by hello.c, so the peer's
+ * kind is known), puts its request together for the service that the peer speaks, and takes the reply apart.
+ *
+ * What became of a call decides what comes next:
+ *
+ *   DONE      answered, also with an error of the peer's own: the caller gets it
+ *   AGAIN     the peer cannot have seen it: made again at once
+ *   GARBLED   a checksum did not fit, or the answer makes no sense: this connection takes no more calls, the call is made
+ *             again on another one, three times in all
+ *   LOST      no answer. A read ends with the error (the retry layer above knows how long to go on), unless it was us who
+ *             ended the connection. A change has an unknown fate: fence.c, then it is made again while there is time
+ *   FENCED    a change that was refused because its generation is over or its session unknown: the same
+ *
+ * Changes towards a peer without sessions are not made again here: see plain.c.
+ *
+ * Checksums (where the peer has them and the user wants them): of a read's bytes, checked when they are in the caller's
+ * buffer; of a write's, checked by the peer before it writes and echoed; `check` in small messages.
  */
-#include "wire/grpc/lanes.h"
-#include "wire/grpc/proto.h"
-#include "wire/wire.h"
+#include "wire/grpc/client.h"
 
-#include "base/options.h"
-#include "base/uri.h"
-
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#define CLIENT_PLAIN_MAX (2 * FAR_MIB)
-#define CLIENT_MAX_IO (8 * FAR_MIB)
-#define CLIENT_PORT 1337
-#define CLIENT_TRIES 3 /* of a call that the peer cannot have seen */
+#define CLIENT_TRIES 3  /* of a call that the peer cannot have seen, or that was garbled */
+#define CLIENT_ROUNDS 8 /* of a call that fences ended */
 
-struct client {
-	/* fixed after open */
-	const char *where; /* for messages: the URI without its query; of the lanes */
-	char *export;
-	bool region;       /* the peer speaks farpage.v1 */
-	uint64_t timeout;
-	struct far_lanes lanes;
+enum client_fate { CLIENT_DONE, CLIENT_AGAIN, CLIENT_GARBLED, CLIENT_LOST, CLIENT_FENCED };
+
+/* One call of any kind. */
+struct client_op {
+	/* what */
+	enum far_grpc_method m; /* of farpage.v1; the plain service's counterpart is found from it */
+	uint64_t off, len;
+	void *dst;
+	const void *src;
+	unsigned flags;
+	uint64_t generation;
+	const struct far_lease *lease;
+	uint64_t instance, since;
+	uint32_t max;
+	/* the reply of all but reads */
+	uint8_t *reply;
+	size_t reply_cap, reply_n;
+	/* how it went */
+	bool region;
+	struct far_hello_seen seen;
+	enum client_fate fate;
 };
 
-/* ----------------------------------------------------------------------------------------------------- calls */
-
-static uint64_t client_deadline(const struct client *c)
+uint64_t far_client_deadline(const struct far_client *c)
 {
 	return c->timeout == FAR_NEVER ? far_deadline() : far_min(far_deadline(), far_now() + c->timeout);
 }
 
-/* Make the call; one that the peer cannot have seen is made again on another connection. */
-static int client_call(struct client *c, struct far_call *call, unsigned flags, uint64_t bytes, struct far_error *err)
-{
-	int lane = (flags & FAR_BULK) ? FAR_LANE_BULK : FAR_LANE_DEMAND;
-	uint64_t deadline = client_deadline(c);
-	int r = 0;
+/* ---------------------------------------------------------------------------------------------- one exchange */
 
-	for (int i = 0; i < CLIENT_TRIES; i++) {
-		struct far_channel *channel;
-		r = far_lanes_pick(&c->lanes, lane, deadline, &channel, err);
-		if (r)
-			return r;
-		far_channel_load(channel, (int64_t)bytes);
-		call->tell_deadline = c->region;
-		r = far_channel_call(channel, call, deadline, c->timeout);
-		far_channel_load(channel, -(int64_t)bytes);
-		far_channel_put(channel);
-		if (r == 0 || !call->untouched || c->lanes.once)
-			break;
-	}
-	if (r && call->grpc_status && call->grpc_status != FAR_CALL_NO_STATUS)
-		far_log(FAR_LOG_DEBUG, "%s: %s: status %u: %s", c->where, call->path, call->grpc_status, call->text);
-	return r;
+static const char *client_path(const struct client_op *op)
+{
+	static const char *const region[] = {
+		[FAR_M_DESCRIBE] = FAR_GRPC_REGION "Describe", [FAR_M_READ] = FAR_GRPC_REGION "Read",
+		[FAR_M_WRITE] = FAR_GRPC_REGION "Write",       [FAR_M_ZERO] = FAR_GRPC_REGION "Zero",
+		[FAR_M_DISCARD] = FAR_GRPC_REGION "Discard",   [FAR_M_EXTENTS] = FAR_GRPC_REGION "Extents",
+		[FAR_M_FLUSH] = FAR_GRPC_REGION "Flush",       [FAR_M_LEASE] = FAR_GRPC_REGION "Lease",
+		[FAR_M_WATCH] = FAR_GRPC_REGION "Watch",
+	};
+	if (op->region)
+		return region[op->m];
+	return op->m == FAR_M_READ ? FAR_GRPC_BACKEND "ReadAt" : op->m == FAR_M_WRITE ? FAR_GRPC_BACKEND "WriteAt" :
+	       op->m == FAR_M_FLUSH ? FAR_GRPC_BACKEND "Sync" : NULL;
 }
 
-/* A call whose reply is a small whole message. */
-static int client_small(struct client *c, const char *path, const struct far_pb_out *o, const void *body, size_t body_n,
-			uint8_t *buf, size_t cap, size_t *got, unsigned flags)
-{
-	struct far_call call = { .path = path, .buf = buf, .buf_cap = cap };
-
-	far_call_request(&call, o, body, body_n);
-	int r = client_call(c, &call, flags, body_n, NULL);
-	if (r == 0 && got)
-		*got = call.buf_n;
-	return r;
-}
-
-/* A read's reply, of either service: number 1 (N, or the kinds) and bytes 2. */
-struct client_read {
+/* A call with its buffers, and a read's reply of either service: number 1 (N, or the kinds), bytes 2, sums 3. */
+struct client_call {
 	struct far_call call;
-	uint8_t *dst;
-	size_t len, got;
+	struct client_op *op;
+	size_t got;
 	uint64_t n;
-	bool region, has_n;
 	uint8_t kinds[8];
 	uint64_t kinds_n;
+	uint8_t sum[FAR_GRPC_SUM]; /* came with a read, or is expected from a change */
+	bool has_sum;
+	uint8_t head[FAR_H2_HEAD - FAR_GRPC_PREFIX];
+	uint8_t body[FAR_H2_HEAD + 512]; /* of a request that does not fit the head */
 };
 
 static int client_read_value(void *opaque, uint32_t num, uint64_t value)
 {
-	struct client_read *rd = opaque;
+	struct client_call *k = opaque;
 
-	if (num == 1 && rd->region && rd->kinds_n < sizeof rd->kinds) {
-		rd->kinds[rd->kinds_n++] = (uint8_t)far_min(value, 255);
-	} else if (num == 1 && !rd->region) {
-		rd->n = value;
-		rd->has_n = true;
-	}
+	if (num == 1 && k->op->region && k->kinds_n < sizeof k->kinds)
+		k->kinds[k->kinds_n++] = (uint8_t)far_min(value, 255);
+	else if (num == 1 && !k->op->region)
+		k->n = value;
 	return 0;
 }
 
 static int client_read_bytes(void *opaque, uint32_t num, uint64_t len, uint8_t **dst)
 {
-	struct client_read *rd = opaque;
+	struct client_call *k = opaque;
 
 	if (num == 2) {
-		if (len != rd->len)
+		if (len != k->op->len)
 			return -EPROTO;
-		*dst = rd->dst;
-		rd->got = (size_t)len;
-	} else if (num == 1 && rd->region) {
+		*dst = k->op->dst;
+		k->got = (size_t)len;
+	} else if (num == 1 && k->op->region) {
 		if (len != 1)
 			return -EPROTO;
-		*dst = rd->kinds;
-		rd->kinds_n = 1;
+		*dst = k->kinds;
+		k->kinds_n = 1;
+	} else if (num == 3 && k->op->region) {
+		if (len != FAR_GRPC_SUM)
+			return -EPROTO;
+		*dst = k->sum;
+		k->has_sum = true;
 	}
 	return 0;
 }
 
-/* Whether what came is what was asked for. */
-static int client_read_check(struct client_read *rd)
+static int client_request_plain(struct client_op *op, struct client_call *k)
 {
-	if (!rd->region)
-		return rd->n == rd->len && rd->got == rd->len ? 0 : -EPROTO;
-	if (rd->kinds_n > 1)
-		return -EPROTO;
-	if (rd->kinds_n == 1 && rd->kinds[0] == 1 && !rd->got) {
-		memset(rd->dst, 0, rd->len);
-		return 0;
+	struct far_pb_out o = { k->head, 0, sizeof k->head };
+
+	if (op->m == FAR_M_READ) {
+		far_pb_put_uint(&o, 1, op->len);
+		far_pb_put_uint(&o, 2, op->off);
+	} else if (op->m == FAR_M_WRITE) {
+		far_pb_put_uint(&o, 1, op->off);
+		far_pb_put_head(&o, 2, op->len);
+	} else if (op->m != FAR_M_FLUSH) {
+		return -EOPNOTSUPP;
 	}
-	return (!rd->kinds_n || rd->kinds[0] == 0) && rd->got == rd->len ? 0 : -EPROTO;
+	far_call_request(&k->call, &o, op->src, op->src ? op->len : 0);
+	return 0;
 }
 
-/* Room for what stands before a request's long bytes. */
-struct client_head {
-	uint8_t bytes[FAR_H2_HEAD - FAR_GRPC_PREFIX];
-};
-
-static struct far_pb_out client_begin(const struct client *c, struct client_head *h)
+static void client_request(struct far_client *c, struct client_op *op, struct client_call *k)
 {
-	struct far_pb_out o = { h->bytes, 0, sizeof h->bytes };
+	struct far_grpc_request rq;
+	bool sums = far_client_flag(&c->sums);
 
-	if (c->region)
-		far_pb_put_bytes(&o, 1, c->export, strlen(c->export));
-	return o;
+	memset(&rq, 0, offsetof(struct far_grpc_request, ranges));
+	rq.export = c->export;
+	rq.export_n = c->export_n;
+	rq.off = (int64_t)op->off;
+	rq.len = op->len;
+	rq.max = op->max;
+	rq.bulk = (op->flags & FAR_BULK) != 0;
+	if (op->generation && c->writable) {
+		rq.session = c->session;
+		rq.generation = op->generation;
+	}
+	if (op->m == FAR_M_READ) {
+		rq.zeros = true;
+		rq.sums = sums;
+		rq.ranges_n = 1;
+		rq.ranges[0] = (struct far_grpc_range){ op->off, op->len };
+	} else if (sums && (op->m == FAR_M_WRITE || op->m == FAR_M_ZERO || op->m == FAR_M_DISCARD)) {
+		if (op->m == FAR_M_WRITE)
+			far_grpc_sum_data(k->sum, c->export, c->export_n, op->off, op->src, op->len);
+		else
+			far_grpc_sum_span(k->sum, c->export, c->export_n, op->off, op->len);
+		rq.sum = k->sum;
+	} else if (op->m == FAR_M_LEASE) {
+		const struct far_lease *l = op->lease;
+		rq.writer = l->writer;
+		rq.writer_n = strlen(l->writer);
+		rq.holder = l->holder;
+		rq.holder_n = l->holder ? strnlen(l->holder, sizeof l->other - 1) : 0;
+		rq.epoch = l->epoch;
+		rq.revision = l->version;
+		rq.take_over = l->take_over;
+		rq.release = l->release;
+	} else if (op->m == FAR_M_WATCH) {
+		rq.instance = op->instance;
+		rq.since = op->since;
+	}
+	rq.data_n = op->m == FAR_M_WRITE ? op->len : 0;
+	if (op->m == FAR_M_WRITE || op->m == FAR_M_READ) {
+		struct far_pb_out o = { k->head, 0, sizeof k->head };
+		far_grpc_encode_request(&o, op->m, &rq);
+		far_call_request(&k->call, &o, op->src, op->src ? op->len : 0);
+	} else {
+		struct far_pb_out o = { k->body, 0, sizeof k->body }, none = { k->head, 0, sizeof k->head };
+		far_grpc_encode_request(&o, op->m, &rq);
+		FAR_ASSERT(o.n <= o.cap);
+		far_call_request(&k->call, &none, k->body, o.n);
+	}
 }
+
+/* Whether what came is what was asked for. */
+static int client_check_read(struct far_client *c, struct client_op *op, struct client_call *k)
+{
+	uint8_t sum[FAR_GRPC_SUM];
+	bool zeros = k->kinds_n == 1 && k->kinds[0] == 1 && !k->got;
+
+	if (!op->region)
+		return k->n == op->len && k->got == op->len ? 0 : -EPROTO;
+	if (k->kinds_n > 1 || (!zeros && ((k->kinds_n && k->kinds[0]) || k->got != op->len)))
+		return -EPROTO;
+	if (zeros)
+		memset(op->dst, 0, op->len);
+	if (!far_client_flag(&c->sums))
+		return 0;
+	if (zeros)
+		far_grpc_sum_span(sum, c->export, c->export_n, op->off, op->len);
+	else
+		far_grpc_sum_data(sum, c->export, c->export_n, op->off, op->dst, op->len);
+	return k->has_sum && !memcmp(sum, k->sum, sizeof sum) ? 0 : -EBADMSG;
+}
+
+static int client_check_plain_write(const struct client_op *op)
+{
+	struct far_pb_in in = { op->reply, op->reply + op->reply_n };
+	struct far_pb_field f;
+	uint64_t n = 0;
+	int r;
+
+	while ((r = far_pb_next(&in, &f)) > 0)
+		if (f.num == 1 && f.wire == FAR_PB_VARINT)
+			n = f.value;
+	return r ? r : n == op->len ? 0 : -EPROTO;
+}
+
+static int client_check(struct far_client *c, struct client_op *op, struct client_call *k)
+{
+	bool sums = far_client_flag(&c->sums), had = false;
+	const uint8_t *sum;
+
+	switch (op->m) {
+	case FAR_M_READ:
+		return client_check_read(c, op, k);
+	case FAR_M_WRITE:
+	case FAR_M_ZERO:
+	case FAR_M_DISCARD:
+		if (!op->region)
+			return client_check_plain_write(op);
+		if (far_grpc_decode_sum_reply(op->reply, op->reply_n, &sum))
+			return -EPROTO;
+		return !sums || (sum && !memcmp(sum, k->sum, FAR_GRPC_SUM)) ? 0 : -EBADMSG;
+	default: {
+		int r = op->region ? far_grpc_check(op->reply, op->reply_n, &had) : 0;
+		return r ? r : sums && op->region && !had ? -EBADMSG : 0;
+	}
+	}
+}
+
+/* What became of a call that ended with r. */
+static enum client_fate client_fate(struct far_client *c, const struct far_call *call, int r)
+{
+	bool answered = call->grpc_status != FAR_CALL_NO_STATUS;
+
+	if (r == 0)
+		return CLIENT_DONE;
+	if (call->untouched)
+		return CLIENT_AGAIN;
+	if (r == -ESHUTDOWN && !answered)
+		return CLIENT_DONE;
+	if (r == -EPROTO || r == -EBADMSG)
+		return CLIENT_GARBLED;
+	if (!answered || r == -ETIMEDOUT)
+		return CLIENT_LOST;
+	if (r == -ECANCELED || r == -ENOTCONN)
+		return CLIENT_FENCED;
+	/* A peer of ours names its errors, and does not refuse what was checked before it was sent. */
+	if (far_client_flag(&c->sums) && (!call->errno_name[0] || r == -ENOENT || r == -EINVAL || r == -EOPNOTSUPP))
+		return CLIENT_GARBLED;
+	return CLIENT_DONE;
+}
+
+/* Make the call once. */
+static int client_once(struct far_client *c, struct client_op *op, uint64_t deadline)
+{
+	int lane = (op->flags & FAR_BULK) ? FAR_LANE_BULK : FAR_LANE_DEMAND;
+	struct far_channel *channel;
+
+	op->fate = CLIENT_DONE;
+	int r = far_lanes_pick(&c->lanes, lane, deadline, &channel, NULL);
+	if (r)
+		return r;
+	struct client_call k;
+	memset(&k, 0, offsetof(struct client_call, head));
+	op->region = far_client_kind(c) == FAR_CLIENT_REGION;
+	op->seen = far_hello_seen(c);
+	k.op = op;
+	k.call.path = client_path(op);
+	k.call.tell_deadline = op->region;
+	if (op->m == FAR_M_READ) {
+		k.call.fields = true;
+		k.call.pb = (struct far_pb_stream){ .value = client_read_value, .bytes = client_read_bytes, .opaque = &k };
+	} else {
+		k.call.buf = op->reply;
+		k.call.buf_cap = op->reply_cap;
+	}
+	if (op->region)
+		client_request(c, op, &k);
+	else
+		r = client_request_plain(op, &k);
+	if (r == 0) {
+		uint64_t bytes = op->m == FAR_M_READ || op->m == FAR_M_WRITE ? op->len : 0;
+		far_channel_load(channel, (int64_t)bytes);
+		r = far_channel_call(channel, &k.call, deadline, c->timeout);
+		far_channel_load(channel, -(int64_t)bytes);
+		op->reply_n = k.call.buf_n;
+		if (r == 0)
+			r = client_check(c, op, &k);
+		op->fate = client_fate(c, &k.call, r);
+	}
+	if (r == -EBADMSG)
+		atomic_fetch_add_explicit(&c->checksum_errors, 1, memory_order_relaxed);
+	if (op->fate == CLIENT_GARBLED && !c->lanes.once)
+		far_channel_retire(channel);
+	/* Without sessions all that can be done about a change that may still land is to hang up. */
+	if (op->fate == CLIENT_LOST && op->m == FAR_M_WRITE && !far_client_flag(&c->sessions) && !c->lanes.once)
+		far_channel_kill(channel, -ECONNRESET);
+	far_channel_put(channel);
+	if (r && k.call.grpc_status && k.call.grpc_status != FAR_CALL_NO_STATUS)
+		far_log(FAR_LOG_DEBUG, "%s: %s: status %u: %s", c->where, k.call.path, k.call.grpc_status, k.call.text);
+	return r;
+}
+
+/* An error that only this file understands becomes one that callers know. */
+static int client_error(int r)
+{
+	return r == -ECANCELED || r == -ENOTCONN ? -ECONNRESET : r;
+}
+
+/* A call that changes nothing. */
+static int client_ask(struct far_client *c, struct client_op *op)
+{
+	uint64_t deadline = far_client_deadline(c);
+	unsigned tries = 0, rounds = 0;
+	int r;
+
+	for (;;) {
+		r = client_once(c, op, deadline);
+		bool again = false;
+		switch (op->fate) {
+		case CLIENT_DONE:
+			break;
+		case CLIENT_AGAIN:
+		case CLIENT_GARBLED:
+			again = ++tries < CLIENT_TRIES && (!c->lanes.once || op->fate == CLIENT_GARBLED);
+			break;
+		case CLIENT_LOST: /* -ECANCELED: a fence ended the connection */
+		case CLIENT_FENCED:
+			again = r == -ECANCELED && ++rounds < CLIENT_ROUNDS;
+			break;
+		}
+		if (!again)
+			return client_error(r);
+	}
+}
+
+/* A call that belongs to a generation; `change`: what it does may not be done again later. */
+static int client_ordered(struct far_client *c, struct client_op *op, bool change)
+{
+	uint64_t deadline = far_client_deadline(c);
+	unsigned tries = 0, rounds = 0;
+
+	for (;;) {
+		bool again = false;
+		int r = far_fence_enter(c, deadline, &op->generation);
+		if (r)
+			return client_error(r);
+		r = client_once(c, op, deadline);
+		bool sessions = far_client_flag(&c->sessions);
+		if (op->fate == CLIENT_FENCED || (change && (op->fate == CLIENT_LOST || op->fate == CLIENT_GARBLED)))
+			far_fence_break(c, op->generation);
+		switch (op->fate) {
+		case CLIENT_DONE:
+			break;
+		case CLIENT_AGAIN:
+			again = ++tries < CLIENT_TRIES && !c->lanes.once;
+			break;
+		case CLIENT_GARBLED:
+			again = ++tries < CLIENT_TRIES && sessions;
+			break;
+		case CLIENT_LOST:
+		case CLIENT_FENCED:
+			again = ++rounds < CLIENT_ROUNDS && sessions && !c->lanes.once && far_now() < deadline;
+			break;
+		}
+		if (!again)
+			return client_error(r);
+	}
+}
+
+/* -------------------------------------------------------------------------------------------- the operations */
 
 static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
-	struct client *c = self;
-	struct client_head head;
+	struct client_op op = { .m = FAR_M_READ, .off = off, .len = len, .dst = buf, .flags = flags };
 
-	if (flags & FAR_NOWAIT)
-		return -EAGAIN;
-	struct client_read rd = {
-		.call = { .path = c->region ? FAR_GRPC_REGION "Read" : FAR_GRPC_BACKEND "ReadAt",
-			  .fields = true,
-			  .pb = { .value = client_read_value, .bytes = client_read_bytes } },
-		.dst = buf, .len = len, .region = c->region,
-	};
-	rd.call.pb.opaque = &rd;
-	struct far_pb_out o = client_begin(c, &head);
-	if (c->region) {
-		far_grpc_encode_range(&o, 2, off, len);
-		far_pb_put_uint(&o, 3, (flags & FAR_BULK) != 0);
-		far_pb_put_uint(&o, 4, 1);
-	} else {
-		far_pb_put_uint(&o, 1, len);
-		far_pb_put_uint(&o, 2, off);
-	}
-	far_call_request(&rd.call, &o, NULL, 0);
-	int r = client_call(c, &rd.call, flags, len, NULL);
-	return r ? r : client_read_check(&rd);
+	return flags & FAR_NOWAIT ? -EAGAIN : client_ask(self, &op);
+}
+
+static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t off, const void *src, uint64_t len,
+			 unsigned flags)
+{
+	uint8_t reply[64];
+	struct client_op op = { .m = m, .off = off, .src = src, .len = len, .flags = flags, .reply = reply,
+				.reply_cap = sizeof reply };
+
+	return flags & FAR_NOWAIT ? -EAGAIN : client_ordered(c, &op, true);
 }
 
 static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
-	struct client *c = self;
-	struct client_head head;
-	uint8_t reply[64];
-	size_t got;
-
-	if (flags & FAR_NOWAIT)
-		return -EAGAIN;
-	struct far_pb_out o = client_begin(c, &head);
-	far_pb_put_uint(&o, c->region ? 2 : 1, off);
-	if (c->region)
-		far_pb_put_uint(&o, 4, (flags & FAR_BULK) != 0);
-	far_pb_put_head(&o, c->region ? 5 : 2, len);
-	int r = client_small(c, c->region ? FAR_GRPC_REGION "Write" : FAR_GRPC_BACKEND "WriteAt", &o, buf, len, reply,
-			     sizeof reply, &got, flags);
-	if (r || c->region)
-		return r;
-	struct far_pb_in in = { reply, reply + got };
-	struct far_pb_field f;
-	uint64_t n = 0;
-	while ((r = far_pb_next(&in, &f)) > 0)
-		if (f.num == 1 && f.wire == FAR_PB_VARINT)
-			n = f.value;
-	return r ? r : n == len ? 0 : -EPROTO;
-}
-
-static int client_flush(void *self)
-{
-	struct client *c = self;
-	struct client_head head;
-	uint8_t reply[64];
-	struct far_pb_out o = client_begin(c, &head);
-
-	return client_small(c, c->region ? FAR_GRPC_REGION "Flush" : FAR_GRPC_BACKEND "Sync", &o, NULL, 0, reply,
-			    sizeof reply, NULL, 0);
-}
-
-static int client_span(struct client *c, const char *path, uint64_t off, uint64_t len, unsigned flags)
-{
-	struct client_head head;
-	uint8_t reply[64];
-
-	if (flags & FAR_NOWAIT)
-		return -EAGAIN;
-	struct far_pb_out o = client_begin(c, &head);
-	far_pb_put_uint(&o, 2, off);
-	far_pb_put_uint(&o, 3, len);
-	far_pb_put_uint(&o, 4, (flags & FAR_BULK) != 0);
-	return client_small(c, path, &o, NULL, 0, reply, sizeof reply, NULL, flags);
+	return client_change(self, FAR_M_WRITE, off, buf, len, flags);
 }
 
 static int client_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
-	return client_span(self, FAR_GRPC_REGION "Zero", off, len, flags);
+	return client_change(self, FAR_M_ZERO, off, NULL, len, flags);
 }
 
 static int client_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
-	return client_span(self, FAR_GRPC_REGION "Discard", off, len, flags);
+	return client_change(self, FAR_M_DISCARD, off, NULL, len, flags);
+}
+
+static int client_flush(void *self)
+{
+	struct far_client *c = self;
+	uint8_t reply[64];
+	struct far_grpc_flushed f;
+	struct client_op op = { .m = FAR_M_FLUSH, .reply = reply, .reply_cap = sizeof reply };
+	int r = client_ordered(c, &op, false);
+
+	if (r == 0 && op.region && far_client_flag(&c->sessions)) {
+		r = far_grpc_decode_flushed(reply, op.reply_n, &f);
+		if (r == 0)
+			far_hello_flushed(c, &f);
+	}
+	return r;
 }
 
 static int client_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
 {
-	struct client *c = self;
-	struct client_head head;
-	size_t got, cap = 64 * FAR_KIB;
-	struct far_pb_out o = client_begin(c, &head);
+	size_t cap = 64 * FAR_KIB;
+	struct client_op op = { .m = FAR_M_EXTENTS, .off = off, .len = len, .reply = malloc(cap), .reply_cap = cap,
+				.max = (uint32_t)far_min(max, 1024) }; /* they need at most 28 bytes each and a little */
 
-	far_pb_put_uint(&o, 2, off);
-	far_pb_put_uint(&o, 3, len);
-	far_pb_put_uint(&o, 4, far_min(max, 1024)); /* 1024 extents need at most 28 bytes each and a little */
-	uint8_t *buf = malloc(cap);
-	if (!buf)
+	if (!op.reply)
 		return -ENOMEM;
-	int r = client_small(c, FAR_GRPC_REGION "Extents", &o, NULL, 0, buf, cap, &got, 0);
+	int r = client_ask(self, &op);
 	if (r == 0)
-		r = far_grpc_decode_extents(buf, got, off, len, out, max, n);
-	free(buf);
+		r = far_grpc_decode_extents(op.reply, op.reply_n, off, len, out, max, n);
+	free(op.reply);
 	return r;
 }
 
-/* -------------------------------------------------------------------------------------------- open and close */
+int far_client_describe(struct far_client *c)
+{
+	uint8_t reply[1024];
+	struct far_grpc_export e;
+	struct client_op op = { .m = FAR_M_DESCRIBE, .reply = reply, .reply_cap = sizeof reply };
+	int r = client_ordered(c, &op, false);
+
+	if (r == 0)
+		r = far_grpc_decode_export(reply, op.reply_n, &e);
+	return r ? r : far_hello_note(c, &e, &op.seen);
+}
+
+static int client_origin(void *self, struct far_origin *out, unsigned flags)
+{
+	struct far_client *c = self;
+	int r = 0;
+
+	/* A peer that tells nothing: what counts is whether its connections live, which far_hello_origin() knows. */
+	if (!(flags & FAR_NOWAIT)) {
+		r = far_client_describe(c);
+		if (r == -EOPNOTSUPP)
+			r = 0;
+	}
+	if (!far_hello_origin(c, out))
+		return r ? r : -EAGAIN;
+	return r;
+}
+
+static int client_lease(void *self, struct far_lease *l)
+{
+	struct far_client *c = self;
+	uint8_t reply[FAR_GRPC_LEASE_MAX];
+	struct far_grpc_lease a;
+	struct client_op op = { .m = FAR_M_LEASE, .lease = l, .reply = reply, .reply_cap = sizeof reply };
+
+	if (far_client_kind(c) != FAR_CLIENT_UNKNOWN && !far_client_flag(&c->sessions))
+		return -EOPNOTSUPP;
+	int r = client_ordered(c, &op, false);
+	if (r == 0)
+		r = far_grpc_decode_lease(reply, op.reply_n, &a);
+	if (r) {
+		far_hello_origin(c, &l->origin);
+		return r;
+	}
+	static const int codes[] = { [FAR_GRPC_GRANTED] = 0, [FAR_GRPC_BUSY] = -EBUSY, [FAR_GRPC_STALE] = -ESTALE,
+				     [FAR_GRPC_READ_ONLY] = -EROFS };
+	l->ttl_ms = a.ttl_ms;
+	l->left_ms = a.left_ms;
+	l->gone = a.gone;
+	memcpy(l->other, a.other, sizeof l->other);
+	r = far_hello_note(c, &a.export, &op.seen);
+	far_hello_origin(c, &l->origin);
+	return r ? r : (unsigned)a.answer < FAR_ARRAY_LEN(codes) ? codes[a.answer] : -EPROTO;
+}
+
+static int client_watch(void *self, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n,
+			bool *all, struct far_origin *now)
+{
+	struct far_client *c = self;
+	struct far_grpc_watch w;
+
+	if (far_client_kind(c) != FAR_CLIENT_UNKNOWN && !far_client_flag(&c->sessions))
+		return -EOPNOTSUPP;
+	max = far_min(max, 1024);
+	size_t cap = FAR_GRPC_WATCH_MAX(max);
+	struct client_op op = { .m = FAR_M_WATCH, .instance = instance, .since = since, .max = (uint32_t)max,
+				.reply = malloc(cap), .reply_cap = cap };
+	if (!op.reply)
+		return -ENOMEM;
+	int r = client_ask(c, &op);
+	if (r == 0)
+		r = far_grpc_decode_watch(op.reply, op.reply_n, &w, out, max, n);
+	free(op.reply);
+	if (r == 0) {
+		*all = w.all;
+		r = far_hello_note(c, &w.export, &op.seen);
+		far_hello_origin(c, now);
+	}
+	return r;
+}
+
+static void client_counters(void *self, struct far_counters *sum)
+{
+	struct far_client *c = self;
+	uint64_t connects, reconnects, lost;
+
+	far_lanes_count(&c->lanes, &connects, &reconnects, &lost);
+	sum->connects += connects;
+	sum->reconnects += reconnects;
+	sum->checksum_errors += atomic_load_explicit(&c->checksum_errors, memory_order_relaxed);
+}
 
 static void client_stop(void *self)
 {
-	struct client *c = self;
+	struct far_client *c = self;
 
 	far_lanes_stop(&c->lanes);
 }
 
 static void client_close(void *self)
 {
-	struct client *c = self;
-
-	far_lanes_fini(&c->lanes);
-	free(c->export);
-	free(c);
+	far_client_free(self);
 }
 
-static struct client *client_new(const char *where, const char *export, const struct far_open_opts *opts)
-{
-	struct client *c = calloc(1, sizeof *c);
-
-	if (!c)
-		return NULL;
-	c->export = strdup(export);
-	if (!c->export || far_lanes_init(&c->lanes, where, opts->demand_connections ? opts->demand_connections : 2,
-					 opts->bulk_connections ? opts->bulk_connections : 2)) {
-		free(c->export);
-		free(c);
-		return NULL;
-	}
-	c->where = c->lanes.where;
-	c->timeout = 10 * FAR_SEC;
-	return c;
-}
-
-/* The sentence for an export that is not there: which ones are. */
-static int client_no_export(struct client *c, struct far_error *err)
-{
-	char names[300] = "";
-	size_t got = 0, cap = 64 * FAR_KIB, at = 0;
-	struct far_pb_out o = { NULL, 0, 0 };
-	uint8_t *buf = malloc(cap);
-	struct far_pb_field f;
-
-	int r = buf ? client_small(c, FAR_GRPC_REGION "Exports", &o, NULL, 0, buf, cap, &got, 0) : -ENOMEM;
-	struct far_pb_in in = { buf, buf + got };
-	while (r == 0 && far_pb_next(&in, &f) > 0) {
-		struct far_grpc_export e;
-		if (f.num != 1 || f.wire != FAR_PB_BYTES || far_grpc_decode_export(f.data, f.len, &e))
-			continue;
-		int k = snprintf(names + at, sizeof names - at, "%s%s", at ? ", " : "", e.name);
-		if (k < 0 || (size_t)k >= sizeof names - at)
-			break;
-		at += (size_t)k;
-	}
-	free(buf);
-	return far_error_set(err, ENOENT, "%s has no export '%s'; it has: %s", c->where, c->export,
-			     names[0] ? names : "(none it tells)");
-}
-
-/* Ask farpage.v1. 0: answered; -EOPNOTSUPP: the peer has the plain service only. */
-static int client_describe(struct client *c, struct far_grpc_export *e, struct far_error *err)
-{
-	struct client_head head;
-	uint8_t buf[1024];
-	struct far_call call = { .path = FAR_GRPC_REGION "Describe", .buf = buf, .buf_cap = sizeof buf };
-
-	c->region = true;
-	struct far_pb_out o = client_begin(c, &head);
-	far_call_request(&call, &o, NULL, 0);
-	if (err)
-		err->code = 0;
-	int r = client_call(c, &call, 0, 0, err);
-	if (r == 0 && far_grpc_decode_export(buf, call.buf_n, e))
-		r = -EPROTO;
-	if (r == 0 || call.grpc_status == FAR_GRPC_UNIMPLEMENTED)
-		return r ? -EOPNOTSUPP : 0;
-	if (call.grpc_status == FAR_GRPC_NOT_FOUND)
-		return client_no_export(c, err);
-	if (err && err->code)
-		return r;
-	if (r == -EPROTO)
-		return far_error_set(err, EPROTO, "%s does not answer as a gRPC server does; is it another kind of server?",
-				     c->where);
-	if (r == -ETIMEDOUT)
-		return far_error_set(err, ETIMEDOUT, "%s does not answer in time; is it a gRPC server, and is it alive?",
-				     c->where);
-	const char *next = r == -ECONNREFUSED ? "Is the server running, and is this its port?"
-			   : r == -ECONNRESET || r == -EPIPE ? "It hung up: is it a gRPC server, or one that wants TLS?"
-			   : "Look at the server's messages";
-	return far_error_set(err, -r, "cannot open %s: %s%s%s. %s", c->where, far_strerror(r), call.text[0] ? ": " : "",
-			     call.text, next);
-}
-
-/* A peer with the plain service only: its size must be told, and its last byte is looked at. */
-static int client_plain(struct client *c, uint64_t bytes, bool known, struct far_error *err)
-{
-	uint8_t last;
-
-	c->region = false;
-	if (c->export[0] && strcmp(c->export, "default"))
-		return far_error_set(err, ENOENT, "%s has no exports by name, so '%s' cannot be chosen; leave the path away",
-				     c->where, c->export);
-	if (!known)
-		return far_error_set(err, EINVAL, "%s does not tell its size: add ?size=BYTES", c->where);
-	if (!bytes)
-		return 0;
-	/* Straight to the call: the text of the answer is wanted. */
-	struct client_head head;
-	struct client_read rd = {
-		.call = { .path = FAR_GRPC_BACKEND "ReadAt", .fields = true,
-			  .pb = { .value = client_read_value, .bytes = client_read_bytes } },
-		.dst = &last, .len = 1,
-	};
-	rd.call.pb.opaque = &rd;
-	struct far_pb_out o = client_begin(c, &head);
-	far_pb_put_uint(&o, 1, 1);
-	far_pb_put_uint(&o, 2, bytes - 1);
-	far_call_request(&rd.call, &o, NULL, 0);
-	int r = client_call(c, &rd.call, 0, 1, err);
-	if (r == 0)
-		r = client_read_check(&rd);
-	if (r == 0)
-		return 0;
-	if (rd.call.grpc_status == FAR_GRPC_UNKNOWN && !strcmp(rd.call.text, "EOF"))
-		return far_error_set(err, EINVAL, "%s: the remote is shorter than %" PRIu64 " bytes", c->where, bytes);
-	if (rd.call.grpc_status == FAR_GRPC_UNIMPLEMENTED)
-		return far_error_set(err, EPROTO, "%s speaks gRPC, but no service that farpage knows", c->where);
-	return far_error_set(err, -r, "cannot read from %s: %s%s%s", c->where, far_strerror(r), rd.call.text[0] ? ": " : "",
-			     rd.call.text);
-}
-
-static int client_facts(struct client *c, const struct far_grpc_export *e, uint64_t bytes, bool known, bool read_only,
-			uint64_t max_io, struct far_facts *f, struct far_error *err)
-{
-	*f = (struct far_facts)FAR_FACTS_INIT;
-	f->caps = FAR_CAP_REMOTE | (read_only ? 0 : FAR_CAP_WRITE);
-	if (!c->region) {
-		f->bytes = bytes;
-		f->max_io = far_min(CLIENT_PLAIN_MAX, max_io);
-		f->caps |= FAR_CAP_DURABLE;
-		return 0;
-	}
-	if (known && bytes != e->size)
-		return far_error_set(err, EINVAL, "%s is %" PRIu64 " bytes, not %" PRIu64 ": leave ?size= away", c->where, e->size,
-				     bytes);
-	if (e->size > FAR_SIZE_MAX || e->chunk > FAR_SIZE_MAX || !e->max_request)
-		return far_error_set(err, EPROTO, "%s describes its export in a way that makes no sense", c->where);
-	f->bytes = e->size;
-	f->chunk = e->chunk;
-	f->max_io = far_min(far_min(e->max_request, CLIENT_MAX_IO), max_io);
-	if (f->chunk) {
-		if (f->chunk > e->max_request)
-			return far_error_set(err, EPROTO, "%s takes whole chunks of %" PRIu64 " bytes only but at most %" PRIu64
-					     " a request", c->where, e->chunk, e->max_request);
-		f->max_io = far_max(f->max_io - f->max_io % f->chunk, f->chunk);
-	}
-	if (e->read_only)
-		f->caps &= ~(uint32_t)FAR_CAP_WRITE;
-	if (e->durable)
-		f->caps |= FAR_CAP_DURABLE;
-	memcpy(f->identity, e->identity, sizeof f->identity);
-	memcpy(f->version, e->version, sizeof f->version);
-	return 0;
-}
-
-/* Everything after the connection's address is known. Takes c over, also on failure. */
-static int client_start(struct client *c, const struct far_open_opts *opts, uint64_t bytes, bool known, uint64_t max_io,
-			struct far_backend **out, struct far_error *err)
-{
-	struct far_grpc_export e = { .size = 0 };
-	struct far_facts facts;
-	struct far_ops ops = { FAR_OPS_INIT, .read = client_read, .write = client_write, .flush = client_flush,
-			       .stop = client_stop, .close = client_close };
-	uint64_t old = far_deadline_limit(far_now() + (opts->deadline_ms ? opts->deadline_ms : 30000) * FAR_MSEC);
-
-	int r = client_describe(c, &e, err);
-	if (r == -EOPNOTSUPP)
-		r = client_plain(c, bytes, known, err);
-	if (r == 0)
-		r = client_facts(c, &e, bytes, known, opts->read_only, max_io, &facts, err);
-	far_deadline_restore(old);
-	if (r == 0) {
-		if (c->region) {
-			ops.zero = client_zero;
-			ops.discard = client_discard;
-			ops.extents = client_extents;
-		}
-		r = far_backend_new(&ops, c, &facts, out);
-		if (r)
-			far_error_set(err, -r, "cannot open %s: %s", c->where, far_strerror(r));
-	}
-	if (r)
-		client_close(c);
-	return r;
-}
-
-struct client_conf {
-	uint64_t size, timeout, max_io;
-	char *socket;
+const struct far_ops far_client_ops = {
+	FAR_OPS_INIT,
+	.read = client_read,
+	.write = client_write,
+	.flush = client_flush,
+	.discard = client_discard,
+	.zero = client_zero,
+	.extents = client_extents,
+	.origin = client_origin,
+	.lease = client_lease,
+	.watch = client_watch,
+	.counters = client_counters,
+	.stop = client_stop,
+	.close = client_close,
 };
-
-static const struct far_opt client_options[] = {
-	{ "size", FAR_OPT_SIZE, offsetof(struct client_conf, size), .value_name = "BYTES",
-	  .help = "size of a remote that does not tell its own" },
-	{ "timeout", FAR_OPT_DURATION, offsetof(struct client_conf, timeout), .min = 1e6, .max = 3.6e12,
-	  .value_name = "TIME", .help = "how long one call may take", .def = "10s" },
-	{ "max-request", FAR_OPT_SIZE, offsetof(struct client_conf, max_io), .min = 512, .max = 32 << 20,
-	  .value_name = "BYTES", .help = "longest single read or write", .def = "8M" },
-	{ "socket", FAR_OPT_STRING, offsetof(struct client_conf, socket), .value_name = "PATH",
-	  .help = "unix socket (grpc+unix)" },
-	FAR_OPT_END,
-};
-
-static int client_address(struct client *c, const struct far_uri *u, const struct client_conf *conf, struct far_error *err)
-{
-	bool local = !strcmp(u->variant, "unix");
-	char text[300];
-
-	if (u->variant[0] && !local)
-		return far_error_set(err, EINVAL, "%s: '%s+%s' is not known; use grpc://HOST:PORT or grpc+unix:///?socket=PATH",
-				     u->text, u->scheme, u->variant);
-	if (local && !conf->socket)
-		return far_error_set(err, EINVAL, "%s: a unix socket needs its path: grpc+unix:///EXPORT?socket=PATH", u->text);
-	if (!local && (!u->host[0] || conf->socket))
-		return far_error_set(err, EINVAL, "%s: %s", u->text,
-				     conf->socket ? "'socket' goes with grpc+unix:// only" : "the host is missing: grpc://HOST:PORT");
-	struct far_lanes *l = &c->lanes;
-	l->port = u->port ? u->port : CLIENT_PORT;
-	if (local)
-		l->path = strdup(conf->socket);
-	else
-		l->host = strdup(u->host);
-	snprintf(text, sizeof text, local ? "localhost" : strchr(u->host, ':') ? "[%s]:%d" : "%s:%d", u->host, l->port);
-	l->authority = strdup(text);
-	return l->authority && (l->path || l->host) ? 0 : far_error_set(err, ENOMEM, "out of memory");
-}
-
-int far_grpc_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out, struct far_error *err)
-{
-	struct client_conf conf = { .size = UINT64_MAX, .timeout = 10 * FAR_SEC, .max_io = CLIENT_MAX_IO };
-	char where[400];
-	struct client *c = NULL;
-
-	snprintf(where, sizeof where, "%.*s", (int)strcspn(u->text, "?"), u->text);
-	int r = far_opt_parse(client_options, &conf, where, u->query, '&', true, err);
-	if (r == 0) {
-		c = client_new(!strcmp(u->variant, "unix") && conf.socket ? conf.socket : where,
-			       u->path + (u->path[0] == '/'), opts);
-		r = c ? client_address(c, u, &conf, err) : far_error_set(err, ENOMEM, "out of memory");
-	}
-	if (r == 0 && strlen(c->export) > 127)
-		r = far_error_set(err, ENAMETOOLONG, "%s: the export's name is longer than 127 bytes", where);
-	if (r == 0) {
-		bool known = conf.size != UINT64_MAX || opts->bytes;
-		c->timeout = conf.timeout;
-		r = client_start(c, opts, conf.size != UINT64_MAX ? conf.size : opts->bytes, known, conf.max_io, out, err);
-	} else if (c) {
-		client_close(c);
-	}
-	far_opt_fini(client_options, &conf);
-	return r;
-}
-
-int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts, struct far_backend **out,
-		     struct far_error *err)
-{
-	static const struct far_open_opts none = FAR_OPEN_OPTS_INIT;
-	struct far_open_opts one = opts ? *opts : none;
-	struct far_conn conn = { 0 };
-
-	one.demand_connections = one.bulk_connections = 1;
-	struct client *c = client_new(where, "", &one);
-	int r = c ? 0 : -ENOMEM;
-	int own = dup(fd); /* the caller keeps fd if this fails later */
-	if (r == 0)
-		r = far_conn_socket(&conn, own);
-	if (r)
-		far_fd_close(&own);
-	struct far_channel *channel = NULL;
-	if (r == 0)
-		r = far_channel_new(&conn, "localhost", &channel);
-	if (r) {
-		far_conn_close(&conn);
-		if (c)
-			client_close(c);
-		return far_error_set(err, -r, "cannot use the connection to %s: %s", where, far_strerror(r));
-	}
-	/* There is no second connection to turn to, so a slow peer is waited for; the thread's deadline still holds. */
-	c->timeout = FAR_NEVER;
-	far_lanes_adopt(&c->lanes, channel);
-	r = client_start(c, &one, one.bytes, one.bytes != 0, CLIENT_MAX_IO, out, err);
-	if (r == 0)
-		close(fd);
-	return r;
-}

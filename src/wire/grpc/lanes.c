@@ -7,7 +7,13 @@
  *       ^_________/                             away makes its slot empty, and the next call dials anew
  *
  * A call goes to the channel of its lane that owes the fewest bytes. Another connection is dialled only when that one
- * owes more than a little, for the caller who finds it so waits for the dial.
+ * owes more than a little, for the caller who finds it so waits for the dial. Each dial looks the host's name up anew:
+ * the peer may have moved.
+ *
+ * No storm. A dial includes the greeting. Once one has failed (`failing`), all slots together make one dial at a time, with
+ * growing, jittered pauses, until one succeeds. A caller waits for the next one, by whomever it is made, as far as its
+ * deadline allows, and gets its outcome: each call sees at most one failed dial. -ESTALE (the peer answers, but it is the
+ * wrong one) is given to callers without waiting.
  */
 #include "wire/grpc/lanes.h"
 
@@ -17,6 +23,11 @@
 #include <unistd.h>
 
 #define LANES_BUSY (256 * FAR_KIB) /* a channel that owes more is worth another connection */
+#define LANES_PAUSE (20 * FAR_MSEC) /* after the first failed dial; doubles */
+#define LANES_PAUSE_MAX (2 * FAR_SEC)
+#define LANES_PINGS 2 /* in a row: grpc-go hangs up at the fourth */
+#define LANES_QUIET (2 * FAR_SEC)
+#define LANES_PATIENCE (5 * FAR_SEC)
 
 static int lanes_dial(struct far_lanes *l, uint64_t deadline, struct far_channel **out, struct far_error *err)
 {
@@ -28,7 +39,16 @@ static int lanes_dial(struct far_lanes *l, uint64_t deadline, struct far_channel
 		return r;
 	r = far_channel_new(&conn, l->authority, out);
 	far_conn_close(&conn);
-	return r ? far_error_set(err, -r, "cannot use the connection to %s: %s", l->where, far_strerror(r)) : 0;
+	if (r)
+		return far_error_set(err, -r, "cannot use the connection to %s: %s", l->where, far_strerror(r));
+	far_channel_keep_alive(*out, l->quiet, l->patience, LANES_PINGS);
+	r = l->greet ? l->greet(l->opaque, *out, deadline, err) : 0;
+	if (r) {
+		far_channel_kill(*out, r);
+		far_channel_put(*out);
+		*out = NULL;
+	}
+	return r;
 }
 
 /* The best channel of a lane, NULL if none is up. *free gets a slot that could be dialled. */
@@ -43,6 +63,7 @@ static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct f
 		if (s->channel && !far_channel_usable(s->channel) && !s->dialling && !l->once) {
 			far_channel_put(s->channel);
 			s->channel = NULL;
+			l->lost++;
 		}
 		if (!s->channel && !s->dialling && !*free_slot)
 			*free_slot = s;
@@ -57,6 +78,29 @@ static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct f
 	return best;
 }
 
+/* What the end of a dial means for the next ones. A caller who was short of time says nothing about the peer. */
+static void lanes_learn(struct far_lanes *l, int r, const struct far_error *err, uint64_t deadline) FAR_REQUIRES(l->lock)
+{
+	uint64_t now = far_now();
+
+	if (r == 0) {
+		l->failing = false;
+		l->pause = 0;
+		l->connects++;
+		l->reconnects += l->reconnects < l->lost;
+		return;
+	}
+	if (r == -ESHUTDOWN || (r == -ETIMEDOUT && now >= deadline))
+		return;
+	l->failing = true;
+	l->round++;
+	l->error = r;
+	l->text = *err;
+	l->pause = l->pause ? far_min(2 * l->pause, LANES_PAUSE_MAX) : LANES_PAUSE;
+	l->rng = l->rng * 6364136223846793005 + 1442695040888963407;
+	l->next = now + l->pause - (l->rng >> 33) % (l->pause / 2);
+}
+
 /* Dial into a slot, without the lock. */
 static int lanes_fill(struct far_lanes *l, struct far_lanes_slot *s, uint64_t deadline, struct far_error *err)
 	FAR_REQUIRES(l->lock)
@@ -64,10 +108,12 @@ static int lanes_fill(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 	struct far_channel *channel = NULL;
 
 	s->dialling = true;
+	l->dialling++;
 	far_mutex_unlock(&l->lock);
 	int r = lanes_dial(l, deadline, &channel, err);
 	far_mutex_lock(&l->lock);
 	s->dialling = false;
+	l->dialling--;
 	if (r == 0 && l->stopped) {
 		far_channel_kill(channel, -ESHUTDOWN);
 		far_channel_put(channel);
@@ -75,30 +121,58 @@ static int lanes_fill(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 	} else if (r == 0) {
 		s->channel = channel;
 	}
+	lanes_learn(l, r, err, deadline);
 	far_cond_broadcast(&l->cond);
 	return r;
+}
+
+/* What a caller does about a slot that could be dialled while dials fail: 0 dial it, 1 wait (*until), or -errno. */
+static int lanes_patience(struct far_lanes *l, uint64_t round, uint64_t deadline, uint64_t *until) FAR_REQUIRES(l->lock)
+{
+	*until = deadline;
+	if (!l->failing)
+		return 0;
+	if (l->round != round)
+		return l->error; /* a dial that this caller waited for */
+	if (l->dialling)
+		return 1;
+	if (far_now() >= l->next)
+		return 0;
+	if (l->error == -ESTALE || deadline <= l->next)
+		return l->error;
+	*until = l->next;
+	return 1;
 }
 
 /* A channel to call on, with a reference. */
 int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_channel **out, struct far_error *err)
 {
+	struct far_error text = { .code = 0 };
 	int r = 0;
 
 	far_mutex_lock(&l->lock);
+	uint64_t round = l->round;
 	for (;;) {
 		struct far_lanes_slot *free_slot;
-		uint64_t load = 0;
+		uint64_t load = 0, until = deadline;
 		if (l->stopped) {
 			r = -ESHUTDOWN;
 			break;
 		}
 		struct far_lanes_slot *best = lanes_best(l, lane, &free_slot, &load);
-		if (free_slot && !l->once && (!best || load > LANES_BUSY)) {
-			r = lanes_fill(l, free_slot, deadline, err);
-			if (r == 0)
-				best = free_slot;
-			else if (r == -ESHUTDOWN || !best || !best->channel)
+		if (free_slot && !l->once && (!best || (load > LANES_BUSY && !l->failing))) {
+			r = lanes_patience(l, round, deadline, &until);
+			if (r < 0) {
+				text = l->text;
 				break;
+			}
+			if (r == 0) {
+				r = lanes_fill(l, free_slot, deadline, &text);
+				if (r == 0)
+					best = free_slot;
+				else if (r == -ESHUTDOWN || !best || !best->channel)
+					break;
+			}
 			r = 0; /* the connection that is there will do */
 		}
 		if (best && best->channel) {
@@ -110,33 +184,75 @@ int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_
 			r = -EPIPE;
 			break;
 		}
-		if (!far_cond_wait_until(&l->cond, &l->lock, deadline)) {
+		if (!far_cond_wait_until(&l->cond, &l->lock, until) && until == deadline) {
 			r = -ETIMEDOUT;
 			break;
 		}
 	}
 	far_mutex_unlock(&l->lock);
+	if (r && err && text.code)
+		*err = text;
 	return r;
+}
+
+size_t far_lanes_up(struct far_lanes *l, struct far_channel **out, size_t max)
+{
+	size_t n = 0;
+
+	far_mutex_lock(&l->lock);
+	for (int lane = 0; lane < FAR_LANES && !(l->once && n); lane++) {
+		for (unsigned i = 0; i < l->n[lane] && n < max; i++) {
+			if (!l->slots[lane][i].channel)
+				continue;
+			out[n] = l->slots[lane][i].channel;
+			far_channel_get(out[n++]);
+		}
+	}
+	far_mutex_unlock(&l->lock);
+	return n;
+}
+
+void far_lanes_reset(struct far_lanes *l, int err)
+{
+	struct far_channel *up[FAR_LANES * FAR_LANES_MAX];
+	size_t n = 0;
+
+	far_mutex_lock(&l->lock);
+	for (int lane = 0; lane < FAR_LANES && !l->once; lane++) {
+		for (unsigned i = 0; i < l->n[lane]; i++) {
+			if (!l->slots[lane][i].channel)
+				continue;
+			up[n++] = l->slots[lane][i].channel;
+			l->slots[lane][i].channel = NULL;
+			l->lost++;
+		}
+	}
+	far_mutex_unlock(&l->lock);
+	for (size_t i = 0; i < n; i++) {
+		far_channel_kill(up[i], err);
+		far_channel_put(up[i]);
+	}
+}
+
+void far_lanes_count(struct far_lanes *l, uint64_t *connects, uint64_t *reconnects, uint64_t *lost)
+{
+	far_mutex_lock(&l->lock);
+	*connects = l->connects;
+	*reconnects = l->reconnects;
+	*lost = l->lost;
+	far_mutex_unlock(&l->lock);
 }
 
 void far_lanes_stop(struct far_lanes *l)
 {
 	uint64_t one = 1;
 	struct far_channel *up[FAR_LANES * FAR_LANES_MAX];
-	size_t n = 0;
 
 	far_mutex_lock(&l->lock);
 	l->stopped = true;
-	for (int lane = 0; lane < FAR_LANES; lane++) {
-		for (unsigned i = 0; i < l->n[lane]; i++) {
-			if (!l->slots[lane][i].channel)
-				continue;
-			up[n] = l->slots[lane][i].channel;
-			far_channel_get(up[n++]);
-		}
-	}
 	far_cond_broadcast(&l->cond);
 	far_mutex_unlock(&l->lock);
+	size_t n = far_lanes_up(l, up, FAR_ARRAY_LEN(up));
 	ssize_t w = write(l->cancel, &one, sizeof one);
 	(void)w;
 	for (size_t i = 0; i < n; i++) {
@@ -167,6 +283,9 @@ int far_lanes_init(struct far_lanes *l, const char *where, unsigned demand, unsi
 	}
 	far_mutex_init(&l->lock);
 	far_cond_init(&l->cond);
+	l->quiet = LANES_QUIET;
+	l->patience = LANES_PATIENCE;
+	l->rng = far_now();
 	l->n[FAR_LANE_DEMAND] = (unsigned)far_min(demand, FAR_LANES_MAX);
 	l->n[FAR_LANE_BULK] = (unsigned)far_min(bulk, FAR_LANES_MAX);
 	return 0;

@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * A lease that has run out may be somebody else's now. So the right to speak to the remote has an end, which is moved on
+ * with each renewal; a call that begins after it waits, as it would for a connection. Reads wait too: bytes that another
+ * has written meanwhile beside those that are here would be a mixture that never existed.
+ *
+ *     closed (until = 0)  -> open until T    far_admit_open()
+ *     open until T        -> closed          by itself, when T has passed
+ *     any                 -> fenced          far_admit_fence(), for good
+ *
+ * The open gate costs one atomic load and a look at the clock. `lock` guards only sleeping.
+ */
+#define _GNU_SOURCE
+#include "mount/admit.h"
+
+#include "base/clock.h"
+#include "base/thread.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+struct far_admit {
+	/* fixed */
+	struct far_backend *inner;
+	uint64_t max_wait;
+	/* atomic; written under lock, so that who sleeps misses no change */
+	_Atomic uint64_t until;
+	_Atomic bool fenced, stopped;
+
+	struct far_mutex lock;
+	struct far_cond changed;
+};
+
+static bool admit_is_open(struct far_admit *a)
+{
+	uint64_t until = atomic_load_explicit(&a->until, memory_order_acquire);
+	return until == FAR_NEVER || (until && far_now() < until);
+}
+
+static int admit_wait(struct far_admit *a)
+{
+	uint64_t end = far_deadline();
+	int r = 0;
+
+	if (a->max_wait != FAR_NEVER)
+		end = far_min(end, far_now() + a->max_wait);
+	far_mutex_lock(&a->lock);
+	for (;;) {
+		r = atomic_load(&a->stopped) ? -ESHUTDOWN : atomic_load(&a->fenced) ? -ESTALE : 0;
+		if (r || admit_is_open(a))
+			break;
+		if (!far_cond_wait_until(&a->changed, &a->lock, end)) {
+			r = -ETIMEDOUT;
+			break;
+		}
+	}
+	far_mutex_unlock(&a->lock);
+	return r;
+}
+
+static int admit_enter(struct far_admit *a, unsigned flags)
+{
+	if (atomic_load_explicit(&a->fenced, memory_order_acquire))
+		return -ESTALE;
+	if (admit_is_open(a))
+		return 0;
+	return flags & FAR_NOWAIT ? -EAGAIN : admit_wait(a);
+}
+
+static int admit_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	struct far_admit *a = self;
+	int r = admit_enter(a, flags);
+	return r ? r : far_read(a->inner, off, buf, len, flags);
+}
+
+static int admit_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+{
+	struct far_admit *a = self;
+	int r = admit_enter(a, flags);
+	return r ? r : far_write(a->inner, off, buf, len, flags);
+}
+
+static int admit_flush(void *self)
+{
+	struct far_admit *a = self;
+	int r = admit_enter(a, 0);
+	return r ? r : far_flush(a->inner);
+}
+
+static int admit_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
+{
+	struct far_admit *a = self;
+	int r = admit_enter(a, flags);
+	return r ? r : far_discard(a->inner, off, len, flags);
+}
+
+static int admit_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
+{
+	struct far_admit *a = self;
+	int r = admit_enter(a, flags);
+	return r ? r : far_zero(a->inner, off, len, flags);
+}
+
+static int admit_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
+{
+	struct far_admit *a = self;
+	int r = admit_enter(a, 0);
+	return r ? r : far_extents(a->inner, off, len, out, max, n);
+}
+
+static void admit_stop(void *self)
+{
+	struct far_admit *a = self;
+
+	far_mutex_lock(&a->lock);
+	atomic_store(&a->stopped, true);
+	far_cond_broadcast(&a->changed);
+	far_mutex_unlock(&a->lock);
+	far_stop(a->inner);
+}
+
+static void admit_close(void *self)
+{
+	struct far_admit *a = self;
+
+	far_close(a->inner);
+	far_cond_fini(&a->changed);
+	far_mutex_fini(&a->lock);
+	free(a);
+}
+
+static struct far_backend *admit_inner(void *self)
+{
+	struct far_admit *a = self;
+	return a->inner;
+}
+
+static const struct far_ops admit_ops = {
+	FAR_OPS_INIT,
+	.read = admit_read,
+	.write = admit_write,
+	.flush = admit_flush,
+	.discard = admit_discard,
+	.zero = admit_zero,
+	.extents = admit_extents,
+	.stop = admit_stop,
+	.close = admit_close,
+	.inner = admit_inner,
+};
+
+int far_admit_new(struct far_backend *inner, uint64_t max_wait, struct far_backend **out, struct far_admit **gate)
+{
+	struct far_facts facts = *far_facts(inner);
+	struct far_admit *a = calloc(1, sizeof *a);
+
+	if (!a)
+		return -ENOMEM;
+	a->inner = inner;
+	a->max_wait = max_wait;
+	far_mutex_init(&a->lock);
+	far_cond_init(&a->changed);
+	facts.caps &= ~(uint32_t)FAR_CAP_SHARE;
+	int r = far_backend_new(&admit_ops, a, &facts, out);
+	if (r) {
+		far_cond_fini(&a->changed);
+		far_mutex_fini(&a->lock);
+		free(a);
+		return r;
+	}
+	*gate = a;
+	return 0;
+}
+
+void far_admit_open(struct far_admit *a, uint64_t until)
+{
+	far_mutex_lock(&a->lock);
+	atomic_store_explicit(&a->until, until, memory_order_release);
+	far_cond_broadcast(&a->changed);
+	far_mutex_unlock(&a->lock);
+}
+
+void far_admit_fence(struct far_admit *a)
+{
+	far_mutex_lock(&a->lock);
+	atomic_store_explicit(&a->fenced, true, memory_order_release);
+	far_cond_broadcast(&a->changed);
+	far_mutex_unlock(&a->lock);
+}

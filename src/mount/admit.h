@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * The gate in front of a network remote: calls pass while it is certain that the remote is the one that the local store
+ * belongs to and, for a writer, that nobody else may write. See lease.c for who opens it.
+ */
+#ifndef FAR_ADMIT_H
+#define FAR_ADMIT_H
+
+#include "backend/backend.h"
+
+struct far_admit;
+
+/* A layer over inner, closed at first. Calls that find it closed wait, at most max_wait ns (FAR_NEVER: the thread's
+ * deadline alone), with -ETIMEDOUT; -EAGAIN with FAR_NOWAIT. inner changes owner only on success. */
+int far_admit_new(struct far_backend *inner, uint64_t max_wait, struct far_backend **out, struct far_admit **gate);
+/* Open until then; FAR_NEVER: for good. */
+void far_admit_open(struct far_admit *a, uint64_t until);
+/* Every call fails with -ESTALE from now on. */
+void far_admit_fence(struct far_admit *a);
+
+#endif

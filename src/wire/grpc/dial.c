@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * Opening a client: options, address, the first contact. With facts of an earlier time it opens without contact too: what
+ * the peer is and keeps is then found by the first hello that gets through (hello.c), on behalf of whichever call dials.
+ */
+#define _GNU_SOURCE
+#include "wire/grpc/client.h"
+#include "wire/wire.h"
+
+#include "base/options.h"
+#include "base/uri.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#define DIAL_PLAIN_MAX (2 * FAR_MIB)
+#define DIAL_MAX_IO (8 * FAR_MIB)
+#define DIAL_PORT 1337
+#define DIAL_KNOWN_MS 3000 /* how long a peer is tried for that need not be there */
+#define DIAL_TRIES 3       /* when the first answer was garbled */
+
+void far_client_free(struct far_client *c)
+{
+	far_lanes_fini(&c->lanes);
+	far_mutex_fini(&c->lock);
+	far_cond_fini(&c->cond);
+	free(c->export);
+	free(c);
+}
+
+static uint64_t dial_random(void)
+{
+	uint64_t v = 0;
+
+	if (getrandom(&v, sizeof v, GRND_NONBLOCK) != sizeof v)
+		v = far_now() * 6364136223846793005 ^ (uint64_t)getpid() << 40;
+	return v ? v : 1;
+}
+
+static struct far_client *dial_new(const char *where, const char *export, const struct far_open_opts *opts)
+{
+	struct far_client *c = calloc(1, sizeof *c);
+
+	if (!c)
+		return NULL;
+	c->export = strdup(export);
+	if (!c->export || far_lanes_init(&c->lanes, where, opts->demand_connections ? opts->demand_connections : 2,
+					 opts->bulk_connections ? opts->bulk_connections : 2)) {
+		free(c->export);
+		free(c);
+		return NULL;
+	}
+	far_mutex_init(&c->lock);
+	far_cond_init(&c->cond);
+	c->export_n = strlen(export);
+	c->where = c->lanes.where;
+	c->timeout = 10 * FAR_SEC;
+	c->writable = !opts->read_only;
+	c->no_sums = opts->no_checksums;
+	c->session = dial_random();
+	c->instance = dial_random() >> 1;
+	c->generation = 1;
+	c->lanes.greet = far_hello_greet;
+	c->lanes.opaque = c;
+	return c;
+}
+
+/* Dial, and let the peer describe itself. */
+static int dial_contact(struct far_client *c, uint64_t deadline, struct far_error *err)
+{
+	int r = 0;
+
+	for (int i = 0; i < DIAL_TRIES; i++) {
+		struct far_channel *channel;
+		if (err)
+			err->code = 0;
+		r = far_lanes_pick(&c->lanes, FAR_LANE_DEMAND, deadline, &channel, err);
+		if (r == 0 && c->lanes.once)
+			r = far_hello_greet(c, channel, deadline, err);
+		if (r == 0)
+			far_channel_put(channel);
+		if (r != -EBADMSG)
+			break;
+	}
+	if (r && err && !err->code)
+		far_error_set(err, -r, "cannot open %s: %s", c->where, far_strerror(r));
+	return r;
+}
+
+static void dial_rely_on(struct far_client *c, const struct far_facts *f)
+{
+	far_mutex_lock(&c->lock);
+	c->facts = *f;
+	c->has_facts = true;
+	memcpy(c->identity, f->identity, sizeof c->identity);
+	far_mutex_unlock(&c->lock);
+}
+
+/* Whether the failure says that nobody is there, rather than that somebody else is. */
+static bool dial_unreachable(int r)
+{
+	return far_error_is_transient(r) && r != -EIO && r != -EBADMSG && r != -EBUSY;
+}
+
+struct dial_want {
+	uint64_t bytes, max_io;
+	bool sized; /* the user told the size */
+};
+
+/* With facts of an earlier time. */
+static int dial_known(struct far_client *c, const struct far_open_opts *opts, const struct dial_want *want,
+		      struct far_facts *f, struct far_error *err)
+{
+	memcpy(f, opts->known, far_min(opts->known->size, sizeof *f));
+	f->size = sizeof *f;
+	f->identity[sizeof f->identity - 1] = f->version[sizeof f->version - 1] = 0;
+	f->caps |= FAR_CAP_REMOTE;
+	if (opts->read_only)
+		f->caps &= ~(uint32_t)FAR_CAP_WRITE;
+	f->max_io = far_min(f->max_io ? f->max_io : DIAL_PLAIN_MAX, want->max_io);
+	if (f->chunk)
+		f->max_io = far_max(f->max_io - f->max_io % f->chunk, f->chunk);
+	if (want->sized && want->bytes != f->bytes)
+		return far_error_set(err, EINVAL, "%s was %" PRIu64 " bytes, not %" PRIu64 ": leave the size away", c->where,
+				     f->bytes, want->bytes);
+	dial_rely_on(c, f);
+	uint64_t wait = far_min(opts->deadline_ms ? opts->deadline_ms : DIAL_KNOWN_MS, DIAL_KNOWN_MS);
+	int r = dial_contact(c, far_min(far_deadline(), far_now() + wait * FAR_MSEC), err);
+	if (!dial_unreachable(r))
+		return r;
+	far_log(FAR_LOG_INFO, "%s: cannot be reached now (%s); opened with what was known of it", c->where, far_strerror(r));
+	if (err)
+		*err = (struct far_error){ 0 };
+	return 0;
+}
+
+/* The peer must answer now. */
+static int dial_fresh(struct far_client *c, const struct far_open_opts *opts, const struct dial_want *want,
+		      struct far_facts *f, struct far_error *err)
+{
+	uint64_t old = far_deadline_limit(far_now() + (opts->deadline_ms ? opts->deadline_ms : 30000) * FAR_MSEC);
+	int r = dial_contact(c, far_deadline(), err);
+
+	f->caps = FAR_CAP_REMOTE | (opts->read_only ? 0 : FAR_CAP_WRITE);
+	if (r == 0 && far_client_kind(c) == FAR_CLIENT_PLAIN) {
+		f->bytes = want->bytes;
+		f->max_io = far_min(DIAL_PLAIN_MAX, want->max_io);
+		f->caps |= FAR_CAP_DURABLE;
+		dial_rely_on(c, f);
+	} else if (r == 0) {
+		far_mutex_lock(&c->lock);
+		struct far_grpc_export e = c->heard;
+		far_mutex_unlock(&c->lock);
+		if (want->sized && want->bytes != e.size)
+			r = far_error_set(err, EINVAL, "%s is %" PRIu64 " bytes, not %" PRIu64 ": leave ?size= away", c->where,
+					  e.size, want->bytes);
+		else
+			r = far_hello_facts(c, &e, want->max_io, f, err);
+		if (r == 0)
+			dial_rely_on(c, f);
+	}
+	far_deadline_restore(old);
+	return r;
+}
+
+/* Everything after the connection's address is known. Takes c over, also on failure. */
+static int dial_start(struct far_client *c, const struct far_open_opts *opts, const struct dial_want *want,
+		      struct far_backend **out, struct far_error *err)
+{
+	struct far_facts facts = FAR_FACTS_INIT;
+
+	c->plain_sized = want->sized;
+	c->plain_bytes = want->bytes;
+	int r = (opts->known ? dial_known : dial_fresh)(c, opts, want, &facts, err);
+	if (r == 0) {
+		r = far_backend_new(&far_client_ops, c, &facts, out);
+		if (r)
+			far_error_set(err, -r, "cannot open %s: %s", c->where, far_strerror(r));
+	}
+	if (r)
+		far_client_free(c);
+	return r;
+}
+
+struct dial_conf {
+	uint64_t size, timeout, max_io, silence;
+	char *socket;
+	bool sums;
+};
+
+static const struct far_opt dial_options[] = {
+	{ "size", FAR_OPT_SIZE, offsetof(struct dial_conf, size), .value_name = "BYTES",
+	  .help = "size of a remote that does not tell its own" },
+	{ "timeout", FAR_OPT_DURATION, offsetof(struct dial_conf, timeout), .min = 1e6, .max = 3.6e12,
+	  .value_name = "TIME", .help = "how long one call may take", .def = "10s" },
+	{ "max-request", FAR_OPT_SIZE, offsetof(struct dial_conf, max_io), .min = 512, .max = 32 << 20,
+	  .value_name = "BYTES", .help = "longest single read or write", .def = "8M" },
+	{ "silence", FAR_OPT_DURATION, offsetof(struct dial_conf, silence), .min = 1e6, .max = 3.6e12, .value_name = "TIME",
+	  .help = "how long a connection with calls pending may give no sign of life", .def = "7s" },
+	{ "sums", FAR_OPT_BOOL, offsetof(struct dial_conf, sums), .help = "checksums of the bytes that travel", .def = "1" },
+	{ "socket", FAR_OPT_STRING, offsetof(struct dial_conf, socket), .value_name = "PATH",
+	  .help = "unix socket (grpc+unix)" },
+	FAR_OPT_END,
+};
+
+static int dial_address(struct far_client *c, const struct far_uri *u, const struct dial_conf *conf, struct far_error *err)
+{
+	bool local = !strcmp(u->variant, "unix");
+	char text[300];
+
+	if (u->variant[0] && !local)
+		return far_error_set(err, EINVAL, "%s: '%s+%s' is not known; use grpc://HOST:PORT or grpc+unix:///?socket=PATH",
+				     u->text, u->scheme, u->variant);
+	if (local && !conf->socket)
+		return far_error_set(err, EINVAL, "%s: a unix socket needs its path: grpc+unix:///EXPORT?socket=PATH", u->text);
+	if (!local && (!u->host[0] || conf->socket))
+		return far_error_set(err, EINVAL, "%s: %s", u->text,
+				     conf->socket ? "'socket' goes with grpc+unix:// only" : "the host is missing: grpc://HOST:PORT");
+	struct far_lanes *l = &c->lanes;
+	l->port = u->port ? u->port : DIAL_PORT;
+	if (local)
+		l->path = strdup(conf->socket);
+	else
+		l->host = strdup(u->host);
+	snprintf(text, sizeof text, local ? "localhost" : strchr(u->host, ':') ? "[%s]:%d" : "%s:%d", u->host, l->port);
+	l->authority = strdup(text);
+	return l->authority && (l->path || l->host) ? 0 : far_error_set(err, ENOMEM, "out of memory");
+}
+
+int far_grpc_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out, struct far_error *err)
+{
+	struct dial_conf conf = { .size = UINT64_MAX, .timeout = 10 * FAR_SEC, .max_io = DIAL_MAX_IO,
+				  .silence = 7 * FAR_SEC, .sums = true };
+	char where[400];
+	struct far_client *c = NULL;
+
+	snprintf(where, sizeof where, "%.*s", (int)strcspn(u->text, "?"), u->text);
+	int r = far_opt_parse(dial_options, &conf, where, u->query, '&', true, err);
+	if (r == 0) {
+		c = dial_new(!strcmp(u->variant, "unix") && conf.socket ? conf.socket : where,
+			       u->path + (u->path[0] == '/'), opts);
+		r = c ? dial_address(c, u, &conf, err) : far_error_set(err, ENOMEM, "out of memory");
+	}
+	if (r == 0 && strlen(c->export) > 127)
+		r = far_error_set(err, ENAMETOOLONG, "%s: the export's name is longer than 127 bytes", where);
+	if (r == 0) {
+		struct dial_want want = { .sized = conf.size != UINT64_MAX || opts->bytes, .max_io = conf.max_io,
+					  .bytes = conf.size != UINT64_MAX ? conf.size : opts->bytes };
+		c->timeout = conf.timeout;
+		c->no_sums = c->no_sums || !conf.sums;
+		c->lanes.quiet = conf.silence * 2 / 7;
+		c->lanes.patience = conf.silence - c->lanes.quiet;
+		r = dial_start(c, opts, &want, out, err);
+	} else if (c) {
+		far_client_free(c);
+	}
+	far_opt_fini(dial_options, &conf);
+	return r;
+}
+
+int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts, struct far_backend **out,
+		     struct far_error *err)
+{
+	static const struct far_open_opts none = FAR_OPEN_OPTS_INIT;
+	struct far_open_opts one = opts ? *opts : none;
+	struct far_conn conn = { 0 };
+
+	one.demand_connections = one.bulk_connections = 1;
+	struct far_client *c = dial_new(where, "", &one);
+	int r = c ? 0 : -ENOMEM;
+	int own = dup(fd); /* the caller keeps fd if this fails later */
+	if (r == 0)
+		r = far_conn_socket(&conn, own);
+	if (r)
+		far_fd_close(&own);
+	struct far_channel *channel = NULL;
+	if (r == 0)
+		r = far_channel_new(&conn, "localhost", &channel);
+	if (r) {
+		far_conn_close(&conn);
+		if (c)
+			far_client_free(c);
+		return far_error_set(err, -r, "cannot use the connection to %s: %s", where, far_strerror(r));
+	}
+	/* There is no second connection to turn to, so a slow peer is waited for; the thread's deadline still holds. */
+	c->timeout = FAR_NEVER;
+	far_lanes_adopt(&c->lanes, channel);
+	struct dial_want want = { .sized = one.bytes != 0, .bytes = one.bytes, .max_io = DIAL_MAX_IO };
+	r = dial_start(c, &one, &want, out, err);
+	if (r == 0)
+		close(fd);
+	return r;
+}
