@@ -314,6 +314,8 @@ static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool
 		if (err && copied && b->c[k].claim == FAR_CLAIM_WHOLE &&
 		    far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
+		if (err && copied && b->c[k].claim == FAR_CLAIM_PARTIAL) /* it may be absent afterwards, with some of it there */
+			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		if (copied)
 			far_persist_fresh(r->persist, i, 1);
 		far_chunkmap_write_end(r->map, i, b->c[k].from, b->c[k].to, b->c[k].claim, b->c[k].ragged, !err);
