@@ -7,7 +7,9 @@
  * an oracle that knows each sector's history:
  *
  *  - opening is never refused;
- *  - each sector reads as one of its states since the last acknowledged flush: nothing older, torn or foreign;
+ *  - each sector reads as one of its states since the last acknowledged flush: nothing older, torn or foreign. A sector
+ *    that is always written whole is never torn. One that was written in parts may be while writes to it are not flushed,
+ *    byte by byte: in a half-written chunk some of its bytes are here and some only on the remote;
  *  - then a flush brings just that to the remote, and what is read after an eviction is still that.
  *
  * power SEED [SCENARIO]: suite `long` runs them all, with reorderings.
@@ -51,6 +53,7 @@ static const struct scenario scenarios[] = {
 struct history {
 	unsigned char (*v)[RECORD_SECTOR];
 	unsigned n, room;
+	uint64_t ragged[8]; /* bit: this state was made by a write of a part */
 };
 
 struct oracle {
@@ -129,6 +132,9 @@ static size_t oracle_change(struct oracle *o, uint64_t off, const unsigned char 
 			memcpy(h->v[h->n] + (from - at), buf + (from - off), (size_t)(to - from));
 		else
 			memset(h->v[h->n] + (from - at), 0, (size_t)(to - from));
+		FAR_ASSERT(h->n < 512);
+		if (to - from < far_min(RECORD_SECTOR, BYTES - at))
+			h->ragged[h->n / 64] |= (uint64_t)1 << (h->n % 64);
 		h->n++;
 	}
 	if (o->changes == o->change_room) {
@@ -310,11 +316,53 @@ static void power_work(struct power *p)
 
 struct look {
 	struct power *p;
+	struct record_cut *c;
 	unsigned lo[SECTORS], hi[SECTORS]; /* states that may be there */
 	unsigned char seen[SECTORS][RECORD_SECTOR];
 	unsigned n;
 	char when[160];
 };
+
+/* A sector that parts were written of: each byte is in one of its own states. */
+static bool look_torn(const struct look *l, uint64_t s, const unsigned char *buf, size_t n)
+{
+	const struct history *h = &l->p->o.h[s];
+	bool ragged = false;
+
+	for (unsigned v = 1; v <= l->hi[s]; v++)
+		ragged |= h->ragged[v / 64] >> (v % 64) & 1;
+	for (size_t k = 0; ragged && k < n; k++) {
+		unsigned v = l->lo[s];
+		while (v <= l->hi[s] && h->v[v][k] != buf[k])
+			v++;
+		ragged = v <= l->hi[s];
+	}
+	return ragged;
+}
+
+/* What happened to a sector up to the cut, for people. */
+static void look_story(struct look *l, const struct record_cut *c, uint64_t s)
+{
+	static const char *const files[] = { "local", "map", "remote" }, *const kinds[] = { "write", "hole", "size", "sync" };
+	uint64_t chunk = s * RECORD_SECTOR / RIG_CHUNK;
+
+	for (size_t i = 0; i < c->at; i++) {
+		const struct record_entry *e = &l->p->rec.e[i];
+		if (e->kind == RECORD_NOTE && e->off & NOTE_FLUSHED) {
+			print_message("%zu: flush acknowledged, state %u\n", i, l->p->o.flush[e->off & ~NOTE_FLUSHED][s]);
+		} else if (e->kind == RECORD_NOTE) {
+			struct change *ch = &l->p->o.change[e->off & ~NOTE_WRITE];
+			if (ch->first <= s && s < ch->first + ch->n)
+				print_message("%zu: the program writes the sector\n", i);
+		} else if (e->kind == RECORD_SYNC || e->file == MAP) {
+			print_message("%zu: %s %s %llu+%llu\n", i, files[e->file], kinds[e->kind], (unsigned long long)e->off,
+				      (unsigned long long)e->len);
+		} else if (e->off / RIG_CHUNK <= chunk && chunk <= (e->off + e->len - (e->len != 0)) / RIG_CHUNK) {
+			print_message("%zu: %s %s %llu+%llu of the chunk\n", i, files[e->file], kinds[e->kind],
+				      (unsigned long long)e->off, (unsigned long long)e->len);
+		}
+	}
+}
 
 static void look_read(struct look *l, bool first)
 {
@@ -338,9 +386,10 @@ static void look_read(struct look *l, bool first)
 			}
 			while (v <= l->hi[s] && memcmp(buf + at, h->v[v], n))
 				v++;
-			if (v > l->hi[s]) {
+			if (v > l->hi[s] && !look_torn(l, s, buf + at, n)) {
 				while (old < h->n && memcmp(buf + at, h->v[old], n))
 					old++;
+				look_story(l, l->c, s);
 				fail_msg("%s: sector %llu (chunk %llu) is %s %u, it should be state %u to %u", l->when,
 					 (unsigned long long)s, (unsigned long long)hot[k],
 					 old < h->n ? "state" : "none of its states:", old, l->lo[s], l->hi[s]);
@@ -417,6 +466,7 @@ static void look_everywhere(struct power *p, bool reorder)
 	size_t kinds[5] = { 0 };
 
 	l->p = p;
+	l->c = &c;
 	p->remote.wrote = NULL;
 	p->remote.flushed = NULL;
 	record_cut_begin(&c, &p->rec);
