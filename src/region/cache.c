@@ -125,7 +125,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
 	far_cache_arrived(r);
-	if (flags & FAR_BULK) /* else it would be evicted before whoever needs it has seen it */
+	if (flags & FAR_BULK) /* who fetches on demand trims after it has used the chunk: the rest may all be dirty */
 		far_evict_trim(r);
 	return err;
 }

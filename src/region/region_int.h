@@ -95,6 +95,7 @@ void far_pull_status(struct far_region *r, struct far_status *st);
 
 /* push.c */
 int far_push_open(struct far_region *r);
+int far_push_start(struct far_region *r); /* its threads, last of all: after a restart they have work at once */
 void far_push_stop(struct far_region *r);
 void far_push_join(struct far_region *r);
 void far_push_close(struct far_region *r);
