@@ -22,7 +22,7 @@
 #define THREADS 4
 #define SLOT 1536 /* bytes that belong to one thread, then comes the next: three sectors, so slots share sectors not pages */
 #define ROUND (2 * FAR_SEC)
-#define HANG (20 * FAR_SEC)
+#define HANG (40 * FAR_SEC)
 
 #define MUST(c)                                                                                                        \
 	do {                                                                                                           \
