@@ -429,7 +429,7 @@ static void test_flush_reply(void **state)
 /* A flush goes through client, wire, server and layers down to the disk; a failed one stays failed. */
 static void test_flush_reaches_the_disk(void **state)
 {
-	static const char *const layers[] = { "strict:chunk=4096", "tracked", "gated", "chunked", "retry" };
+	static const char *const layers[] = { "strict:chunk=4096", "tracked", "gated", "chunked" };
 	char dir[] = "/tmp/far-sessions-XXXXXX", uri[200], *bound = NULL;
 	struct far_backend *b, *c;
 	struct far_server *s;
