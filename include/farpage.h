@@ -62,6 +62,7 @@ struct far_backend;
 enum far_flags {
 	FAR_NOWAIT = 1 << 0, /* answer -EAGAIN rather than block; a backend that never blocks may ignore it */
 	FAR_BULK = 1 << 1,   /* nobody waits for this call now: background traffic (the bulk lane) */
+	FAR_FLUSH = 1 << 2,  /* write: and flush, in one round trip where the backend can (FAR_CAP_FLUSH) */
 };
 
 enum far_caps {
@@ -69,6 +70,7 @@ enum far_caps {
 	FAR_CAP_DURABLE = 1 << 1, /* flush makes data survive a power cut */
 	FAR_CAP_SHARE = 1 << 2,   /* far_share() works */
 	FAR_CAP_REMOTE = 1 << 3,  /* calls cross a network: round trips matter */
+	FAR_CAP_FLUSH = 1 << 4,   /* write understands FAR_FLUSH; far_write() flushes after it for those that do not */
 };
 
 /* What kind of run an extent is. */
@@ -337,7 +339,8 @@ struct far_mount_opts {
 	enum far_on_fail on_fail;     /* WAIT: for ever */
 	uint32_t max_blocked;         /* threads that may wait for the remote; 0: 256 */
 	uint32_t max_partial;         /* half-written absent chunks that are kept track of; 0: 65536 */
-	const char *map;              /* file of the chunk map; NULL: the path of a file: or dir: local store and ".farmap" */
+	const char *map;              /* file of the chunk map; NULL: the path of a file: or dir: local store and ".farmap";
+				       * "none": in memory, forgotten at the end */
 	bool take_over;               /* take the lease even if somebody else holds it */
 	bool discard_clean;           /* the remote is not what the local store was filled from: forget clean chunks */
 	bool force;                   /* ... and push dirty ones over what is there now */

@@ -498,7 +498,8 @@ static int owner_grant(struct far_owner *o, uint64_t session, struct far_lease *
 	next.released = false;
 	snprintf(next.writer, sizeof next.writer, "%s", l->writer);
 	snprintf(next.holder, sizeof next.holder, "%s", l->holder ? l->holder : "");
-	if (!same || session != o->rec.session || o->rec.released || next.epoch != o->rec.epoch)
+	if (!same || session != o->rec.session || o->rec.released || next.epoch != o->rec.epoch ||
+	    next.version != o->rec.version)
 		r = owner_take(o, session, &next);
 	if (r == 0) {
 		struct owner_session *s = owner_find(o, session);

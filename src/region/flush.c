@@ -7,7 +7,8 @@
  * second one in `later` for those that only a push begun after the stamp may take off. A chunk that is PUSHING at the
  * stamp and not REDIRTY was written before its push began, so the end of that push takes it off. Writes after the stamp
  * do not lengthen the list, so a flush ends under endless writes. It fails as soon as a push of a listed chunk fails;
- * the chunk stays dirty, so the next flush lists it again.
+ * the chunk stays dirty, so the next flush lists it again. The last push that a flush waits for takes the flush of the
+ * remote with it (FAR_FLUSH): a flush of little is one round trip.
  *
  * A pushed chunk is CLEAN but unstable: a remote that is restarted may have forgotten it. It is marked until a flush of
  * the remote that began after its push has succeeded under the instance (a number that changes with each restart) that
@@ -82,18 +83,25 @@ static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES
 			d.bytes / FAR_KIB);
 }
 
+/* Whether a push of chunk i that was begun at `began` takes it off the list. */
+static bool flush_lists(const struct push_flush *f, uint64_t i, uint64_t began)
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+
+	return (f->listed[i / 64] & bit) && (!(f->later[i / 64] & bit) || began > f->stamp);
+}
+
 static void flush_listed_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, int err)
 	FAR_REQUIRES(p->lock)
 {
 	for (struct push_flush *f = p->flushes; f; f = f->next)
 		for (uint64_t i = first; i < first + n; i++) {
-			uint64_t bit = (uint64_t)1 << (i % 64);
-			if (!(f->listed[i / 64] & bit) || ((f->later[i / 64] & bit) && began <= f->stamp))
+			if (!flush_lists(f, i, began))
 				continue;
 			if (err) {
 				f->err = err;
 			} else {
-				f->listed[i / 64] &= ~bit;
+				f->listed[i / 64] &= ~((uint64_t)1 << (i % 64));
 				f->left--;
 			}
 		}
@@ -155,6 +163,44 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 	return err;
 }
 
+void far_push_last_begin_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, struct far_push_last *l)
+{
+	*l = (struct far_push_last){ .flush = p->flushes && !p->flushing && p->busy == 1 &&
+					      (far_facts(p->r->remote)->caps & FAR_CAP_FLUSH) };
+	for (struct push_flush *f = p->flushes; l->flush && f; f = f->next) {
+		uint64_t left = f->left;
+		for (uint64_t i = first; i < first + n; i++)
+			left -= flush_lists(f, i, began);
+		l->flush = !left;
+	}
+	if (!l->flush)
+		return;
+	p->flushing = true;
+	atomic_store_explicit(&p->settle_wanted, false, memory_order_relaxed);
+	far_unstable_cover(&p->unstable);
+	l->covers = p->pushes;
+	l->changes = p->changes;
+	l->began = far_now();
+}
+
+void far_push_last_end_locked(struct far_push *p, const struct far_push_last *l, uint64_t before, uint64_t after, int err)
+{
+	if (!l->flush)
+		return;
+	p->flushing = false;
+	if (!err && before == after && l->changes == p->changes) {
+		/* What was pushed before, and this push; others that ended meanwhile need another flush. */
+		bool alone = p->pushes == l->covers + l->mine;
+		if (alone)
+			far_unstable_cover(&p->unstable);
+		far_unstable_settle(&p->unstable, l->began);
+		p->flushed = far_max(p->flushed, alone ? p->pushes : l->covers);
+	}
+	p->settle_again = err ? far_now() + FLUSH_SETTLE : 0;
+	far_cond_broadcast(&p->done);
+	far_cond_signal(&p->work);
+}
+
 /* Until everything pushed before this call is flushed. FLUSH_AGAIN: an instance has ended since `changes`. */
 static int flush_remote_locked(struct far_push *p, uint64_t changes) FAR_REQUIRES(p->lock)
 {
@@ -201,24 +247,30 @@ void far_push_settle_now_locked(struct far_push *p)
 {
 	uint64_t old = far_deadline_limit(far_now() + p->r->o.deadline_ms * FAR_MSEC);
 
-	flush_remote_once_locked(p);
+	int err = flush_remote_once_locked(p);
 	far_deadline_restore(old);
+	if (err)
+		return;
+	far_mutex_unlock(&p->lock);
+	far_evict_trim(p->r); /* what was in its way may be evicted now */
+	far_mutex_lock(&p->lock);
 }
 
-void far_push_settle_soon(struct far_region *r)
+bool far_push_settle_soon(struct far_region *r)
 {
 	struct far_push *p = r->push;
+	bool here = false;
 
 	if (!r->writable || atomic_exchange_explicit(&p->settle_wanted, true, memory_order_relaxed))
-		return;
+		return false;
 	far_mutex_lock(&p->lock);
-	bool here = !p->max_threads && far_push_settle_at_locked(p) <= far_now();
+	if (!p->max_threads) {
+		here = far_push_settle_at_locked(p) <= far_now();
+		atomic_store_explicit(&p->settle_wanted, false, memory_order_relaxed);
+	}
 	far_cond_broadcast(&p->work);
 	far_mutex_unlock(&p->lock);
-	if (here)
-		far_push_settle(r);
-	if (!p->max_threads)
-		atomic_store_explicit(&p->settle_wanted, false, memory_order_relaxed);
+	return here && !far_push_settle(r);
 }
 
 /* ------------------------------------------------------------------------------------------------------------ flush */
@@ -234,6 +286,17 @@ static void flush_list(void *opaque, uint64_t i, enum far_chunk s)
 	f->left++;
 }
 
+/* A chunk that was half-written when it was listed is absent again if that write failed: nobody will push it. */
+static void flush_prune(struct far_push *p, struct push_flush *f)
+{
+	for (uint64_t w = 0; f->left && w <= far_chunkmap_chunks(p->r->map) / 64; w++)
+		for (uint64_t bits = f->listed[w]; bits; bits &= bits - 1)
+			if (!far_chunkmap_has_news(p->r->map, w * 64 + (uint64_t)__builtin_ctzll(bits))) {
+				f->listed[w] &= ~(bits & -bits);
+				f->left--;
+			}
+}
+
 /* Wait until the list is empty. Without workers this thread pushes. */
 static int flush_wait_locked(struct far_push *p, struct push_flush *f) FAR_REQUIRES(p->lock)
 {
@@ -244,8 +307,10 @@ static int flush_wait_locked(struct far_push *p, struct push_flush *f) FAR_REQUI
 			return -ESTALE;
 		if (far_now() >= far_deadline())
 			return -ETIMEDOUT;
-		if (!p->round)
+		if (!p->round) {
+			flush_prune(p, f);
 			far_push_round_locked(p);
+		}
 		if (p->max_threads == 0 && far_push_step_locked(p))
 			continue;
 		if (p->max_threads == 0)
@@ -294,5 +359,7 @@ int far_push_flush(struct far_region *r)
 		free(f.listed);
 		free(f.later);
 	} while (err == FLUSH_AGAIN);
+	if (!err)
+		far_evict_trim(r);
 	return err;
 }

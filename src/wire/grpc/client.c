@@ -153,6 +153,7 @@ static void client_request(struct far_client *c, struct client_op *op, struct cl
 	rq.len = op->len;
 	rq.max = op->max;
 	rq.bulk = (op->flags & FAR_BULK) != 0;
+	rq.flush = (op->flags & FAR_FLUSH) != 0;
 	if (op->generation && c->writable) {
 		rq.session = c->session;
 		rq.generation = op->generation;
@@ -462,11 +463,6 @@ static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t 
 	return r ? r : p;
 }
 
-static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
-{
-	return client_change(self, FAR_M_WRITE, off, buf, len, flags);
-}
-
 static int client_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	return client_change(self, FAR_M_ZERO, off, NULL, len, flags);
@@ -520,6 +516,16 @@ static int client_flush(void *self)
 		return r;
 	r = far_grpc_decode_flushed(reply, op.reply_n, &f);
 	return r ? r : far_hello_flushed(c, &f, changes);
+}
+
+static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+{
+	struct far_client *c = self;
+	/* The plain service has no flush in a write; nor is it known whom an unreached peer will turn out to be. */
+	bool after = (flags & FAR_FLUSH) && !far_client_flag(&c->sessions);
+
+	int r = client_change(c, FAR_M_WRITE, off, buf, len, after ? flags & ~(unsigned)FAR_FLUSH : flags);
+	return r || !after ? r : client_flush(c);
 }
 
 static int client_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)

@@ -217,7 +217,7 @@ static void session_body_out(struct far_h2 *h, struct far_h2_stream *st)
 	char number[16], text[3 * sizeof r->text];
 
 	size_t n = session_status(r, nv, number, text, sizeof text);
-	nghttp2_submit_trailer(h->session, st->id, nv, n);
+	far_h2_trailers(h, st, nv, n);
 }
 
 void far_session_finish(struct far_session *s, struct far_request *r)
@@ -252,10 +252,8 @@ void far_session_finish(struct far_session *s, struct far_request *r)
 		far_h2_respond(&s->h2, &r->s, nv, 2, true);
 	else if (first)
 		session_respond_status(s, r);
-	else if (r->last) {
-		nghttp2_session_resume_data(s->h2.session, r->s.id);
-		s->h2.dirty = true;
-	}
+	else if (r->last)
+		far_h2_resume(&s->h2, &r->s);
 	if (r->streaming && !r->last && r->pieces < SESSION_PIECES)
 		session_enqueue(s, r);
 	session_unref(r);
