@@ -240,7 +240,7 @@ def check_long(count):
         count.add(PASS, 'build-clang: -Wthread-safety finds nothing')
     if build(count, 'build-tsan', ['-Db_sanitize=thread', '-Db_lundef=false'], 'clang'):
         args = ['--no-suite', 'long', '--timeout-multiplier', '6']
-        for suite in ('unit', 'contract', 'model', 'region', 'wire'):
+        for suite in ('unit', 'contract', 'model', 'region', 'wire', 'crash'):
             args += ['--suite', suite]
         supp = os.path.abspath('tests/tsan.supp')
         meson_tests(count, 'build-tsan', args, {'TSAN_OPTIONS': 'halt_on_error=1:second_deadlock_stack=1:suppressions=' + supp},

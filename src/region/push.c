@@ -381,7 +381,6 @@ void far_push_status(struct far_region *r, struct far_status *st)
 int far_push_open(struct far_region *r)
 {
 	struct far_push *p = calloc(1, sizeof *p);
-	int err = 0;
 
 	if (!p || far_unstable_init(&p->unstable, far_chunkmap_chunks(r->map))) {
 		free(p);
@@ -395,9 +394,20 @@ int far_push_open(struct far_region *r)
 	far_mutex_lock(&p->lock);
 	p->extent = p->zero_extent = far_max(256 * FAR_KIB, r->chunk);
 	p->show_at = far_now();
+	p->next_round = far_now() + r->o.push_interval_ms * FAR_MSEC;
 	p->instance = far_push_instance(r);
 	if (r->writable)
 		p->max_threads = r->o.push_workers < 0 ? 8 : (unsigned)far_min((uint64_t)r->o.push_workers, PUSH_THREADS_MAX);
+	far_mutex_unlock(&p->lock);
+	return 0;
+}
+
+int far_push_start(struct far_region *r)
+{
+	struct far_push *p = r->push;
+	int err = 0;
+
+	far_mutex_lock(&p->lock);
 	while (!err && p->threads < p->max_threads) {
 		err = far_thread_start(&p->thread[p->threads], "far-push", push_worker, r);
 		p->threads += !err;

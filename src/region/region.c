@@ -111,23 +111,32 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 		if (e)
 			goto fail;
 	}
-	e = far_persist_begin(r->persist, r, err);
-	if (e)
-		goto fail;
+	/* Each uses those above it, and has threads from then on. */
 	e = far_push_open(r);
-	if (e)
-		far_error_set(err, -e, "cannot start the pusher's threads: %s", far_strerror(e));
-	else
+	if (e) {
+		far_error_set(err, -e, "no memory for the pusher");
+		goto fail;
+	}
+	e = far_persist_begin(r->persist, r, err);
+	if (!e)
 		e = far_pull_open(r, err);
 	if (e)
 		goto fail;
+	e = far_push_start(r);
+	if (e) {
+		far_error_set(err, -e, "cannot start the pusher's threads: %s", far_strerror(e));
+		goto fail;
+	}
 	*out = r;
 	return 0;
 fail:
+	if (r->pull)
+		far_pull_stop(r);
 	if (r->push)
 		far_push_stop(r);
-	far_push_join(r);
+	far_region_join(r);
 	far_persist_end(r->persist);
+	far_pull_close(r);
 	far_push_close(r);
 	far_trace_close(r->trace);
 	far_close(r->face);

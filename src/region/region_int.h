@@ -94,6 +94,7 @@ void far_pull_status(struct far_region *r, struct far_status *st);
 
 /* push.c */
 int far_push_open(struct far_region *r);
+int far_push_start(struct far_region *r); /* its threads, last of all: after a restart they have work at once */
 void far_push_stop(struct far_region *r);
 void far_push_join(struct far_region *r);
 void far_push_close(struct far_region *r);
@@ -107,9 +108,10 @@ void far_push_fence(struct far_region *r);
 /* Chunk i was pushed, but no flush of the remote has covered that yet. Only a chunk that is or was just pushed becomes
  * unstable, before it becomes clean. */
 bool far_push_unstable(struct far_region *r, uint64_t i);
-/* Flush the remote so that what was pushed becomes stable: here, or soon by a pusher. */
+/* Flush the remote so that what was pushed becomes stable: here, or soon by a pusher. True: it was done here, there are
+ * no pushers. */
 int far_push_settle(struct far_region *r);
-void far_push_settle_soon(struct far_region *r);
+bool far_push_settle_soon(struct far_region *r);
 void far_push_status(struct far_region *r, struct far_status *st);
 
 #endif
