@@ -577,6 +577,68 @@ static int commit_run(struct far_persist *p, enum commit_what what)
 	return err;
 }
 
+/* Whether each chunk of the group could be given the kind that it has, now that nobody writes any more. */
+static bool commit_exact_group(struct far_persist *p, uint64_t first, uint64_t end)
+{
+	for (uint64_t i = first; i < end; i++) {
+		struct farmap_segment *s = &p->seg[i / FARMAP_CHUNKS];
+		enum far_persist_kind kind = farmap_kind(s, i % FARMAP_CHUNKS);
+		bool dirty = false;
+
+		switch (far_chunkmap_state(p->r->map, i)) {
+		case FAR_DIRTY:
+		case FAR_PUSHING:
+		case FAR_REDIRTY:
+			dirty = true;
+			break;
+		case FAR_CLEAN:
+			dirty = far_push_unstable(p->r, i);
+			if (!dirty && bit_get(p->fresh_bits, i))
+				return false;
+			break;
+		case FAR_PARTIAL:
+		case FAR_FETCHING_PARTIAL:
+			if (kind != FAR_PERSIST_PARTIAL)
+				return false;
+			break;
+		default:
+			if (kind != FAR_PERSIST_ABSENT)
+				return false;
+		}
+		if (dirty && farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_DIRTY))
+			return false;
+	}
+	return true;
+}
+
+/* At the end, after a commit, with the turn: marks go. Else the next mount would push whole groups, perhaps over what
+ * somebody else has written by then. */
+static int commit_exact(struct far_persist *p)
+{
+	struct commit c = { .p = p };
+	bool any = false;
+	int err = 0;
+
+	for (uint64_t g = 0; !err && g < far_div_up(p->chunks, FARMAP_GROUP); g++) {
+		struct farmap_segment *s = &p->seg[g / FARMAP_GROUPS];
+		uint64_t bit = (uint64_t)1 << (g % FARMAP_GROUPS), first = g * FARMAP_GROUP;
+		uint64_t end = far_min(first + FARMAP_GROUP, p->chunks);
+		if (!(s->marks & bit))
+			continue;
+		s->ahead = any = true;
+		if (!commit_exact_group(p, first, end))
+			continue;
+		atomic_fetch_and_explicit(&s->durable, ~bit, memory_order_seq_cst);
+		s->marks &= ~bit;
+		for (uint64_t page = first / FARMAP_SUMS; !err && page <= (end - 1) / FARMAP_SUMS; page++)
+			if (bit_clear(p->sums_dirty, page))
+				err = farmap_write_sums(p, page);
+	}
+	if (!err && any)
+		err = farmap_sync(p);
+	return err ? err : commit_pages(&c);
+}
+
 /* A commit that began after we came does our work as well. */
 int far_persist_commit(struct far_persist *p)
 {
@@ -827,6 +889,8 @@ void far_persist_end(struct far_persist *p)
 	if (!p->passive) {
 		turn_take(p);
 		err = commit_run(p, COMMIT_ALL);
+		if (!err)
+			err = commit_exact(p);
 		p->info.clean = true;
 		if (!err)
 			err = farmap_write_header(p);
