@@ -475,6 +475,127 @@ def row_huge(o):
     show('idle mount', float(words[words.index('idle') + 1]), '%', 0, 'of a CPU', None, upwards=False)
 
 
+def a_second(row_):
+    return float(row_['note'].split()[0])
+
+
+def stop(path, proc):
+    """Unmount in order; the mount and its map are closed when this returns."""
+    proc.send_signal(signal.SIGTERM)
+    proc.wait(60)
+
+
+@row('lasting')
+def row_lasting(o):
+    """What it costs that the chunk map survives: the local store is a file in either case."""
+    size = 4 * GIB
+    seconds = os.environ.get('LASTING_SECONDS', '1s' if o.quick else '4s')
+    if shutil.disk_usage(things.dir).free < size + GIB:
+        raise Skip('%d MiB of disk are needed in %s' % ((size + GIB) // MIB, things.dir))
+
+    def once(what, options, *act_options):
+        mark, store = len(things.undo), os.path.join(folder(), 'local')
+        path, proc = mount('null:%d' % size, '--mode', 'managed', '--local', 'file:%s' % store, '--pull-workers', '0',
+                           '--dirty-max', '%d' % size, *options)
+        r = act(what, path, *act_options)
+        things.close(mark)
+        for f in (store, store + '.farmap'):
+            if os.path.exists(f):
+                os.unlink(f)
+        return r
+    what = 'FUSE <- region <- file, map in a file against map in memory'
+    n = 2 if o.quick else 3
+    a, b = pairs(n, lambda: value(once('write', [], '--seconds', seconds)),
+                 lambda: value(once('write', ['--map', 'none'], '--seconds', seconds)))
+    show('sequential writes, map in a file', a / b, 'x', 0.9, rates(a, b), what)
+    random = ('--way', 'direct', '--block', '64K', '--seconds', seconds)
+    a, b = pairs(n, lambda: a_second(once('rewrite', [], *random)),
+                 lambda: a_second(once('rewrite', ['--map', 'none'], *random)))
+    show('random writes of 64 KiB, map in a file', a / b, 'x', 0.9, '%.0f against %.0f a second' % (a, b), what)
+
+
+@row('fsync')
+def row_fsync(o):
+    """fsync here while the remote is far, and fsync there."""
+    size, ops = 256 * MIB, 30 if o.quick else 100
+
+    def local(rtt):
+        mark, store = len(things.undo), os.path.join(folder(), 'local')
+        uri, _ = serve('mem:%d' % size)
+        path, _ = mount(uri, '--mode', 'managed', '--local', 'file:%s' % store, '--durable', 'local', '--pull-workers', '0',
+                        *(['--layer', 'delay:rtt=%s' % rtt] if rtt else []))
+        r = a_second(act('sync', path, '--block', '1M', '--ops', ops))
+        things.close(mark)
+        return r
+    a, b = pairs(2 if o.quick else 3, lambda: local('40ms'), lambda: local(None))
+    show('fsync each MiB, --durable local, 40 ms away', a / b, 'x', 0.95, '%.0f against %.0f a second' % (a, b),
+         'FUSE <- region <- file, gRPC <- memory at 40 ms against 0 ms')
+
+    rtt = 10
+    store = '/dev/shm/farpage-bench-remote.%d' % os.getpid()
+    things.add(lambda: os.path.exists(store) and os.unlink(store))
+    with open(store, 'wb') as f:
+        f.truncate(size)
+    uri, _ = serve('file:%s' % store)
+    path, _ = mount(uri, '--mode', 'managed', '--layer', 'delay:rtt=%dms' % rtt)
+    act('sync', path, '--block', '4K', '--ops', 10)
+    r = act('sync', path, '--block', '4K', '--ops', ops)
+    show('write 4 KiB and fsync, %d ms away: above R' % rtt, r['p50_us'] / 1e3 - rtt, 'ms', 2, 'p50 %.2f ms' % (r['p50_us'] / 1e3),
+         'FUSE <- region <- delay <- gRPC farpage.v1 <- file on tmpfs', upwards=False)
+
+
+@row('restart')
+def row_restart(o):
+    """A region of 1 TiB, some of it local, opened again."""
+    size, some = 1 << 40, 256 * MIB
+    store = os.path.join(folder(), 'local')
+    uri, _ = serve('null:%d' % size)
+
+    def again(kill):
+        mark = len(things.undo)
+        path, proc = mount(uri, '--mode', 'managed', '--local', 'file:%s' % store, '--pull-workers', '0', '--durable', 'local')
+        act('fill', path, '--size', some)
+        if kill:
+            proc.kill()
+            proc.wait()
+            unmount(os.path.dirname(path))
+        else:
+            stop(path, proc)
+        things.close(mark)
+        mark = len(things.undo)
+        began = time.monotonic()
+        path, proc = mount(uri, '--mode', 'managed', '--local', 'file:%s' % store, '--pull-workers', '0', '--durable', 'local')
+        with open(path, 'rb', buffering=0) as f:
+            os.pread(f.fileno(), 4096, some // 2)
+        took = (time.monotonic() - began) * 1e3
+        stop(path, proc)
+        things.close(mark)
+        return took
+    how = 'from starting the command to the first read that it served; 1 TiB, %d MiB of it local' % (some // MIB)
+    show('restart after an orderly end', min(again(False) for _ in range(3)), 'ms', 50, 'best of 3', how, upwards=False)
+    show('restart after kill -9', min(again(True) for _ in range(3)), 'ms', 1000, 'best of 3', None, upwards=False)
+
+
+@row('sums')
+def row_sums(o):
+    size = GIB
+    need_memory(3 * size)
+    uri, _ = serve('mem:%d' % size)
+    filler, proc = mount(uri, '--mode', 'direct')
+    act('fill', filler)
+    stop(filler, proc)
+
+    def pull(source):
+        mark = len(things.undo)
+        path, _ = mount(source, '--mode', 'managed', '--read-only')
+        r = value(act('read', path))
+        things.close(mark)
+        return r
+    a, b = pairs(o.pairs, lambda: pull(uri), lambda: pull(uri + '?sums=0'))
+    show('reading while pulling, checksums on', a / b, 'x', 0.95, rates(a, b),
+         'FUSE <- region <- gRPC farpage.v1 <- memory, against the same without checksums')
+
+
 # ---------------------------------------------------------------------------------------------------------- main
 
 class Options:

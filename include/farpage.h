@@ -337,7 +337,8 @@ struct far_mount_opts {
 	enum far_on_fail on_fail;     /* WAIT: for ever */
 	uint32_t max_blocked;         /* threads that may wait for the remote; 0: 256 */
 	uint32_t max_partial;         /* half-written absent chunks that are kept track of; 0: 65536 */
-	const char *map;              /* file of the chunk map; NULL: the path of a file: or dir: local store and ".farmap" */
+	const char *map;              /* file of the chunk map; NULL: the path of a file: or dir: local store and ".farmap";
+				       * "none": in memory, forgotten at the end */
 	bool take_over;               /* take the lease even if somebody else holds it */
 	bool discard_clean;           /* the remote is not what the local store was filled from: forget clean chunks */
 	bool force;                   /* ... and push dirty ones over what is there now */

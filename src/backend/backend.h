@@ -66,8 +66,9 @@ void far_owner_change_end(struct far_owner *o, uint64_t session, uint64_t genera
 			  bool changed);
 /* The backend's flush, with the record brought up to date in it. out->version: what is durable now. */
 int far_owner_flush(struct far_owner *o, struct far_origin *out);
-/* l's writer is checked here; session must be known. -EINVAL, -ENOTCONN, -ETIMEDOUT besides far_lease()'s codes. */
-int far_owner_lease(struct far_owner *o, uint64_t session, struct far_lease *l);
+/* l's writer is checked here; session must be known. -EINVAL, -ENOTCONN, -ECANCELED, -ETIMEDOUT besides far_lease()'s
+ * codes. */
+int far_owner_lease(struct far_owner *o, uint64_t session, uint64_t generation, struct far_lease *l);
 int far_owner_watch(struct far_owner *o, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n,
 		    bool *all, struct far_origin *now);
 /* owned.c: a backend over `inner` that has origin, lease and watch through an owner of its own: for a store without a

@@ -84,7 +84,7 @@ static int owned_origin(void *self, struct far_origin *out, unsigned flags)
 static int owned_lease(void *self, struct far_lease *l)
 {
 	struct owned *w = self;
-	return far_owner_lease(w->owner, w->session, l);
+	return far_owner_lease(w->owner, w->session, 1, l);
 }
 
 static int owned_watch(void *self, uint64_t instance, uint64_t since, struct far_extent *out, size_t max, size_t *n,

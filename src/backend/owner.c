@@ -51,7 +51,7 @@ struct owner_session {
 	unsigned running, older; /* changes of this generation, of older ones */
 	unsigned waiting;        /* threads that wait for `older` */
 	int connections;
-	bool fenced; /* its lease went to another session: it never gets it back by itself */
+	bool fenced; /* its lease is another's now: nothing it sends is done, and only take_over gets it back */
 };
 
 struct far_owner {
@@ -260,6 +260,11 @@ static int owner_check(struct far_owner *o, uint64_t session, uint64_t generatio
 	return *s && generation > (*s)->generation ? -ENOTCONN : 0;
 }
 
+static bool owner_fenced(const struct owner_session *s)
+{
+	return s && s->fenced;
+}
+
 /* Somebody who is not the last writer wants to change bytes, and nobody holds the lease. */
 static int owner_orphan(struct far_owner *o, uint64_t session) FAR_REQUIRES(o->lock)
 {
@@ -313,7 +318,7 @@ int far_owner_change_begin(struct far_owner *o, uint64_t session, uint64_t gener
 	do {
 		r = owner_check(o, session, generation, &s);
 		if (r == 0)
-			r = owner_admit(o, session, flags);
+			r = owner_fenced(s) ? -ESTALE : owner_admit(o, session, flags);
 	} while (r > 0);
 	if (r == 0) {
 		o->running++;
@@ -468,7 +473,7 @@ static int owner_verdict(struct far_owner *o, uint64_t session, const struct far
 
 	if (l->take_over)
 		return 0;
-	if (owner_find(o, session)->fenced)
+	if (owner_fenced(owner_find(o, session)))
 		return -ESTALE;
 	if (l->epoch && l->epoch != o->rec.epoch && !believed)
 		return -ESTALE;
@@ -493,7 +498,8 @@ static int owner_grant(struct far_owner *o, uint64_t session, struct far_lease *
 	next.released = false;
 	snprintf(next.writer, sizeof next.writer, "%s", l->writer);
 	snprintf(next.holder, sizeof next.holder, "%s", l->holder ? l->holder : "");
-	if (!same || session != o->rec.session || o->rec.released || next.epoch != o->rec.epoch)
+	if (!same || session != o->rec.session || o->rec.released || next.epoch != o->rec.epoch ||
+	    next.version != o->rec.version)
 		r = owner_take(o, session, &next);
 	if (r == 0) {
 		struct owner_session *s = owner_find(o, session);
@@ -532,8 +538,9 @@ static void owner_refused(struct far_owner *o, struct far_lease *l) FAR_REQUIRES
 	snprintf(l->other, sizeof l->other, "%s", o->rec.holder[0] ? o->rec.holder : o->rec.writer);
 }
 
-int far_owner_lease(struct far_owner *o, uint64_t session, struct far_lease *l)
+int far_owner_lease(struct far_owner *o, uint64_t session, uint64_t generation, struct far_lease *l)
 {
+	struct owner_session *s;
 	int r = owner_lease_text(l);
 
 	l->ttl_ms = l->left_ms = 0;
@@ -544,8 +551,8 @@ int far_owner_lease(struct far_owner *o, uint64_t session, struct far_lease *l)
 	far_mutex_lock(&o->lock);
 	while (r == 0 && (o->taking || o->recording))
 		r = owner_wait(o);
-	if (r == 0 && (!session || !owner_find(o, session)))
-		r = -ENOTCONN;
+	if (r == 0)
+		r = session ? owner_check(o, session, generation, &s) : -ENOTCONN;
 	if (r == 0) {
 		bool same = !strcmp(o->rec.writer, l->writer);
 		if (l->release) {

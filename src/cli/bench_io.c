@@ -387,6 +387,54 @@ int bench_scatter(const struct bench_io *io, struct bench_io_result *res, struct
 	return r ? bench_fail(io, err, "write to distinct chunks of", r) : 0;
 }
 
+/* Writes of one block after the other, at random or each with an fsync, for ns or ops. */
+static int bench_writes(const struct bench_io *io, bool random, bool sync, struct bench_io_result *res,
+			struct far_error *err)
+{
+	void *buf = bench_buffer(io->block);
+	struct bench_times times = { 0 };
+	uint64_t seed = io->seed, blocks = io->size / io->block;
+	int fd = -1, r = buf ? bench_times_init(&times, io->ns ? (size_t)(io->ns / FAR_USEC / 2 + 1000) : io->ops) : -ENOMEM;
+
+	if (!r)
+		r = bench_open(io, O_WRONLY, &fd, NULL);
+	uint64_t start = far_now(), now = start;
+	while (!r && (io->ns ? now - start < io->ns : res->ops < io->ops)) {
+		uint64_t off = (random ? bench_next(&seed) % blocks : res->ops % blocks) * io->block;
+		bench_pattern(buf, off, io->block);
+		uint64_t begin = far_now();
+		r = far_io_pwrite(fd, off, buf, io->block, 0);
+		if (!r && sync)
+			r = fsync(fd) < 0 ? -errno : 0;
+		now = far_now();
+		bench_times_add(&times, now - begin);
+		res->ops++;
+		res->bytes += io->block;
+	}
+	res->ns = now - start;
+	far_fd_close(&fd);
+	if (times.v)
+		bench_times_fini(&times, res);
+	if (buf)
+		munmap(buf, io->block);
+	return r ? bench_fail(io, err, sync ? "write and fsync" : "write", r) : 0;
+}
+
+int bench_write(const struct bench_io *io, struct bench_io_result *res, struct far_error *err)
+{
+	return bench_writes(io, false, false, res, err);
+}
+
+int bench_rewrite(const struct bench_io *io, struct bench_io_result *res, struct far_error *err)
+{
+	return bench_writes(io, true, false, res, err);
+}
+
+int bench_sync(const struct bench_io *io, struct bench_io_result *res, struct far_error *err)
+{
+	return bench_writes(io, false, true, res, err);
+}
+
 /* ------------------------------------------------------------------------------------- many absent chunks */
 
 /* A gate that all threads pass at once, and the reader of what is local, who goes on until `done`. */

@@ -59,6 +59,11 @@ int bench_first(const struct bench_io *io, struct bench_io_result *res, struct f
 int bench_absent(const struct bench_io *io, struct bench_io_result *res, struct far_error *err);
 /* `ops` writes of `block` bytes of the pattern to distinct chunks. */
 int bench_scatter(const struct bench_io *io, struct bench_io_result *res, struct far_error *err);
+/* Writes of `block` bytes of the pattern for ns, in order and round again, or at random. No fsync. */
+int bench_write(const struct bench_io *io, struct bench_io_result *res, struct far_error *err);
+int bench_rewrite(const struct bench_io *io, struct bench_io_result *res, struct far_error *err);
+/* Writes of `block` bytes in order, an fsync after each, for ns or, if that is 0, `ops` of them. */
+int bench_sync(const struct bench_io *io, struct bench_io_result *res, struct far_error *err);
 /* Drop what the page cache has of the file: fdatasync, then advice. */
 int bench_drop(const char *path, struct far_error *err);
 

@@ -446,6 +446,9 @@ const struct bench_act bench_acts[] = {
 	{ "first", "read 4 KiB of distinct chunks, one by one", bench_first, false, true },
 	{ "absent", "threads read distinct chunks at once", bench_absent, false, true },
 	{ "scatter", "write blocks to distinct chunks", bench_scatter, true, true },
+	{ "write", "write block after block, round and round", bench_write, true, false },
+	{ "rewrite", "write blocks at random", bench_rewrite, true, true },
+	{ "sync", "write block after block, each with an fsync", bench_sync, true, true },
 	{ "drop", "drop its page cache", bench_drop_act, false, false },
 	{ NULL, NULL, NULL, false, false },
 };
@@ -472,7 +475,7 @@ int bench_on(struct bench *b, const struct bench_act *act, const char *path)
 				  .threads = b->threads ? b->threads : act->act == bench_absent ? 64 : 1 };
 	c.io.size = (act->writes ? size : far_min(size, (uint64_t)st.st_size)) & ~(uint64_t)4095;
 	c.io.ops = b->ops ? b->ops : (unsigned)far_min(c.io.size / c.io.chunk, 10000);
-	if (act->act == bench_random && !c.io.ns)
+	if ((act->act == bench_random || act->act == bench_rewrite || act->act == bench_write) && !c.io.ns)
 		c.io.ns = 2 * FAR_SEC;
 	if (!c.io.size || c.io.size < c.io.block)
 		return cli_fail("cannot measure", (far_error_set(&err, EINVAL, "%s is smaller than a block", path), &err));
@@ -492,7 +495,7 @@ int bench_on(struct bench *b, const struct bench_act *act, const char *path)
 		snprintf(c.row.note, sizeof c.row.note, "a local read's p99 %.0f us idle, %.0f us meanwhile",
 			 (double)res.idle_p99 / 1e3, (double)res.busy_p99 / 1e3);
 	else if (act->latency)
-		snprintf(c.row.note, sizeof c.row.note, "%.0f a second", res.ns ? (double)res.ops * 1e9 / (double)res.ns : 0);
+		snprintf(c.row.note, sizeof c.row.note, "%.2f a second", res.ns ? (double)res.ops * 1e9 / (double)res.ns : 0);
 	bench_add(&c);
 	return b->failed ? CLI_FAILED : CLI_OK;
 }

@@ -41,7 +41,7 @@ static const struct far_opt bench_options[] = {
 	OPT("block", SIZE, block), .min = 4096, .max = 1 << 30, .value_name = "SIZE", .def = "1M",
 	    .help = "of one read or write" },
 	OPT("on", STRING, on), .value_name = "FILE",
-	    .help = "do NAME to FILE, or random to a URI: fill, read, cold, verify, random, first, absent, scatter or drop" },
+	    .help = "do NAME to FILE, or random to a URI: fill, read, cold, verify, random, first, absent, scatter, write, rewrite, sync or drop" },
 	OPT("way", ENUM, way), .names = bench_ways, .value_name = "buffered|direct|mapped", .def = "buffered",
 	    .help = "how FILE is read or written" },
 	OPT("ops", INT, ops), .min = 1, .max = 1 << 30, .value_name = "N", .def = "the set's own",
@@ -71,7 +71,7 @@ static int bench_check_conf(const struct bench_conf *c, const struct cli_args *a
 		return cli_usage(&cli_bench, "--chunk %" PRIu64 " is not a power of two", c->chunk);
 	if (c->on && (!args->n || !bench_act_find(args->v[0])))
 		return cli_usage(&cli_bench, "with --on NAME is what to do: fill, read, cold, verify, random, first, absent, "
-				 "scatter or drop");
+				 "scatter, write, rewrite, sync or drop");
 	while (!c->on && args->n && s->name && strcmp(s->name, args->v[0]) != 0)
 		s++;
 	if (!s->name) {

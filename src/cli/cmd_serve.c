@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "cli/cli.h"
 
+#include "base/clock.h"
 #include "mount/control.h"
 
 #include <json-c/json.h>
@@ -17,7 +18,7 @@
 struct serve_conf {
 	struct far_opt_list listen, layer;
 	bool read_only, insecure;
-	uint64_t max_request;
+	uint64_t max_request, lease;
 	int64_t max_blocked;
 	char *connections, *control;
 };
@@ -32,6 +33,8 @@ static const struct far_opt serve_options[] = {
 	  .value_name = "SIZE", .help = "longest read or write that is answered", .def = "32M" },
 	{ "max-blocked", FAR_OPT_INT, offsetof(struct serve_conf, max_blocked), .min = 1, .max = 4096,
 	  .value_name = "N", .help = "threads that may wait for a store", .def = "64" },
+	{ "lease", FAR_OPT_DURATION, offsetof(struct serve_conf, lease), .min = 100e6, .max = 3.6e12, .value_name = "DURATION",
+	  .help = "how long a writer that is not heard of keeps others out", .def = "10s" },
 	{ "connections", FAR_OPT_STRING, offsetof(struct serve_conf, connections), .value_name = "DEMAND+BULK",
 	  .help = "connections to each network SOURCE", .def = "2+2" },
 	{ "insecure", FAR_OPT_BOOL, offsetof(struct serve_conf, insecure),
@@ -100,6 +103,7 @@ static int serve_open(struct serve *s, const struct serve_conf *conf, const stru
 	opts.insecure = conf->insecure;
 	opts.max_request = conf->max_request;
 	opts.max_threads = (uint32_t)conf->max_blocked;
+	opts.lease_ms = (uint32_t)(conf->lease / FAR_MSEC);
 	if (far_server_new(&opts, &s->server, &err) < 0)
 		return cli_fail("cannot serve", &err);
 	for (size_t i = 0; i < s->n; i++)
@@ -248,7 +252,7 @@ static int serve_run_open(struct serve *s, const struct serve_conf *conf, const 
 
 static int serve_run(int argc, char **argv)
 {
-	struct serve_conf conf = { .max_request = 32 * FAR_MIB, .max_blocked = 64 };
+	struct serve_conf conf = { .max_request = 32 * FAR_MIB, .max_blocked = 64, .lease = 10 * FAR_SEC };
 	struct serve s = { .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) };
 	struct cli_args args;
 	int code = cli_parse(&cli_serve, &conf, argc, argv, &args);

@@ -208,7 +208,7 @@ static int fuse_check_target(struct far_fuse *f, const char *shown, struct far_e
 	f->target = realpath(shown, NULL);
 	if (!f->target)
 		return far_error_set(err, errno, "cannot mount on %s: %s", shown, far_strerror(errno));
-	if (far_fuse_mount_find(f->target, &major, &minor, &ours) && ours)
+	if (far_fuse_mount_find(f->target, &major, &minor, &ours) > 0 && ours)
 		return far_error_set(err, EBUSY, "cannot mount on %s: a region is mounted there already. "
 				     "End that with 'farpage stop %s'", shown, shown);
 	return 0;
@@ -296,7 +296,13 @@ static int fuse_connect(struct far_fuse *f, const struct far_fuse_conf *conf, st
 		far_fd_close(&f->fd);
 		return far_error_set(err, EIO, "cannot mount on %s: libfuse refuses the connection", conf->target);
 	}
-	if (far_fuse_mount_find(f->target, &f->major, &f->minor, NULL))
+	r = far_fuse_mount_find(f->target, &f->major, &f->minor, NULL);
+	if (r < 0) { /* not knowing which one is ours we would never take it off again */
+		far_fuse_mount_detach(f->target, true);
+		return far_error_set(err, -r, "cannot mount on %s: the list of mounts cannot be read: %s", conf->target,
+				     far_strerror(r));
+	}
+	if (r)
 		f->abort_fd = far_fuse_mount_abort_fd(f->minor);
 	if (f->abort_fd < 0) {
 		f->poll_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -407,7 +413,8 @@ static bool fuse_mounted(struct far_fuse *f)
 	far_mutex_lock(&f->lock);
 	bool gone = f->detached;
 	far_mutex_unlock(&f->lock);
-	return !gone && far_fuse_mount_find(f->target, &major, &minor, NULL) && major == f->major && minor == f->minor;
+	int found = gone ? 0 : far_fuse_mount_find(f->target, &major, &minor, NULL);
+	return found < 0 || (found && major == f->major && minor == f->minor); /* unknown: taking it off will tell */
 }
 
 static int fuse_take_off(struct far_fuse *f, bool lazy)

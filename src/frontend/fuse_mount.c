@@ -216,16 +216,21 @@ static void fuse_unescape(char *s)
 	*o = 0;
 }
 
-bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor, bool *ours)
+int far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor, bool *ours)
 {
 	FILE *f = fopen("/proc/self/mountinfo", "re");
 	char *line = NULL;
 	size_t cap = 0;
-	bool found = false;
+	int found = 0;
 
 	if (!f)
-		return false;
-	while (getline(&line, &cap, f) > 0) {
+		return -errno;
+	for (;;) {
+		errno = 0;
+		if (getline(&line, &cap, f) <= 0) {
+			found = errno ? -errno : found;
+			break;
+		}
 		unsigned ma, mi;
 		int at = 0;
 		/* id parent major:minor root mountpoint options ... */
@@ -242,7 +247,7 @@ bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor, b
 			*minor = mi;
 			if (ours)
 				*ours = type && !strncmp(type + 3, "fuse." FUSE_SUBTYPE " ", sizeof "fuse." FUSE_SUBTYPE);
-			found = true; /* later lines lie on top */
+			found = 1; /* later lines lie on top */
 		}
 	}
 	free(line);

@@ -16,8 +16,9 @@ struct far_fuse_mount_conf {
 
 /* Mount and give the connection's descriptor. With mount(2) where that is allowed, else through fusermount3. */
 int far_fuse_mount_attach(const struct far_fuse_mount_conf *conf, int *fd, struct far_error *err);
-/* The device number of what is mounted on `target` (the topmost), and whether it is a region. False: nothing is. */
-bool far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor, bool *ours);
+/* The device number of what is mounted on `target` (the topmost), and whether it is a region. 1, 0: nothing is, -errno:
+ * the list of mounts cannot be read now. */
+int far_fuse_mount_find(const char *target, unsigned *major, unsigned *minor, bool *ours);
 /* 0, -EBUSY (only if not lazy), or another code. */
 int far_fuse_mount_detach(const char *target, bool lazy);
 /* A descriptor that ends connection `minor` when something is written to it; -1 when there is no way to get one. */

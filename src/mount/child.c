@@ -549,7 +549,7 @@ int far_mount_close(struct far_mount *m)
 	child_reap(m);
 	unsigned major, minor;
 	bool ours;
-	if (r == -ENOTCONN && m->target && far_fuse_mount_find(m->target, &major, &minor, &ours) && ours)
+	if (r == -ENOTCONN && m->target && far_fuse_mount_find(m->target, &major, &minor, &ours) > 0 && ours)
 		far_fuse_mount_detach(m->target, true); /* what a killed child left behind */
 	struct far_backend *b = m->backend;
 	child_free(m);

@@ -32,6 +32,8 @@ int far_kept_path(const char *local, const char *map, char **out, struct far_err
 	int r = 0;
 
 	*out = NULL;
+	if (map && strcmp(map, "none") == 0)
+		return 0;
 	if (!local || strncmp(local, "mem:", 4) == 0 || strncmp(local, "null:", 5) == 0) {
 		if (map)
 			return far_error_set(err, EINVAL, "--map %s belongs to a local store that lasts: give --local file:PATH or "
@@ -163,12 +165,16 @@ static enum kept_verdict kept_compare(const struct far_persist_info *i, const ch
 		return KEPT_OTHER;
 	if (!o)
 		return KEPT_FITS;
+	if (far_kept_ours(i) && !o->identity[0] && !o->epoch)
+		return i->fenced ? KEPT_FENCED : KEPT_FITS; /* a store that keeps no record: who wrote last is believed */
 	if (o->epoch < i->origin.epoch || o->version < i->origin.version)
 		return KEPT_OLDER;
 	if (far_kept_ours(i))
 		return o->epoch == i->origin.epoch ? i->fenced ? KEPT_FENCED : KEPT_FITS : KEPT_NEWER;
-	if (o->epoch != i->origin.epoch || o->version != i->origin.version || o->instance != i->origin.instance ||
-	    o->change != i->origin.change)
+	if (o->epoch != i->origin.epoch || o->version != i->origin.version)
+		return KEPT_NEWER;
+	/* A peer that keeps no record has neither; what it counts itself holds as long as it runs. */
+	if (o->instance && o->instance == i->origin.instance && o->change != i->origin.change)
 		return KEPT_NEWER;
 	return i->fenced ? KEPT_FENCED : KEPT_FITS;
 }

@@ -120,7 +120,8 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	far_chunkmap_fetch_end(r->map, f, err);
 	far_buf_put(buf, (size_t)len);
 	far_cache_arrived(r);
-	far_evict_trim(r);
+	if (flags & FAR_BULK) /* who fetches on demand trims after it has used the chunk: the rest may all be dirty */
+		far_evict_trim(r);
 	return err;
 }
 
@@ -200,9 +201,8 @@ static int cache_verify(struct far_region *r, uint64_t i, uint64_t n)
 	return 0;
 }
 
-int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+static int cache_read(struct far_region *r, uint64_t off, void *buf, size_t len, unsigned flags)
 {
-	struct far_region *r = self;
 	uint64_t end = off + len;
 	unsigned failures = 0; /* of the local store, in a row */
 	char *p = buf;
@@ -256,6 +256,16 @@ int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned fla
 	return 0;
 }
 
+int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	struct far_region *r = self;
+	int err = cache_read(r, off, buf, len, flags);
+
+	if (!(flags & FAR_NOWAIT))
+		far_evict_trim(r);
+	return err;
+}
+
 /* --------------------------------------------------------------------------------------------------------- writes */
 
 struct cache_batch {
@@ -303,6 +313,8 @@ static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool
 		}
 		if (err && copied && b->c[k].claim == FAR_CLAIM_WHOLE &&
 		    far_discard(r->local, i << r->shift, far_chunkmap_len(r->map, i), 0))
+			atomic_store_explicit(&r->local_zero, false, memory_order_release);
+		if (err && copied && b->c[k].claim == FAR_CLAIM_PARTIAL) /* it may be absent afterwards, with some of it there */
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		if (copied)
 			far_persist_fresh(r->persist, i, 1);

@@ -11,6 +11,7 @@
  *   ABSENT ------------> FILLING            write_begin     a write of the whole chunk
  *   PARTIAL -----------> FETCHING_PARTIAL   claim
  *   PARTIAL -----------> DIRTY              write_end       the parts have become the whole
+ *   PARTIAL -----------> ABSENT             write_end, fetch_end, fill_end: the only write failed
  *   FETCHING_PARTIAL --> FILLING            fill_begin      waits until no writer has it pinned
  *   FETCHING_PARTIAL --> PARTIAL            fetch_end       the fetch failed
  *   FILLING -----------> CLEAN | DIRTY      fill_end, write_end
@@ -404,6 +405,14 @@ static void partial_free_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES
 	free(e);
 }
 
+/* A chunk that is or becomes PARTIAL in `w` goes back to ABSENT if nothing of it is here. */
+static uint16_t partial_or_absent_locked(struct far_chunkmap *m, uint64_t i, uint16_t w) FAR_REQUIRES(m->lock)
+{
+	const struct far_partial *e = *partial_at_locked(m, i);
+
+	return far_partial_empty(e) && !(w & PIN_MASK) ? no_news(with_state(w, FAR_ABSENT)) : with_state(w, FAR_PARTIAL);
+}
+
 bool far_chunkmap_pin_partial(struct far_chunkmap *m, uint64_t i, uint64_t from, uint64_t to)
 {
 	bool got = false;
@@ -529,16 +538,17 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 	bool whole = far_partial_whole(e);
 	for (;;) {
 		enum far_chunk s = state_of(w);
-		uint16_t next = (uint16_t)(w - PIN_ONE);
-		if (s == FAR_PARTIAL && whole)
-			next = with_state(next, FAR_DIRTY);
+		uint16_t was = w, next = (uint16_t)(w - PIN_ONE);
+		if (s == FAR_PARTIAL)
+			next = whole ? with_state(next, FAR_DIRTY) : partial_or_absent_locked(m, i, next);
 		if (!cas(m, i, &w, next))
 			continue;
+		count_news(m, i, was, next);
 		woke = s == FAR_FILLING && !(next & PIN_MASK);
-		if (s == FAR_PARTIAL && whole) {
+		if (s == FAR_PARTIAL && state_of(next) != FAR_PARTIAL)
 			partial_free_locked(m, i);
+		if (s == FAR_PARTIAL && whole)
 			count_local(m, i, true);
-		}
 		break;
 	}
 	hint(m, i);
@@ -639,21 +649,23 @@ void far_chunkmap_fill_begin(struct far_chunkmap *m, struct far_fetch *f, struct
 
 void far_chunkmap_fill_end(struct far_chunkmap *m, uint64_t i, struct far_partial *e, bool ok)
 {
-	uint16_t w = load(m, i);
-	enum far_chunk next = ok ? (e ? FAR_DIRTY : FAR_CLEAN) : (e ? FAR_PARTIAL : FAR_ABSENT);
+	uint16_t w = load(m, i), was, is;
 
 	if (ok)
 		count_local(m, i, true);
 	if (e) {
 		far_mutex_lock(&m->lock);
-		if (ok)
+		do {
+			was = w;
+			is = ok ? with_state(w, FAR_DIRTY) : partial_or_absent_locked(m, i, w);
+		} while (!cas(m, i, &w, is));
+		count_news(m, i, was, is);
+		if (state_of(is) != FAR_PARTIAL)
 			partial_free_locked(m, i);
-		while (!cas(m, i, &w, with_state(w, next)))
-			;
 		far_mutex_unlock(&m->lock);
 		hint(m, i);
 	} else {
-		while (!cas(m, i, &w, with_state(w, next)))
+		while (!cas(m, i, &w, with_state(w, ok ? FAR_CLEAN : FAR_ABSENT)))
 			;
 	}
 	changed_wake(m);
@@ -663,11 +675,18 @@ void far_chunkmap_fetch_end(struct far_chunkmap *m, struct far_fetch *f, int err
 {
 	far_mutex_lock(&m->lock);
 	for (uint64_t i = f->at; i < f->first + f->n; i++) {
-		uint16_t w = load(m, i);
+		uint16_t w = load(m, i), is;
 		enum far_chunk s;
-		while ((s = state_of(w)) == FAR_FETCHING || s == FAR_FETCHING_PARTIAL)
-			if (cas(m, i, &w, with_state(w, s == FAR_FETCHING ? FAR_ABSENT : FAR_PARTIAL)))
-				break;
+		while ((s = state_of(w)) == FAR_FETCHING || s == FAR_FETCHING_PARTIAL) {
+			is = s == FAR_FETCHING ? with_state(w, FAR_ABSENT) : partial_or_absent_locked(m, i, w);
+			uint16_t was = w;
+			if (!cas(m, i, &w, is))
+				continue;
+			count_news(m, i, was, is);
+			if (s == FAR_FETCHING_PARTIAL && state_of(is) == FAR_ABSENT)
+				partial_free_locked(m, i);
+			break;
+		}
 	}
 	struct far_fetch **p = &m->fetches;
 	while (*p != f)
@@ -723,6 +742,12 @@ static bool holds_news(struct far_chunkmap *m, uint64_t i, enum far_chunk *s)
 	*s = far_chunkmap_state(m, i); /* a filled chunk turns dirty under the lock, with its entry */
 	far_mutex_unlock(&m->lock);
 	return entry || is_dirty(*s);
+}
+
+bool far_chunkmap_has_news(struct far_chunkmap *m, uint64_t i)
+{
+	enum far_chunk s;
+	return holds_news(m, i, &s);
 }
 
 /* Invariant 6: a hint is taken back only when nothing dirty is left in its group. */

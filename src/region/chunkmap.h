@@ -78,7 +78,8 @@ void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, b
 /* The remote may have forgotten what was pushed of chunk i: if it counts as clean it is dirty again. False: it did not.
  * Nobody may evict it meanwhile for longer than a look at it takes. */
 bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i);
-/* Call fn for every chunk that holds something the remote lacks. */
+/* Whether chunk i holds something the remote lacks; call fn for every one that does. */
+bool far_chunkmap_has_news(struct far_chunkmap *m, uint64_t i);
 void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, uint64_t i, enum far_chunk s), void *opaque);
 
 /* Evictors: begin succeeds on a clean chunk that nobody has pinned. */

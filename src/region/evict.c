@@ -104,13 +104,11 @@ static bool evict_over(struct far_region *r)
 
 /* A clock: a chunk that was used since the hand last passed gets a second chance. Two rounds at most: what is left
  * then is dirty, in use, pinned, or not safe on the remote yet. */
-void far_evict_trim(struct far_region *r)
+static void evict_clock(struct far_region *r)
 {
 	uint64_t n = far_chunkmap_chunks(r->map);
 	struct evict_batch b = { .keep_pinned = true };
 
-	if (!r->o.local_max)
-		return;
 	for (uint64_t steps = 0; steps < 2 * n && evict_over(r); steps++) {
 		uint64_t i = atomic_fetch_add_explicit(&r->evict_hand, 1, memory_order_relaxed) % n;
 		if (!far_chunkmap_test_touched(r->map, i))
@@ -119,8 +117,15 @@ void far_evict_trim(struct far_region *r)
 			evict_run(r, &b, false);
 	}
 	evict_run(r, &b, false);
-	if (evict_over(r))
-		far_push_settle_soon(r);
+}
+
+void far_evict_trim(struct far_region *r)
+{
+	if (!r->o.local_max || !evict_over(r))
+		return;
+	evict_clock(r);
+	if (evict_over(r) && far_push_settle_soon(r))
+		evict_clock(r);
 }
 
 /* ----------------------------------------------------------------------------------------------- unreadable, refresh */

@@ -39,7 +39,7 @@ struct farmap_header {
 	uint64_t seq, bytes, chunk, created, written, local_id;
 	char id[40];
 	char identity[64], writer[40];
-	uint64_t epoch, version;
+	uint64_t epoch, version, instance, change;
 	uint64_t remote_bytes, remote_chunk, remote_max_io;
 	uint32_t remote_caps, reserved;
 	char remote_identity[64], remote_version[64];
@@ -158,6 +158,8 @@ int farmap_write_header(struct far_persist *p)
 	memcpy(h->writer, in->origin.writer, sizeof h->writer);
 	h->epoch = in->origin.epoch;
 	h->version = in->origin.version;
+	h->instance = in->origin.instance;
+	h->change = in->origin.change;
 	h->remote_bytes = in->facts.bytes;
 	h->remote_chunk = in->facts.chunk;
 	h->remote_max_io = in->facts.max_io;
@@ -361,6 +363,8 @@ static void header_take(struct far_persist *p, const struct farmap_header *h)
 	memcpy(in->origin.writer, h->writer, sizeof h->writer - 1);
 	in->origin.epoch = h->epoch;
 	in->origin.version = h->version;
+	in->origin.instance = h->instance;
+	in->origin.change = h->change;
 	in->facts = (struct far_facts){ .size = sizeof in->facts, .bytes = h->remote_bytes, .chunk = h->remote_chunk,
 					.max_io = h->remote_max_io, .caps = h->remote_caps };
 	memcpy(in->facts.identity, h->remote_identity, sizeof h->remote_identity - 1);

@@ -201,24 +201,30 @@ void far_push_settle_now_locked(struct far_push *p)
 {
 	uint64_t old = far_deadline_limit(far_now() + p->r->o.deadline_ms * FAR_MSEC);
 
-	flush_remote_once_locked(p);
+	int err = flush_remote_once_locked(p);
 	far_deadline_restore(old);
+	if (err)
+		return;
+	far_mutex_unlock(&p->lock);
+	far_evict_trim(p->r); /* what was in its way may be evicted now */
+	far_mutex_lock(&p->lock);
 }
 
-void far_push_settle_soon(struct far_region *r)
+bool far_push_settle_soon(struct far_region *r)
 {
 	struct far_push *p = r->push;
+	bool here = false;
 
 	if (!r->writable || atomic_exchange_explicit(&p->settle_wanted, true, memory_order_relaxed))
-		return;
+		return false;
 	far_mutex_lock(&p->lock);
-	bool here = !p->max_threads && far_push_settle_at_locked(p) <= far_now();
+	if (!p->max_threads) {
+		here = far_push_settle_at_locked(p) <= far_now();
+		atomic_store_explicit(&p->settle_wanted, false, memory_order_relaxed);
+	}
 	far_cond_broadcast(&p->work);
 	far_mutex_unlock(&p->lock);
-	if (here)
-		far_push_settle(r);
-	if (!p->max_threads)
-		atomic_store_explicit(&p->settle_wanted, false, memory_order_relaxed);
+	return here && !far_push_settle(r);
 }
 
 /* ------------------------------------------------------------------------------------------------------------ flush */
@@ -234,6 +240,17 @@ static void flush_list(void *opaque, uint64_t i, enum far_chunk s)
 	f->left++;
 }
 
+/* A chunk that was half-written when it was listed is absent again if that write failed: nobody will push it. */
+static void flush_prune(struct far_push *p, struct push_flush *f)
+{
+	for (uint64_t w = 0; f->left && w <= far_chunkmap_chunks(p->r->map) / 64; w++)
+		for (uint64_t bits = f->listed[w]; bits; bits &= bits - 1)
+			if (!far_chunkmap_has_news(p->r->map, w * 64 + (uint64_t)__builtin_ctzll(bits))) {
+				f->listed[w] &= ~(bits & -bits);
+				f->left--;
+			}
+}
+
 /* Wait until the list is empty. Without workers this thread pushes. */
 static int flush_wait_locked(struct far_push *p, struct push_flush *f) FAR_REQUIRES(p->lock)
 {
@@ -244,8 +261,10 @@ static int flush_wait_locked(struct far_push *p, struct push_flush *f) FAR_REQUI
 			return -ESTALE;
 		if (far_now() >= far_deadline())
 			return -ETIMEDOUT;
-		if (!p->round)
+		if (!p->round) {
+			flush_prune(p, f);
 			far_push_round_locked(p);
+		}
 		if (p->max_threads == 0 && far_push_step_locked(p))
 			continue;
 		if (p->max_threads == 0)
@@ -294,5 +313,7 @@ int far_push_flush(struct far_region *r)
 		free(f.listed);
 		free(f.later);
 	} while (err == FLUSH_AGAIN);
+	if (!err)
+		far_evict_trim(r);
 	return err;
 }

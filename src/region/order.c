@@ -93,8 +93,8 @@ static int order_trace(struct order_build *b, const char *path, uint64_t bytes, 
 			continue;
 		if (sscanf(line, "%" SCNu64 " %" SCNu64 " %c", &off, &len, &rest) != 2)
 			r = far_error_set(err, EINVAL, "%s line %lu is not 'OFFSET LENGTH'", path, number);
-		else if (off < bytes && len) /* a trace of a longer region is fine */
-			r = order_range(b, off, far_min(len, bytes - off));
+		else if (off < bytes && len && order_range(b, off, far_min(len, bytes - off))) /* a longer region's is fine */
+			r = far_error_set(err, ENOMEM, "no memory for the pull order");
 	}
 	fclose(f);
 	return r;

@@ -34,6 +34,11 @@ static inline bool far_partial_whole(const struct far_partial *e)
 {
 	return e->n_valid == e->sectors;
 }
+/* Nothing is here, and no writer is on its way: the only one failed. */
+static inline bool far_partial_empty(const struct far_partial *e)
+{
+	return !e->n_valid && !e->n_ragged && !e->pending;
+}
 /* The next range at or after *from that is not here. False: no more. */
 bool far_partial_missing(const struct far_partial *e, uint64_t *from, uint64_t *to);
 

@@ -491,6 +491,7 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
 		for (; i < end && !err; i += !err && far_chunkmap_is_local(r->map, i))
 			if (!far_chunkmap_is_local(r->map, i))
 				err = far_cache_need(r, i, end - i);
+		far_evict_trim(r);
 		return err;
 	}
 	far_region_prefetch(r, off, len);
@@ -574,7 +575,12 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	p->trigger = PULL_NO_TRIGGER;
 	p->sample_at = p->show_at = far_now();
 	pull_spawn_locked(p);
+	bool none = p->max_threads && !p->threads;
 	far_mutex_unlock(&p->lock);
+	if (none) { /* whoever waits for the pull would wait for ever */
+		far_pull_close(r);
+		return far_error_set(err, EAGAIN, "cannot start the puller's first thread: %s", far_strerror(EAGAIN));
+	}
 	return 0;
 }
 

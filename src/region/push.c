@@ -394,6 +394,7 @@ int far_push_open(struct far_region *r)
 	far_mutex_lock(&p->lock);
 	p->extent = p->zero_extent = far_max(256 * FAR_KIB, r->chunk);
 	p->show_at = far_now();
+	p->next_round = far_now() + r->o.push_interval_ms * FAR_MSEC;
 	p->instance = far_push_instance(r);
 	if (r->writable)
 		p->max_threads = r->o.push_workers < 0 ? 8 : (unsigned)far_min((uint64_t)r->o.push_workers, PUSH_THREADS_MAX);

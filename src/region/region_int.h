@@ -108,9 +108,10 @@ void far_push_fence(struct far_region *r);
 /* Chunk i was pushed, but no flush of the remote has covered that yet. Only a chunk that is or was just pushed becomes
  * unstable, before it becomes clean. */
 bool far_push_unstable(struct far_region *r, uint64_t i);
-/* Flush the remote so that what was pushed becomes stable: here, or soon by a pusher. */
+/* Flush the remote so that what was pushed becomes stable: here, or soon by a pusher. True: it was done here, there are
+ * no pushers. */
 int far_push_settle(struct far_region *r);
-void far_push_settle_soon(struct far_region *r);
+bool far_push_settle_soon(struct far_region *r);
 void far_push_status(struct far_region *r, struct far_status *st);
 
 #endif

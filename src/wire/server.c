@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include "wire/server.h"
 
+#include "backend/backend.h"
 #include "base/options.h"
 #include "base/thread.h"
 #include "base/uri.h"
@@ -49,6 +50,7 @@ struct far_server {
 	struct far_server_env env;
 	struct far_crew *crew;
 	bool insecure;
+	uint32_t lease_ms;
 	int cancel; /* eventfd, readable once stopping */
 
 	struct far_mutex lock;
@@ -94,6 +96,7 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 		return far_error_set(err, ENOMEM, "out of memory");
 	far_mutex_init(&s->lock);
 	s->insecure = o.insecure;
+	s->lease_ms = o.lease_ms;
 	s->env.max_request = o.max_request ? o.max_request : SERVER_MAX_REQUEST;
 	s->env.handshake = 10 * FAR_SEC;
 	s->env.stall = 30 * FAR_SEC;
@@ -112,6 +115,22 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	return 0;
 }
 
+/* The owner of a backend that is exported already, or a new one. */
+static int server_owner(struct far_server *s, const char *name, struct far_backend *b, struct far_owner **out,
+			struct far_error *err)
+{
+	for (size_t i = 0; i < s->env.exports_n; i++)
+		if (s->env.exports[i].b == b) {
+			*out = s->env.exports[i].owner;
+			return 0;
+		}
+	int r = far_owner_new(b, s->lease_ms, out);
+	if (r == -EBUSY)
+		return far_error_set(err, EBUSY, "cannot export '%s': another process has it open for writing. End that one, or "
+				     "open it read-only here", name);
+	return r ? far_error_set(err, -r, "cannot export '%s': the record beside its content: %s", name, far_strerror(r)) : 0;
+}
+
 int far_server_export(struct far_server *s, const char *name, struct far_backend *b, struct far_error *err)
 {
 	size_t n = strlen(name);
@@ -128,13 +147,15 @@ int far_server_export(struct far_server *s, const char *name, struct far_backend
 			return far_error_set(err, EEXIST, "there are two exports called '%s'; give one of them another name", name);
 	struct far_export *list = realloc(s->env.exports, (s->env.exports_n + 1) * sizeof *list);
 	char *copy = strdup(name);
+	struct far_owner *owner = NULL;
 	if (list)
 		s->env.exports = list;
-	if (!list || !copy) {
+	int r = list && copy ? server_owner(s, name, b, &owner, err) : far_error_set(err, ENOMEM, "out of memory");
+	if (r) {
 		free(copy);
-		return far_error_set(err, ENOMEM, "out of memory");
+		return r;
 	}
-	list[s->env.exports_n++] = (struct far_export){ copy, b };
+	list[s->env.exports_n++] = (struct far_export){ copy, b, owner };
 	return 0;
 }
 
@@ -355,6 +376,8 @@ void far_server_stop(struct far_server *s)
 	far_mutex_unlock(&s->lock);
 	far_crew_close(s->crew);
 	s->crew = NULL;
+	for (size_t i = 0; i < s->env.exports_n; i++)
+		far_owner_farewell(s->env.exports[i].owner);
 }
 
 void far_server_free(struct far_server *s)
@@ -362,8 +385,14 @@ void far_server_free(struct far_server *s)
 	if (!s)
 		return;
 	far_server_stop(s);
-	for (size_t i = 0; i < s->env.exports_n; i++)
+	for (size_t i = 0; i < s->env.exports_n; i++) {
+		size_t first = 0;
+		while (s->env.exports[first].b != s->env.exports[i].b)
+			first++;
+		if (first == i)
+			far_owner_free(s->env.exports[i].owner);
 		free(s->env.exports[i].name);
+	}
 	free(s->env.exports);
 	far_fd_close(&s->cancel);
 	far_mutex_fini(&s->lock);

@@ -9,9 +9,12 @@
 
 #include <stdatomic.h>
 
+struct far_owner;
+
 struct far_export {
 	char *name;
 	struct far_backend *b;
+	struct far_owner *owner; /* of b: shared by all exports of the same backend */
 };
 
 struct far_server_env {

@@ -8,6 +8,32 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Replies with a check: whatever is accepted comes out the same again. */
+static void replies(unsigned which, const uint8_t *data, size_t size)
+{
+	uint8_t buf[FAR_GRPC_LEASE_MAX + FAR_GRPC_WATCH_MAX(8)];
+	struct far_pb_out o = { buf, 0, sizeof buf };
+	struct far_grpc_lease l, l2;
+	struct far_grpc_watch w, w2;
+	struct far_grpc_flushed f, f2;
+	struct far_extent x[8];
+	const uint8_t *sum;
+	size_t n;
+
+	if (which == 0 && far_grpc_decode_lease(data, size, &l) == 0) {
+		far_grpc_encode_lease(&o, &l);
+		FAR_ASSERT(far_grpc_decode_lease(buf, o.n, &l2) == 0 && l2.answer == l.answer && l2.ttl_ms == l.ttl_ms);
+	} else if (which == 1 && far_grpc_decode_watch(data, size, &w, x, 8, &n) == 0) {
+		far_grpc_encode_watch(&o, &w, x, n);
+		FAR_ASSERT(far_grpc_decode_watch(buf, o.n, &w2, x, 8, &n) == 0 && w2.all == w.all);
+	} else if (which == 2 && far_grpc_decode_flushed(data, size, &f) == 0) {
+		far_grpc_encode_flushed(&o, &f);
+		FAR_ASSERT(far_grpc_decode_flushed(buf, o.n, &f2) == 0 && f2.revision == f.revision);
+	} else if (which == 3) {
+		far_grpc_decode_sum_reply(data, size, &sum);
+	}
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 struct seen {
@@ -91,7 +117,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 	if (size < 2)
 		return 0;
-	unsigned what = data[0] % (FAR_M_NONE + 5), arg = data[1];
+	unsigned what = data[0] % (FAR_M_NONE + 9), arg = data[1];
 	data += 2;
 	size -= 2;
 	if (what < FAR_M_NONE)
@@ -104,7 +130,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		stream(data, size, arg % 7 + 1);
 	else if (what == FAR_M_NONE + 3)
 		text(data, size);
-	else
+	else if (what == FAR_M_NONE + 4)
 		frames(data, size);
+	else
+		replies(what - FAR_M_NONE - 5, data, size);
 	return 0;
 }

@@ -2,6 +2,7 @@
  * Copyright the farpage authors */
 /* The server's side of a connection, fed with what a client may say behind its greeting; cut into pieces whose length is
  * the first byte. Requests are carried out on a small region. */
+#include "backend/backend.h"
 #include "wire/grpc/session.h"
 
 #include <stdlib.h>
@@ -54,7 +55,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		free(s);
 		return 0;
 	}
-	struct far_export e = { (char *)"disk", b };
+	struct far_export e = { (char *)"disk", b, NULL };
+	if (far_owner_new(b, 0, &e.owner)) {
+		far_close(b);
+		free(s);
+		return 0;
+	}
 	struct far_server_env env = { .exports = &e, .exports_n = 1, .max_request = 8192, .memory_max = 65536 };
 	size_t step = data[0] ? data[0] : 4096;
 	unsigned how = data[1];
@@ -79,6 +85,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	fuzz_serve(s, 0);
 	far_session_fini(s);
 	FAR_ASSERT(env.memory == 0);
+	far_owner_free(e.owner);
 	far_close(b);
 	free(s);
 	return 0;

@@ -3,6 +3,8 @@
 #define _GNU_SOURCE
 #include "peer.h"
 
+#include "backend/backend.h"
+
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -110,7 +112,8 @@ static void peer_init(struct peer *p)
 void peer_over_session(struct peer *p, struct far_backend *b, uint64_t max_request)
 {
 	peer_init(p);
-	p->export = (struct far_export){ (char *)"disk", b };
+	p->export = (struct far_export){ (char *)"disk", b, NULL };
+	assert_int_equal(far_owner_new(b, 300, &p->export.owner), 0);
 	p->env = (struct far_server_env){ .exports = &p->export, .exports_n = 1, .max_request = max_request,
 					  .handshake = FAR_SEC, .stall = FAR_SEC, .memory_max = 512 << 20 };
 	p->session = calloc(1, sizeof *p->session);
@@ -137,6 +140,7 @@ void peer_free(struct peer *p)
 		far_session_fini(p->session);
 		free(p->session);
 		assert_int_equal(p->env.memory, 0);
+		far_owner_free(p->export.owner);
 	}
 }
 

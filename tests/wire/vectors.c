@@ -4,6 +4,7 @@
  * server said; our client gets the server's bytes and must understand them. */
 #include "peer.h"
 
+#include "backend/backend.h"
 #include "wire/grpc/channel.h"
 
 #define REGION (1u << 20)
@@ -101,13 +102,14 @@ static void replay_client(const struct vector *v, size_t step)
 {
 	struct slow slow;
 	struct far_backend *b = slow_open(&slow, REGION);
-	struct far_export e = { (char *)"reg", b };
+	struct far_export e = { (char *)"reg", b, NULL };
 	struct far_server_env env = { .exports = &e, .exports_n = 1, .max_request = 32 << 20, .memory_max = 1 << 30 };
 	struct far_session *s = calloc(1, sizeof *s);
 	size_t n, theirs_n, ours_n = 0;
 	uint8_t *bytes = vector_load(v->name, '>', &n), *theirs = vector_load(v->name, '<', &theirs_n), *ours = NULL;
 	struct peer *a = malloc(sizeof *a), *o = malloc(sizeof *o);
 
+	assert_int_equal(far_owner_new(b, 0, &e.owner), 0);
 	n = clean(bytes, n, 24); /* behind the preface */
 	theirs_n = clean(theirs, theirs_n, 0);
 	pattern(slow.mem);
@@ -138,6 +140,7 @@ static void replay_client(const struct vector *v, size_t step)
 		assert_memory_equal(slow.mem + 4096, "\x00\x11\x22\x33", 4);
 	far_session_fini(s);
 	assert_int_equal(env.memory, 0);
+	far_owner_free(e.owner);
 	peer_free(a);
 	peer_free(o);
 	free(a);

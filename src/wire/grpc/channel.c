@@ -42,6 +42,7 @@ struct far_channel {
 	/* atomic */
 	_Atomic unsigned refs;
 	_Atomic int64_t load;
+	_Atomic uint64_t tag, marks;
 	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
 
 	struct far_mutex lock;
@@ -547,6 +548,18 @@ void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead
 bool far_channel_usable(struct far_channel *c)
 {
 	return !atomic_load_explicit(&c->gone, memory_order_acquire);
+}
+
+uint64_t far_channel_tag(struct far_channel *c, uint64_t tag)
+{
+	if (tag)
+		atomic_store_explicit(&c->tag, tag, memory_order_relaxed);
+	return atomic_load_explicit(&c->tag, memory_order_relaxed);
+}
+
+uint64_t far_channel_mark(struct far_channel *c, int64_t change)
+{
+	return (uint64_t)(atomic_fetch_add_explicit(&c->marks, change, memory_order_relaxed) + change);
 }
 
 uint64_t far_channel_load(struct far_channel *c, int64_t change)

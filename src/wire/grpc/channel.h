@@ -77,6 +77,10 @@ bool far_channel_usable(struct far_channel *c);
 /* Bytes that callers said they expect (far_channel_load), for spreading. */
 uint64_t far_channel_load(struct far_channel *c, int64_t change);
 
+/* Two numbers for the owner: a tag that stays (0: only ask), and a count. */
+uint64_t far_channel_tag(struct far_channel *c, uint64_t tag);
+uint64_t far_channel_mark(struct far_channel *c, int64_t change);
+
 /* For tests and fuzzers: the session without a socket. Submit without waiting, feed bytes, take bytes. */
 int far_channel_submit(struct far_channel *c, struct far_call *call);
 int far_channel_feed(struct far_channel *c, const uint8_t *data, size_t len);

@@ -44,8 +44,10 @@ struct client_op {
 	/* the reply of all but reads */
 	uint8_t *reply;
 	size_t reply_cap, reply_n;
+	struct far_channel *channel; /* make it on this one; NULL: on any */
 	/* how it went */
 	bool region;
+	uint64_t told_by; /* the instance, 0: unknown */
 	struct far_hello_seen seen;
 	enum client_fate fate;
 };
@@ -278,9 +280,12 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 	struct far_channel *channel;
 
 	op->fate = CLIENT_DONE;
-	int r = far_lanes_pick(&c->lanes, lane, deadline, &channel, NULL);
+	int r = op->channel ? 0 : far_lanes_pick(&c->lanes, lane, deadline, &channel, NULL);
 	if (r)
 		return r;
+	if (op->channel)
+		far_channel_get(channel = op->channel);
+	op->told_by = far_channel_tag(channel, 0);
 	struct client_call k;
 	memset(&k, 0, offsetof(struct client_call, head));
 	op->region = far_client_kind(c) == FAR_CLIENT_REGION;
@@ -313,6 +318,8 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 		atomic_fetch_add_explicit(&c->checksum_errors, 1, memory_order_relaxed);
 	if (op->fate == CLIENT_GARBLED && !c->lanes.once)
 		far_channel_retire(channel);
+	if (r == 0 && op->m == FAR_M_WRITE && !far_client_flag(&c->sessions))
+		far_channel_mark(channel, 1);
 	/* Without sessions all that can be done about a change that may still land is to hang up. */
 	if (op->fate == CLIENT_LOST && op->m == FAR_M_WRITE && !far_client_flag(&c->sessions) && !c->lanes.once)
 		far_channel_kill(channel, -ECONNRESET);
@@ -355,38 +362,59 @@ static int client_ask(struct far_client *c, struct client_op *op)
 	}
 }
 
-/* A call that belongs to a generation; `change`: what it does may not be done again later. */
+/* After a change: whether it is made again. */
+static bool client_change_again(struct far_client *c, struct client_op *op, unsigned *tries, unsigned *rounds,
+				uint64_t deadline)
+{
+	bool sessions = far_client_flag(&c->sessions);
+
+	switch (op->fate) {
+	case CLIENT_AGAIN:
+		return ++*tries < CLIENT_TRIES && !c->lanes.once;
+	case CLIENT_GARBLED:
+		return ++*tries < CLIENT_TRIES && sessions;
+	case CLIENT_LOST:
+	case CLIENT_FENCED:
+		return ++*rounds < CLIENT_ROUNDS && sessions && !c->lanes.once && far_now() < deadline;
+	default:
+		return false;
+	}
+}
+
+/* A call that belongs to a generation; `change`: done again later it would undo something. */
 static int client_ordered(struct far_client *c, struct client_op *op, bool change)
 {
 	uint64_t deadline = far_client_deadline(c);
 	unsigned tries = 0, rounds = 0;
 
 	for (;;) {
-		bool again = false;
 		int r = far_fence_enter(c, deadline, &op->generation);
 		if (r)
 			return client_error(r);
 		r = client_once(c, op, deadline);
-		bool sessions = far_client_flag(&c->sessions);
 		if (op->fate == CLIENT_FENCED || (change && (op->fate == CLIENT_LOST || op->fate == CLIENT_GARBLED)))
 			far_fence_break(c, op->generation);
-		switch (op->fate) {
-		case CLIENT_DONE:
-			break;
-		case CLIENT_AGAIN:
-			again = ++tries < CLIENT_TRIES && !c->lanes.once;
-			break;
-		case CLIENT_GARBLED:
-			again = ++tries < CLIENT_TRIES && sessions;
-			break;
-		case CLIENT_LOST:
-		case CLIENT_FENCED:
-			again = ++rounds < CLIENT_ROUNDS && sessions && !c->lanes.once && far_now() < deadline;
-			break;
-		}
-		if (!again)
+		if (r == 0 && change && far_client_flag(&c->sessions))
+			far_hello_changed(c, op->told_by);
+		if (!client_change_again(c, op, &tries, &rounds, deadline))
 			return client_error(r);
 	}
+}
+
+int far_client_read_back(struct far_client *c, uint64_t off, void *buf, size_t len)
+{
+	struct client_op op = { .m = FAR_M_READ, .off = off, .len = len, .dst = buf };
+
+	return client_ask(c, &op);
+}
+
+int far_client_write_again(struct far_client *c, uint64_t off, const void *buf, size_t len)
+{
+	uint8_t reply[64];
+	struct client_op op = { .m = FAR_M_WRITE, .off = off, .src = buf, .len = len, .reply = reply,
+				.reply_cap = sizeof reply };
+
+	return client_error(client_once(c, &op, far_client_deadline(c)));
 }
 
 /* -------------------------------------------------------------------------------------------- the operations */
@@ -405,7 +433,14 @@ static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t 
 	struct client_op op = { .m = m, .off = off, .src = src, .len = len, .flags = flags, .reply = reply,
 				.reply_cap = sizeof reply };
 
-	return flags & FAR_NOWAIT ? -EAGAIN : client_ordered(c, &op, true);
+	bool entered;
+	int r = flags & FAR_NOWAIT ? -EAGAIN : far_plain_begin(c, off, src, len, far_client_deadline(c), &entered);
+	if (r)
+		return r;
+	r = client_ordered(c, &op, true);
+	bool lost = m == FAR_M_WRITE && (op.fate == CLIENT_LOST || op.fate == CLIENT_GARBLED);
+	int p = far_plain_end(c, off, src, len, lost && r ? 1 : r, entered);
+	return r ? r : p;
 }
 
 static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
@@ -423,20 +458,49 @@ static int client_discard(void *self, uint64_t off, uint64_t len, unsigned flags
 	return client_change(self, FAR_M_DISCARD, off, NULL, len, flags);
 }
 
+/* A peer that tells no instance: a Sync on each connection that was written on proves that the process that has the bytes
+ * is the one that made them durable; a connection that is gone counts as another instance (far_hello_origin). */
+static int client_flush_plain(struct far_client *c)
+{
+	struct far_channel *up[FAR_LANES * FAR_LANES_MAX];
+	uint8_t reply[64];
+	struct client_op op = { .m = FAR_M_FLUSH, .reply = reply, .reply_cap = sizeof reply };
+	int r = far_plain_settle(c, far_client_deadline(c));
+	bool done = false;
+
+	size_t n = far_lanes_up(&c->lanes, up, FAR_ARRAY_LEN(up));
+	for (size_t i = 0; i < n; i++) {
+		uint64_t marks = far_channel_mark(up[i], 0);
+		if (!r && marks && (c->lanes.once || far_channel_alive(up[i]))) {
+			op.channel = up[i];
+			r = client_once(c, &op, far_client_deadline(c));
+			done = true;
+			if (r == 0)
+				far_channel_mark(up[i], -(int64_t)marks);
+		}
+		far_channel_put(up[i]);
+	}
+	op.channel = NULL;
+	return client_error(r || done ? r : client_ask(c, &op));
+}
+
 static int client_flush(void *self)
 {
 	struct far_client *c = self;
 	uint8_t reply[64];
 	struct far_grpc_flushed f;
 	struct client_op op = { .m = FAR_M_FLUSH, .reply = reply, .reply_cap = sizeof reply };
-	int r = client_ordered(c, &op, false);
+	uint64_t changes = far_hello_changes(c);
 
-	if (r == 0 && op.region && far_client_flag(&c->sessions)) {
-		r = far_grpc_decode_flushed(reply, op.reply_n, &f);
-		if (r == 0)
-			far_hello_flushed(c, &f);
-	}
-	return r;
+	if (far_client_kind(c) != FAR_CLIENT_UNKNOWN && !far_client_flag(&c->sessions))
+		return client_flush_plain(c);
+	int r = client_ordered(c, &op, false);
+	if (r == -EREMOTEIO)
+		far_hello_forgotten(c);
+	if (r || !op.region || !far_client_flag(&c->sessions))
+		return r;
+	r = far_grpc_decode_flushed(reply, op.reply_n, &f);
+	return r ? r : far_hello_flushed(c, &f, changes);
 }
 
 static int client_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
@@ -454,7 +518,7 @@ static int client_extents(void *self, uint64_t off, uint64_t len, struct far_ext
 	return r;
 }
 
-int far_client_describe(struct far_client *c)
+static int client_describe(struct far_client *c)
 {
 	uint8_t reply[1024];
 	struct far_grpc_export e;
@@ -473,7 +537,7 @@ static int client_origin(void *self, struct far_origin *out, unsigned flags)
 
 	/* A peer that tells nothing: what counts is whether its connections live, which far_hello_origin() knows. */
 	if (!(flags & FAR_NOWAIT)) {
-		r = far_client_describe(c);
+		r = client_describe(c);
 		if (r == -EOPNOTSUPP)
 			r = 0;
 	}

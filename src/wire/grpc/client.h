@@ -16,6 +16,16 @@ enum far_client_kind {
 	FAR_CLIENT_REGION,  /* farpage.v1 */
 };
 
+/* Ranges of a peer without sessions in which a write of an unknown fate may still land. */
+struct far_plain_doubt;
+struct far_plain {
+	_Atomic unsigned n;
+	/* under the client's lock */
+	struct far_plain_doubt *list;
+	uint64_t bytes, ids;
+	bool busy;
+};
+
 /* The newest that was seen. */
 struct far_hello_seen {
 	uint64_t epoch, revision;
@@ -48,12 +58,16 @@ struct far_client {
 	char identity[64];              /* seen in this client's life, as the next */
 	struct far_hello_seen seen;
 	uint64_t acked;                 /* newest generation that a hello has established */
-	uint64_t instance;              /* of a peer that tells none: where counting began */
+	uint64_t instance;              /* how often the peer said that what is behind it has forgotten something */
+	uint64_t changes, unflushed;    /* changes that were made; the instance of those since the last flush, 0: none */
+	bool forgotten;                 /* some of an earlier instance were never flushed */
 	/* fence.c, under the lock */
 	uint64_t generation;
 	bool broken, fencing;
 	uint64_t fence_round;
 	int fence_error;
+	/* plain.c */
+	struct far_plain plain;
 };
 
 static inline enum far_client_kind far_client_kind(struct far_client *c)
@@ -66,10 +80,11 @@ static inline bool far_client_flag(_Atomic bool *flag)
 	return atomic_load_explicit(flag, memory_order_acquire);
 }
 
-/* client.c: the backend's operations, and one for all facts. */
+/* client.c: the backend's operations, for every kind of peer. */
 extern const struct far_ops far_client_ops;
-/* A Describe by itself; the answer is noted. */
-int far_client_describe(struct far_client *c);
+/* One read or write without a second try and without plain.c's care. */
+int far_client_read_back(struct far_client *c, uint64_t off, void *buf, size_t len);
+int far_client_write_again(struct far_client *c, uint64_t off, const void *buf, size_t len);
 uint64_t far_client_deadline(const struct far_client *c);
 /* dial.c */
 void far_client_free(struct far_client *c);
@@ -81,7 +96,13 @@ int far_hello_greet(void *opaque, struct far_channel *channel, uint64_t deadline
 /* The peer has described itself in another reply; `seen` was so when it was asked. 0 or -ESTALE. */
 int far_hello_note(struct far_client *c, const struct far_grpc_export *e, const struct far_hello_seen *seen);
 struct far_hello_seen far_hello_seen(struct far_client *c);
-void far_hello_flushed(struct far_client *c, const struct far_grpc_flushed *f);
+/* A change was made by this instance. */
+void far_hello_changed(struct far_client *c, uint64_t instance);
+uint64_t far_hello_changes(struct far_client *c);
+/* A flush that was asked for after so many changes has succeeded. 0, or -EREMOTEIO: not all of them were there any more. */
+int far_hello_flushed(struct far_client *c, const struct far_grpc_flushed *f, uint64_t changes);
+/* The peer says -EREMOTEIO itself. */
+void far_hello_forgotten(struct far_client *c);
 /* Facts of an export; `max_io` is the user's limit. */
 int far_hello_facts(struct far_client *c, const struct far_grpc_export *e, uint64_t max_io, struct far_facts *f,
 		    struct far_error *err);
@@ -95,5 +116,15 @@ bool far_hello_origin(struct far_client *c, struct far_origin *out);
 int far_fence_enter(struct far_client *c, uint64_t deadline, uint64_t *generation);
 /* The fate of a change of this generation is unknown, or the peer does not know the session. */
 void far_fence_break(struct far_client *c, uint64_t generation);
+
+/*
+ * plain.c: for peers without sessions. Around each change: begin (0 or why it cannot be made now), then end with what
+ * became of it: 0 acknowledged, 1 unknown, -errno it was not made.
+ */
+int far_plain_begin(struct far_client *c, uint64_t off, const void *src, uint64_t len, uint64_t deadline, bool *entered);
+int far_plain_end(struct far_client *c, uint64_t off, const void *src, uint64_t len, int fate, bool entered);
+/* Before a flush: what was acknowledged last in those ranges is there, or is written again. */
+int far_plain_settle(struct far_client *c, uint64_t deadline);
+void far_plain_free(struct far_client *c);
 
 #endif

@@ -25,6 +25,7 @@
 
 void far_client_free(struct far_client *c)
 {
+	far_plain_free(c);
 	far_lanes_fini(&c->lanes);
 	far_mutex_fini(&c->lock);
 	far_cond_fini(&c->cond);
@@ -62,7 +63,6 @@ static struct far_client *dial_new(const char *where, const char *export, const 
 	c->writable = !opts->read_only;
 	c->no_sums = opts->no_checksums;
 	c->session = dial_random();
-	c->instance = dial_random() >> 1;
 	c->generation = 1;
 	c->lanes.greet = far_hello_greet;
 	c->lanes.opaque = c;

@@ -146,7 +146,7 @@ bool far_h2_fill(struct far_h2 *h, int *err)
 	*err = 0;
 	if (far_h2_pending(h))
 		return true;
-	while (h->dirty && h2_room(h)) {
+	while (h->dirty && h2_room(h) && !h->broken) {
 		const uint8_t *data;
 		ssize_t n = nghttp2_session_mem_send(h->session, &data);
 		if (n < 0) {
@@ -161,7 +161,16 @@ bool far_h2_fill(struct far_h2 *h, int *err)
 		}
 		h2_add_small(h, data, (size_t)n);
 	}
-	return far_h2_pending(h);
+	*err = h->broken;
+	return !h->broken && far_h2_pending(h);
+}
+
+/* What nghttp2 said to something that had to be queued: other errors than this one mean that the stream is gone. */
+static void h2_queued(struct far_h2 *h, int r)
+{
+	if (r == NGHTTP2_ERR_NOMEM)
+		h->broken = -ENOMEM;
+	h->dirty = true;
 }
 
 /* ----------------------------------------------------------------------------------------------- sending */
@@ -247,10 +256,8 @@ void far_h2_queue(struct far_h2 *h, struct far_h2_stream *s, struct far_h2_msg *
 	while (*at)
 		at = &(*at)->next;
 	*at = m;
-	if (s->id && s->more) {
-		nghttp2_session_resume_data(h->session, s->id);
-		h->dirty = true;
-	}
+	if (s->id && s->more)
+		far_h2_resume(h, s);
 }
 
 int far_h2_request(struct far_h2 *h, struct far_h2_stream *s, const nghttp2_nv *nv, size_t n)
@@ -270,8 +277,18 @@ int far_h2_respond(struct far_h2 *h, struct far_h2_stream *s, const nghttp2_nv *
 	nghttp2_data_provider provider = { .read_callback = h2_read_cb };
 	int r = nghttp2_submit_response(h->session, s->id, nv, n, body ? &provider : NULL);
 
-	h->dirty = true;
+	h2_queued(h, r);
 	return r == 0 ? 0 : r == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
+}
+
+void far_h2_trailers(struct far_h2 *h, struct far_h2_stream *s, const nghttp2_nv *nv, size_t n)
+{
+	h2_queued(h, nghttp2_submit_trailer(h->session, s->id, nv, n));
+}
+
+void far_h2_resume(struct far_h2 *h, struct far_h2_stream *s)
+{
+	h2_queued(h, nghttp2_session_resume_data(h->session, s->id));
 }
 
 void far_h2_forget(struct far_h2 *h, struct far_h2_stream *s)
@@ -287,8 +304,7 @@ void far_h2_forget(struct far_h2 *h, struct far_h2_stream *s)
 
 void far_h2_reset(struct far_h2 *h, int32_t id, uint32_t code)
 {
-	nghttp2_submit_rst_stream(h->session, NGHTTP2_FLAG_NONE, id, code);
-	h->dirty = true;
+	h2_queued(h, nghttp2_submit_rst_stream(h->session, NGHTTP2_FLAG_NONE, id, code));
 }
 
 /* --------------------------------------------------------------------------------------------- receiving */

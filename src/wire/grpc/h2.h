@@ -69,6 +69,7 @@ struct far_h2 {
 	nghttp2_session *session;
 	const struct far_h2_ops *ops;
 	bool dirty;   /* there may be something to send that is not in the batch */
+	int broken;   /* -errno: something could not even be queued; its peer would wait for it, so the session is over */
 	bool writing; /* set by the owner while it writes the batch outside its lock */
 	/* the DATA frame that is being received */
 	int32_t data_stream;
@@ -102,8 +103,12 @@ bool far_h2_over(struct far_h2 *h);
 
 /* Queue a message; release may run at once if the stream is gone. */
 void far_h2_queue(struct far_h2 *h, struct far_h2_stream *s, struct far_h2_msg *m);
+/* There is something to send after the body had come to a halt. */
+void far_h2_resume(struct far_h2 *h, struct far_h2_stream *s);
 /* Client: send a request with the queued messages as its body. 0 or -errno (-ESTALE: no stream ids are left). */
 int far_h2_request(struct far_h2 *h, struct far_h2_stream *s, const nghttp2_nv *nv, size_t n);
+/* Server, from body_out: the last headers. Without memory for them the session is over. */
+void far_h2_trailers(struct far_h2 *h, struct far_h2_stream *s, const nghttp2_nv *nv, size_t n);
 /* Server: send headers; with a body the queued messages follow, without one they end the stream. */
 int far_h2_respond(struct far_h2 *h, struct far_h2_stream *s, const nghttp2_nv *nv, size_t n, bool body);
 /* The stream's owner goes away: it is never reported again, its queued messages are let go. */

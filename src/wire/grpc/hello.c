@@ -12,6 +12,10 @@
  * of a series is logged. An answer that no check vouches for (the peer does not know the method, or the export) counts only
  * when it comes twice in a row: bits may have been flipped on the way.
  *
+ * What was written but not flushed when the peer became another instance may be forgotten there: the flush that finds that
+ * out fails once with -EREMOTEIO, after which the instance that far_origin() tells is another one. Who keeps a copy writes
+ * it again; who does not must know.
+ *
  * A peer with the plain Backend service has no identity. A new connection to it, after one was lost, reads the region's
  * last byte, which finds a shorter one out.
  */
@@ -102,12 +106,40 @@ int far_hello_note(struct far_client *c, const struct far_grpc_export *e, const 
 	return r;
 }
 
-void far_hello_flushed(struct far_client *c, const struct far_grpc_flushed *f)
+void far_hello_changed(struct far_client *c, uint64_t instance)
 {
 	far_mutex_lock(&c->lock);
+	c->changes++;
+	c->forgotten = c->forgotten || (c->unflushed && c->unflushed != instance);
+	c->unflushed = instance;
+	far_mutex_unlock(&c->lock);
+}
+
+uint64_t far_hello_changes(struct far_client *c)
+{
+	far_mutex_lock(&c->lock);
+	uint64_t changes = c->changes;
+	far_mutex_unlock(&c->lock);
+	return changes;
+}
+
+int far_hello_flushed(struct far_client *c, const struct far_grpc_flushed *f, uint64_t changes)
+{
+	far_mutex_lock(&c->lock);
+	bool forgotten = c->forgotten || (c->unflushed && c->unflushed != f->instance);
+	c->forgotten = false;
+	c->unflushed = c->changes == changes ? 0 : f->instance;
 	c->heard.instance = f->instance;
 	if (f->revision > c->seen.revision)
 		c->seen.revision = c->heard.revision = f->revision;
+	far_mutex_unlock(&c->lock);
+	return forgotten ? -EREMOTEIO : 0;
+}
+
+void far_hello_forgotten(struct far_client *c)
+{
+	far_mutex_lock(&c->lock);
+	c->instance++;
 	far_mutex_unlock(&c->lock);
 }
 
@@ -123,11 +155,11 @@ bool far_hello_origin(struct far_client *c, struct far_origin *out)
 		memcpy(out->writer, c->heard.writer, sizeof out->writer);
 		out->epoch = c->heard.epoch;
 		out->version = c->heard.revision;
-		out->instance = c->heard.instance;
+		out->instance = c->heard.instance + c->instance;
 		out->change = c->heard.change;
 	} else if (heard) {
 		/* Each lost connection may mean a new process that has forgotten what was not flushed. */
-		out->instance = c->instance + lost;
+		out->instance = c->session + c->instance + lost;
 	}
 	far_mutex_unlock(&c->lock);
 	return heard;
@@ -287,7 +319,12 @@ static int hello_unimplemented(struct far_client *c, struct hello *h, struct far
 	far_mutex_unlock(&c->lock);
 	if (far_client_kind(c) == FAR_CLIENT_REGION || region)
 		return hello_odd(c, "it does not speak farpage.v1 any more", err);
-	int r = hello_plain(c, h, err);
+	/* Asked once more in other words: a flipped bit must not make a peer plain for good. */
+	struct far_pb_out o = { h->head, 0, sizeof h->head };
+	int r = hello_call(c, h, FAR_GRPC_REGION "Exports", &o);
+	if (r == 0 || h->call.grpc_status != FAR_GRPC_UNIMPLEMENTED)
+		return hello_failed(c, h, r ? r : -EBADMSG, err);
+	r = hello_plain(c, h, err);
 	if (r == 0) {
 		far_mutex_lock(&c->lock);
 		c->has_heard = true;
@@ -302,8 +339,8 @@ static int hello_described(struct far_client *c, struct hello *h, uint64_t gen, 
 	struct far_grpc_export e;
 	int r = far_grpc_decode_export(h->reply, h->call.buf_n, &e);
 
-	/* Who has once sent checks always does. */
-	if (r == 0 && !e.checked && far_client_flag(&c->sums))
+	/* Who has checksums sends them always. */
+	if (r == 0 && !e.checked && (e.sums || far_client_flag(&c->sums)))
 		r = -EBADMSG;
 	if (r == -EBADMSG)
 		atomic_fetch_add_explicit(&c->checksum_errors, 1, memory_order_relaxed);
@@ -312,6 +349,7 @@ static int hello_described(struct far_client *c, struct hello *h, uint64_t gen, 
 	r = hello_take(c, &e, &h->seen, err);
 	if (r)
 		return r;
+	far_channel_tag(h->channel, e.instance);
 	far_mutex_lock(&c->lock);
 	c->acked = far_max(c->acked, gen);
 	far_mutex_unlock(&c->lock);

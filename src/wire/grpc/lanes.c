@@ -51,6 +51,16 @@ static int lanes_dial(struct far_lanes *l, uint64_t deadline, struct far_channel
 	return r;
 }
 
+/* Make the slot of a channel that takes no more calls empty. */
+static void lanes_sweep(struct far_lanes *l, struct far_lanes_slot *s) FAR_REQUIRES(l->lock)
+{
+	if (!s->channel || far_channel_usable(s->channel) || s->dialling || l->once)
+		return;
+	far_channel_put(s->channel);
+	s->channel = NULL;
+	l->lost++;
+}
+
 /* The best channel of a lane, NULL if none is up. *free gets a slot that could be dialled. */
 static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct far_lanes_slot **free_slot, uint64_t *load)
 	FAR_REQUIRES(l->lock)
@@ -60,11 +70,7 @@ static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct f
 	*free_slot = NULL;
 	for (unsigned i = 0; i < l->n[lane]; i++) {
 		struct far_lanes_slot *s = &l->slots[lane][i];
-		if (s->channel && !far_channel_usable(s->channel) && !s->dialling && !l->once) {
-			far_channel_put(s->channel);
-			s->channel = NULL;
-			l->lost++;
-		}
+		lanes_sweep(l, s);
 		if (!s->channel && !s->dialling && !*free_slot)
 			*free_slot = s;
 		if (!s->channel || s->dialling)
@@ -202,6 +208,7 @@ size_t far_lanes_up(struct far_lanes *l, struct far_channel **out, size_t max)
 	far_mutex_lock(&l->lock);
 	for (int lane = 0; lane < FAR_LANES && !(l->once && n); lane++) {
 		for (unsigned i = 0; i < l->n[lane] && n < max; i++) {
+			lanes_sweep(l, &l->slots[lane][i]);
 			if (!l->slots[lane][i].channel)
 				continue;
 			out[n] = l->slots[lane][i].channel;

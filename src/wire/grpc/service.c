@@ -4,8 +4,10 @@
  * left half done and is then begun anew. Every number from the peer is checked before it is added or allocated. */
 #include "wire/grpc/session.h"
 
+#include "backend/backend.h"
 #include "base/io.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,12 +15,52 @@
 #define SERVICE_PIECE_MIN 4096
 #define SERVICE_PIECE_MAX (4 * FAR_MIB)
 #define SERVICE_EXTENTS 1024
+#define SERVICE_SUMS_IN_HEAD 8 /* of so many ranges kinds and sums fit into the reply's head */
+#define SERVICE_LEAD 4096      /* of more: so much room before the data, which keeps that aligned */
 
-/* A backend's error as a status. */
+/* A backend's or owner's error as a status. */
 static bool service_error(struct far_request *r, int err, const char *what)
 {
 	r->errno_name = far_grpc_errno_name(err);
 	return far_request_fail(r, far_grpc_status_of(err), "%s: %s", what, far_strerror(err));
+}
+
+/* Why a change may not be made. */
+static bool service_refused(struct far_request *r, int err)
+{
+	static const struct {
+		int err;
+		const char *why;
+	} list[] = {
+		{ -ESTALE, "another client holds the lease of this export" },
+		{ -ECANCELED, "it belongs to an older generation of its session: nothing was done" },
+		{ -ENOTCONN, "this server does not know the session: say Describe first" },
+		{ -EBADMSG, "the checksum does not fit what arrived: nothing was done" },
+	};
+
+	for (size_t i = 0; i < FAR_ARRAY_LEN(list); i++)
+		if (list[i].err == err) {
+			r->errno_name = far_grpc_errno_name(err);
+			return far_request_fail(r, far_grpc_status_of(err), "%s", list[i].why);
+		}
+	return service_error(r, err, "refused");
+}
+
+/* Begin a change. False: refused or, with FAR_NOWAIT, to be done anew; then *done says which. */
+static bool service_begin(struct far_request *r, const struct far_export *e, unsigned flags, bool *done)
+{
+	int err = far_owner_change_begin(e->owner, r->msg.session, r->msg.generation, flags & FAR_NOWAIT);
+
+	*done = !(err == -EAGAIN && (flags & FAR_NOWAIT));
+	if (err && *done)
+		service_refused(r, err);
+	return err == 0;
+}
+
+/* The change's end; `err` is what the backend said. */
+static void service_end(struct far_request *r, const struct far_export *e, uint64_t off, uint64_t len, int err)
+{
+	far_owner_change_end(e->owner, r->msg.session, r->msg.generation, off, len, err != -EAGAIN);
 }
 
 /* The first bytes of a reply: prefix, then what `o` has put behind it, then body_n bytes of the reply's buffer. */
@@ -46,12 +88,14 @@ static struct far_reply *service_reply(struct far_request *r, size_t cap)
 	return r->reply;
 }
 
-static bool service_empty(struct far_request *r)
+/* An empty message, or one with the sum that the request had. */
+static bool service_done(struct far_request *r, const uint8_t *sum)
 {
 	struct far_reply *reply = service_reply(r, 0);
 
 	if (reply) {
 		struct far_pb_out o = service_head(reply);
+		far_grpc_encode_sum_reply(&o, sum);
 		service_frame(reply, &o, 0);
 	}
 	return true;
@@ -104,7 +148,11 @@ static bool service_write_at(struct far_request *r, const struct far_export *e, 
 	uint64_t off = (uint64_t)m->off;
 	if (off > size || m->data_n > size - off)
 		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "short write"); /* a region never grows */
+	bool done;
+	if (!service_begin(r, e, flags, &done))
+		return done;
 	int err = far_write(e->b, off, m->data, m->data_n, flags);
+	service_end(r, e, off, m->data_n, err);
 	if (err == -EAGAIN && flags)
 		return false;
 	if (err)
@@ -120,18 +168,38 @@ static bool service_write_at(struct far_request *r, const struct far_export *e, 
 
 static bool service_flush(struct far_request *r, const struct far_export *e, unsigned flags)
 {
-	/* A flush always may wait, but where it does nothing. */
-	if (flags && (far_facts(e->b)->caps & (FAR_CAP_DURABLE | FAR_CAP_REMOTE)))
+	struct far_origin now;
+
+	if (flags & FAR_NOWAIT)
 		return false;
-	int err = far_flush(e->b);
-	return err ? service_error(r, err, "flush") : service_empty(r);
+	int err = far_owner_flush(e->owner, &now);
+	if (err)
+		return service_error(r, err, "flush");
+	if (r->method == FAR_M_SYNC)
+		return service_done(r, NULL);
+	struct far_reply *reply = service_reply(r, 0);
+	if (reply) {
+		struct far_grpc_flushed f = { .instance = now.instance, .revision = now.version };
+		struct far_pb_out o = service_head(reply);
+		far_grpc_encode_flushed(&o, &f);
+		service_frame(reply, &o, 0);
+	}
+	return true;
 }
 
 /* ------------------------------------------------------------------------------------------ farpage.v1: facts */
 
-static void service_describe(struct far_request *r, const struct far_export *e, struct far_grpc_export *x)
+/* `now`: what the owner says; NULL: to be asked. */
+static void service_describe(struct far_request *r, const struct far_export *e, const struct far_origin *now,
+			     struct far_grpc_export *x)
 {
 	const struct far_facts *f = far_facts(e->b);
+	struct far_origin own;
+
+	if (!now) {
+		far_owner_origin(e->owner, &own);
+		now = &own;
+	}
 
 	memset(x, 0, sizeof *x);
 	memcpy(x->name, e->name, far_min(strlen(e->name), sizeof x->name - 1));
@@ -140,20 +208,39 @@ static void service_describe(struct far_request *r, const struct far_export *e, 
 	x->max_request = r->session->env->max_request;
 	x->read_only = !(f->caps & FAR_CAP_WRITE);
 	x->durable = (f->caps & FAR_CAP_DURABLE) != 0;
-	memcpy(x->identity, f->identity, sizeof x->identity - 1);
-	memcpy(x->version, f->version, sizeof x->version - 1);
+	memcpy(x->identity, now->identity, sizeof x->identity - 1);
+	if (now->version)
+		snprintf(x->version, sizeof x->version, "%" PRIu64 ".%" PRIu64, now->epoch, now->version);
+	else
+		memcpy(x->version, f->version, sizeof x->version - 1);
+	memcpy(x->writer, now->writer, sizeof x->writer - 1);
+	x->instance = now->instance;
+	x->epoch = now->epoch;
+	x->revision = now->version;
+	x->change = now->change;
+	x->sums = x->sessions = true;
 }
 
-static bool service_describe_one(struct far_request *r, const struct far_export *e)
+static bool service_describe_one(struct far_request *r, const struct far_export *e, unsigned flags)
 {
 	struct far_grpc_export x;
-	struct far_reply *reply = service_reply(r, 1024);
 
+	/* Changes of an older generation may have to be waited for. */
+	if (r->msg.session && (flags & FAR_NOWAIT))
+		return false;
+	int err = far_owner_session(e->owner, r->msg.session, r->msg.generation);
+	if (err)
+		return service_refused(r, err);
+	if (r->msg.session)
+		far_session_hello(r->session, e->owner, r->msg.session);
+	struct far_reply *reply = service_reply(r, 1024);
 	if (!reply)
 		return true;
-	service_describe(r, e, &x);
+	service_describe(r, e, NULL, &x);
 	struct far_pb_out body = { reply->buf, 0, reply->cap }, o = service_head(reply);
 	far_grpc_encode_export(&body, &x);
+	far_grpc_put_check(&body);
+	FAR_ASSERT(body.n <= body.cap);
 	service_frame(reply, &o, body.n);
 	return true;
 }
@@ -171,7 +258,7 @@ static bool service_exports(struct far_request *r)
 		uint8_t one[512];
 		struct far_pb_out x = { one, 0, sizeof one };
 		struct far_grpc_export e;
-		service_describe(r, &env->exports[i], &e);
+		service_describe(r, &env->exports[i], NULL, &e);
 		far_grpc_encode_export(&x, &e);
 		far_pb_put_bytes(&body, 1, one, x.n);
 	}
@@ -202,38 +289,60 @@ static bool service_ranges(struct far_request *r, const struct far_export *e, ui
 	return true;
 }
 
+/* The reply's message before the data: kinds, sums, the data's head. Short it goes into the head, else right before the
+ * data into the buffer, where `lead` bytes were left free. */
+static void service_read_frame(struct far_request *r, struct far_reply *reply, size_t lead, const uint8_t *kinds,
+			       const uint8_t *sums, size_t data_n)
+{
+	uint8_t bytes[FAR_GRPC_MAX_RANGES * (FAR_GRPC_SUM + 1) + 32];
+	struct far_pb_out o = service_head(reply), pre = { bytes, 0, sizeof bytes }, *to = lead ? &pre : &o;
+	size_t n = r->msg.ranges_n;
+
+	if (kinds)
+		far_pb_put_bytes(to, 1, kinds, n); /* packed; each is a varint of one byte */
+	if (sums)
+		far_pb_put_bytes(to, 3, sums, n * FAR_GRPC_SUM);
+	if (data_n)
+		far_pb_put_head(to, 2, data_n);
+	FAR_ASSERT(pre.n <= pre.cap && pre.n <= lead);
+	if (pre.n)
+		memcpy((uint8_t *)reply->buf + lead - pre.n, bytes, pre.n);
+	service_frame(reply, &o, pre.n + data_n);
+	reply->m.body = (uint8_t *)reply->buf + lead - pre.n;
+}
+
 static bool service_read(struct far_request *r, const struct far_export *e, unsigned flags)
 {
 	const struct far_grpc_request *m = &r->msg;
-	uint8_t kinds[FAR_GRPC_MAX_RANGES];
+	uint8_t kinds[FAR_GRPC_MAX_RANGES], sums[FAR_GRPC_MAX_RANGES * FAR_GRPC_SUM];
 	uint64_t total = 0;
-	size_t at = 0;
+	size_t at = m->sums && m->ranges_n > SERVICE_SUMS_IN_HEAD ? SERVICE_LEAD : 0, lead = at;
 	bool any = false;
 
 	if (!service_ranges(r, e, &total))
 		return true;
-	struct far_reply *reply = service_reply(r, (size_t)total);
+	struct far_reply *reply = service_reply(r, (size_t)total + lead);
 	if (!reply)
 		return true;
 	for (unsigned i = 0; i < m->ranges_n; i++) {
 		uint8_t *p = (uint8_t *)reply->buf + at;
+		uint64_t off = m->ranges[i].off;
 		size_t len = (size_t)m->ranges[i].len;
-		int err = far_read(e->b, m->ranges[i].off, p, len, flags | (m->bulk ? FAR_BULK : 0));
+		int err = far_read(e->b, off, p, len, flags | (m->bulk ? FAR_BULK : 0));
 		if (err == -EAGAIN && (flags & FAR_NOWAIT))
 			return false;
 		if (err)
 			return service_error(r, err, "read");
 		kinds[i] = m->zeros && len && far_is_zero(p, len);
 		any |= kinds[i];
+		if (m->sums && kinds[i])
+			far_grpc_sum_span(sums + i * FAR_GRPC_SUM, m->export, m->export_n, off, len);
+		else if (m->sums)
+			far_grpc_sum_data(sums + i * FAR_GRPC_SUM, m->export, m->export_n, off, p, len);
 		if (!kinds[i])
 			at += len;
 	}
-	struct far_pb_out o = service_head(reply);
-	if (any)
-		far_pb_put_bytes(&o, 1, kinds, m->ranges_n); /* packed; each is a varint of one byte */
-	if (at)
-		far_pb_put_head(&o, 2, at);
-	service_frame(reply, &o, at);
+	service_read_frame(r, reply, lead, any ? kinds : NULL, m->sums ? sums : NULL, at - lead);
 	return true;
 }
 
@@ -277,6 +386,22 @@ static bool service_pull(struct far_request *r, const struct far_export *e, unsi
 	return true;
 }
 
+/* The checksum of a change, if it has one, before anything is done. False: it does not fit, refused. */
+static bool service_verify(struct far_request *r)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint8_t sum[FAR_GRPC_SUM];
+
+	if (!m->sum || r->verified)
+		return true;
+	if (r->method == FAR_M_WRITE)
+		far_grpc_sum_data(sum, m->export, m->export_n, (uint64_t)m->off, m->data_n ? m->data : (const uint8_t *)"", m->data_n);
+	else
+		far_grpc_sum_span(sum, m->export, m->export_n, (uint64_t)m->off, m->len);
+	r->verified = !memcmp(sum, m->sum, sizeof sum);
+	return r->verified || !service_refused(r, -EBADMSG);
+}
+
 static bool service_write(struct far_request *r, const struct far_export *e, unsigned flags)
 {
 	const struct far_grpc_request *m = &r->msg;
@@ -291,12 +416,19 @@ static bool service_write(struct far_request *r, const struct far_export *e, uns
 		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "the write ends outside the region of %" PRIu64 " bytes", size);
 	if (m->flush && (flags & FAR_NOWAIT))
 		return false;
+	if (!service_verify(r))
+		return true;
+	bool done;
+	if (!service_begin(r, e, flags, &done))
+		return done;
 	int err = far_write(e->b, off, m->data, m->data_n, flags | (m->bulk ? FAR_BULK : 0));
+	service_end(r, e, off, m->data_n, err);
 	if (err == -EAGAIN && (flags & FAR_NOWAIT))
 		return false;
+	struct far_origin now;
 	if (err == 0 && m->flush)
-		err = far_flush(e->b);
-	return err ? service_error(r, err, "write") : service_empty(r);
+		err = far_owner_flush(e->owner, &now);
+	return err ? service_error(r, err, "write") : service_done(r, m->sum);
 }
 
 static bool service_span(struct far_request *r, const struct far_export *e, unsigned flags)
@@ -309,10 +441,16 @@ static bool service_span(struct far_request *r, const struct far_export *e, unsi
 		return service_error(r, -EROFS, "write");
 	if (off > size || m->len > size - off)
 		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "the range lies outside the region of %" PRIu64 " bytes", size);
+	if (!service_verify(r))
+		return true;
+	bool done;
+	if (!service_begin(r, e, flags, &done))
+		return done;
 	int err = r->method == FAR_M_ZERO ? far_zero(e->b, off, m->len, f) : far_discard(e->b, off, m->len, f);
+	service_end(r, e, off, m->len, err);
 	if (err == -EAGAIN && (flags & FAR_NOWAIT))
 		return false;
-	return err ? service_error(r, err, r->method == FAR_M_ZERO ? "zero" : "discard") : service_empty(r);
+	return err ? service_error(r, err, r->method == FAR_M_ZERO ? "zero" : "discard") : service_done(r, m->sum);
 }
 
 static bool service_extents(struct far_request *r, const struct far_export *e, unsigned flags)
@@ -325,7 +463,7 @@ static bool service_extents(struct far_request *r, const struct far_export *e, u
 		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "the range lies outside the region of %" PRIu64 " bytes", size);
 	if ((flags & FAR_NOWAIT) && (far_facts(e->b)->caps & FAR_CAP_REMOTE))
 		return false;
-	struct far_reply *reply = service_reply(r, max * 40 + 16);
+	struct far_reply *reply = service_reply(r, max * 40 + 32);
 	struct far_extent *list = malloc(max * sizeof *list);
 	if (!reply || !list) {
 		free(list);
@@ -338,9 +476,87 @@ static bool service_extents(struct far_request *r, const struct far_export *e, u
 	free(list);
 	if (err)
 		return service_error(r, err, "extents");
+	far_grpc_put_check(&body);
 	FAR_ASSERT(body.n <= body.cap);
 	service_frame(reply, &o, body.n);
 	return true;
+}
+
+/* ------------------------------------------------------------------------------------- farpage.v1: lease, watch */
+
+/* A text of a request as a string; false: longer than cap or with a zero byte in it. */
+static bool service_text(char *out, size_t cap, const char *p, size_t n)
+{
+	if (n >= cap || (n && memchr(p, 0, n)))
+		return false;
+	if (n)
+		memcpy(out, p, n);
+	out[n] = 0;
+	return true;
+}
+
+static bool service_lease(struct far_request *r, const struct far_export *e, unsigned flags)
+{
+	const struct far_grpc_request *m = &r->msg;
+	struct far_lease l = FAR_LEASE_INIT;
+	char writer[sizeof l.origin.writer], holder[sizeof l.other];
+
+	if (flags & FAR_NOWAIT)
+		return false;
+	if (!service_text(writer, sizeof writer, m->writer, m->writer_n) ||
+	    !service_text(holder, sizeof holder, m->holder, m->holder_n))
+		return far_request_fail(r, FAR_GRPC_INVALID_ARGUMENT, "the writer has 1 to 39 characters, the holder up to 127");
+	l.writer = writer;
+	l.holder = holder;
+	l.epoch = m->epoch;
+	l.version = m->revision;
+	l.take_over = m->take_over;
+	l.release = m->release;
+	int err = far_owner_lease(e->owner, m->session, m->generation, &l);
+	struct far_grpc_lease out = { .ttl_ms = l.ttl_ms, .left_ms = l.left_ms, .gone = l.gone };
+	if (err == -EBUSY)
+		out.answer = FAR_GRPC_BUSY;
+	else if (err == -ESTALE)
+		out.answer = FAR_GRPC_STALE;
+	else if (err == -EROFS)
+		out.answer = FAR_GRPC_READ_ONLY;
+	else if (err)
+		return service_refused(r, err);
+	struct far_reply *reply = service_reply(r, FAR_GRPC_LEASE_MAX);
+	if (!reply)
+		return true;
+	memcpy(out.other, l.other, sizeof out.other);
+	service_describe(r, e, &l.origin, &out.export);
+	struct far_pb_out body = { reply->buf, 0, reply->cap }, o = service_head(reply);
+	far_grpc_encode_lease(&body, &out);
+	FAR_ASSERT(body.n <= body.cap);
+	service_frame(reply, &o, body.n);
+	return true;
+}
+
+static bool service_watch(struct far_request *r, const struct far_export *e)
+{
+	const struct far_grpc_request *m = &r->msg;
+	size_t max = m->max ? (size_t)far_min(m->max, SERVICE_EXTENTS) : SERVICE_EXTENTS, n = 0;
+	struct far_reply *reply = service_reply(r, FAR_GRPC_WATCH_MAX(max));
+	struct far_extent *list = malloc(max * sizeof *list);
+	struct far_grpc_watch out = { .all = false };
+	struct far_origin now;
+
+	if (!reply || !list) {
+		free(list);
+		return far_request_fail(r, FAR_GRPC_UNAVAILABLE, "out of memory");
+	}
+	int err = far_owner_watch(e->owner, m->instance, m->since, list, max, &n, &out.all, &now);
+	if (err == 0) {
+		service_describe(r, e, &now, &out.export);
+		struct far_pb_out body = { reply->buf, 0, reply->cap }, o = service_head(reply);
+		far_grpc_encode_watch(&body, &out, list, n);
+		FAR_ASSERT(body.n <= body.cap);
+		service_frame(reply, &o, body.n);
+	}
+	free(list);
+	return err ? service_error(r, err, "watch") : true;
 }
 
 /* ---------------------------------------------------------------------------------------------------- dispatch */
@@ -368,6 +584,8 @@ static bool service_run(struct far_request *r, unsigned flags)
 		int err = far_grpc_decode_request(r->method, r->body, r->body_n, &r->msg);
 		if (err == -E2BIG)
 			return far_request_fail(r, FAR_GRPC_INVALID_ARGUMENT, "more than %d ranges", FAR_GRPC_MAX_RANGES);
+		if (err == -EBADMSG)
+			return service_refused(r, err);
 		if (err)
 			return far_request_fail(r, FAR_GRPC_INVALID_ARGUMENT, "the message cannot be decoded");
 		/* A Pull outlives its message: nothing but the name points into it, which is copied. */
@@ -392,7 +610,7 @@ static bool service_run(struct far_request *r, unsigned flags)
 	case FAR_M_FLUSH:
 		return service_flush(r, e, flags);
 	case FAR_M_DESCRIBE:
-		return service_describe_one(r, e);
+		return service_describe_one(r, e, flags);
 	case FAR_M_READ:
 		return service_read(r, e, flags);
 	case FAR_M_PULL:
@@ -404,6 +622,10 @@ static bool service_run(struct far_request *r, unsigned flags)
 		return service_span(r, e, flags);
 	case FAR_M_EXTENTS:
 		return service_extents(r, e, flags);
+	case FAR_M_LEASE:
+		return service_lease(r, e, flags);
+	case FAR_M_WATCH:
+		return service_watch(r, e);
 	default:
 		return far_request_fail(r, FAR_GRPC_UNIMPLEMENTED, "unknown method");
 	}

@@ -20,6 +20,7 @@
  */
 #include "wire/grpc/session.h"
 
+#include "backend/backend.h"
 #include "base/pool.h"
 
 #include <stdarg.h>
@@ -216,7 +217,7 @@ static void session_body_out(struct far_h2 *h, struct far_h2_stream *st)
 	char number[16], text[3 * sizeof r->text];
 
 	size_t n = session_status(r, nv, number, text, sizeof text);
-	nghttp2_submit_trailer(h->session, st->id, nv, n);
+	far_h2_trailers(h, st, nv, n);
 }
 
 void far_session_finish(struct far_session *s, struct far_request *r)
@@ -251,10 +252,8 @@ void far_session_finish(struct far_session *s, struct far_request *r)
 		far_h2_respond(&s->h2, &r->s, nv, 2, true);
 	else if (first)
 		session_respond_status(s, r);
-	else if (r->last) {
-		nghttp2_session_resume_data(s->h2.session, r->s.id);
-		s->h2.dirty = true;
-	}
+	else if (r->last)
+		far_h2_resume(&s->h2, &r->s);
 	if (r->streaming && !r->last && r->pieces < SESSION_PIECES)
 		session_enqueue(s, r);
 	session_unref(r);
@@ -492,14 +491,38 @@ static const struct far_h2_ops session_ops = {
 int far_session_init(struct far_session *s, struct far_server_env *env)
 {
 	s->env = env;
+	far_mutex_init(&s->hello_lock);
 	s->queue_end = &s->queue;
-	return far_h2_init(&s->h2, true, &session_ops);
+	int r = far_h2_init(&s->h2, true, &session_ops);
+	if (r)
+		far_mutex_fini(&s->hello_lock);
+	return r;
+}
+
+void far_session_hello(struct far_session *s, struct far_owner *owner, uint64_t session)
+{
+	far_mutex_lock(&s->hello_lock);
+	unsigned i = 0;
+	while (i < s->hellos && (s->hello[i].owner != owner || s->hello[i].session != session))
+		i++;
+	bool fresh = i == s->hellos && i < FAR_SESSION_HELLOS;
+	if (fresh) {
+		s->hello[i].owner = owner;
+		s->hello[i].session = session;
+		s->hellos++;
+	}
+	far_mutex_unlock(&s->hello_lock);
+	if (fresh)
+		far_owner_connected(owner, session, 1);
 }
 
 void far_session_fini(struct far_session *s)
 {
 	struct far_request *r;
 
+	for (unsigned i = 0; i < s->hellos; i++)
+		far_owner_connected(s->hello[i].owner, s->hello[i].session, -1);
+	far_mutex_fini(&s->hello_lock);
 	far_h2_drop(&s->h2);
 	while ((r = s->all)) {
 		FAR_ASSERT(!r->gone);

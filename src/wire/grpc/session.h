@@ -11,9 +11,13 @@
 #include "wire/grpc/proto.h"
 #include "wire/server.h"
 
+#include "base/thread.h"
+
 struct far_session;
+struct far_owner;
 
 #define FAR_REQUEST_SMALL 512
+#define FAR_SESSION_HELLOS 8
 
 struct far_request {
 	struct far_h2_stream s;
@@ -46,6 +50,7 @@ struct far_request {
 	unsigned range, pieces;               /* range that is being sent; pieces on their way */
 	uint64_t range_at;
 	bool decoded, last;
+	bool verified;                        /* the checksum of what it carries fits */
 
 	struct far_grpc_request msg;          /* last: not cleared as a whole */
 };
@@ -64,6 +69,13 @@ struct far_session {
 	uint64_t resets_since; /* flood of resets: a bucket that empties with time */
 	unsigned resets;
 	bool flooded;
+	/* whom the peer has said to be (Describe with a session), for each owner; more than fit are not counted */
+	struct far_mutex hello_lock;
+	unsigned hellos FAR_GUARDED_BY(hello_lock);
+	struct {
+		struct far_owner *owner;
+		uint64_t session;
+	} hello[FAR_SESSION_HELLOS] FAR_GUARDED_BY(hello_lock);
 };
 
 /* *s is zeroed memory. */
@@ -90,6 +102,7 @@ bool far_request_run(struct far_request *r, unsigned flags);
 void far_session_finish(struct far_session *s, struct far_request *r);
 
 /* private to session.c and service.c */
+void far_session_hello(struct far_session *s, struct far_owner *owner, uint64_t session); /* any thread */
 struct far_reply {
 	struct far_h2_msg m;
 	struct far_request *request;

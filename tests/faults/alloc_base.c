@@ -8,6 +8,8 @@
 #include "base/uri.h"
 #include "layer/layer.h"
 
+#include "inject.h"
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -16,32 +18,6 @@
 #include <string.h>
 
 #include <cmocka.h>
-
-static unsigned fail_in; /* 0: never; 1: the next one */
-
-static bool fails(void)
-{
-	return fail_in && !--fail_in;
-}
-
-#define WRAP(ret, name, params, args) \
-	ret __real_##name params; \
-	ret __wrap_##name params; \
-	ret __wrap_##name params \
-	{ \
-		if (fails()) { \
-			errno = ENOMEM; \
-			return NULL; \
-		} \
-		return __real_##name args; \
-	}
-
-WRAP(void *, malloc, (size_t n), (n))
-WRAP(void *, calloc, (size_t n, size_t m), (n, m))
-WRAP(void *, realloc, (void *p, size_t n), (p, n))
-WRAP(void *, reallocarray, (void *p, size_t n, size_t m), (p, n, m))
-WRAP(char *, strdup, (const char *s), (s))
-WRAP(char *, strndup, (const char *s, size_t n), (s, n))
 
 static char tmp[64];
 
@@ -53,9 +29,9 @@ static void opens_or_says_no(const char *uri)
 	do {
 		struct far_backend *b = NULL;
 		struct far_error err = { .text = "" };
-		fail_in = ++n;
+		inject_begin(++n, INJECT_THREAD, false);
 		r = far_open(uri, NULL, &b, &err);
-		fail_in = 0;
+		inject_end();
 		if (r) {
 			assert_int_equal(r, -ENOMEM);
 			assert_null(b);
@@ -93,9 +69,9 @@ static void layers(void **state)
 		do {
 			struct far_error err = { .text = "" };
 			b = NULL;
-			fail_in = ++n;
+			inject_begin(++n, INJECT_THREAD, false);
 			r = far_layer_open(specs[i], inner, &b, &err);
-			fail_in = 0;
+			inject_end();
 			if (r) {
 				assert_int_equal(r, -ENOMEM);
 				assert_null(b);
@@ -121,9 +97,9 @@ static void four_functions(void **state)
 	int r;
 
 	do {
-		fail_in = ++n;
+		inject_begin(++n, INJECT_THREAD, false);
 		r = far_backend_from(nothing, NULL, 5, NULL, NULL, &b);
-		fail_in = 0;
+		inject_end();
 		assert_true(!r || (r == -ENOMEM && !b));
 	} while (r);
 	assert_int_equal(n, 3);
@@ -143,9 +119,9 @@ static void schemes(void **state)
 	int r;
 
 	do {
-		fail_in = ++n;
+		inject_begin(++n, INJECT_THREAD, false);
 		r = far_scheme_register(&s);
-		fail_in = 0;
+		inject_end();
 		assert_true(!r || r == -ENOMEM);
 	} while (r);
 	assert_int_equal(n, 3);
@@ -165,9 +141,9 @@ static void options(void **state)
 
 	do {
 		struct conf c = { 0 };
-		fail_in = ++n;
+		inject_begin(++n, INJECT_THREAD, false);
 		r = far_opt_parse(table, &c, "t", "text=a,list=b,text=c,list=d", ',', true, NULL);
-		fail_in = 0;
+		inject_end();
 		assert_true(!r || r == -ENOMEM);
 		far_opt_fini(table, &c);
 	} while (r && n < 100);
@@ -188,9 +164,9 @@ static void tracked_take(void **state)
 	far_tracked_start(b);
 	assert_int_equal(far_zero(b, 0, 200, 0), 0);
 	do {
-		fail_in = ++n;
+		inject_begin(++n, INJECT_THREAD, false);
 		r = far_tracked_take(b, true, &v, &count);
-		fail_in = 0;
+		inject_end();
 		assert_true(!r || r == -ENOMEM);
 	} while (r);
 	assert_int_equal(n, 4);
