@@ -5,7 +5,8 @@
  * exchange, and every bad thing. Whatever was acknowledged is on the server in the end, every read gives what was
  * acknowledged last, every call ends by its deadline, and with the retry layer no call fails.
  *
- * cuts [direct] [read-only] [managed]: which clients; direct alone without arguments.
+ * cuts [direct] [read-only] [managed]: which clients; direct alone without arguments. With them each message has many
+ * single bits flipped. FAR_SEED and FAR_ONLY=FAULT,MESSAGE repeat one scene.
  */
 #define _GNU_SOURCE
 #include "peer.h"
@@ -280,7 +281,7 @@ static void scene_play(struct scene *s)
 struct theatre {
 	struct far_mutex lock;
 	enum mode mode;
-	unsigned at, messages, seed, played, hit;
+	unsigned at, messages, seed, played, hit, flips, flip;
 	enum proxy_fault fault;
 	char fail[300];
 };
@@ -297,7 +298,10 @@ static void *theatre_run(void *arg)
 		s->fault = t->fault;
 		s->at = t->at;
 		s->seed = t->seed = t->seed * 1664525 + 1013904223;
-		if (++t->fault == PROXY_FAULTS) {
+		if (t->fault == PROXY_FLIP && ++t->flip < t->flips)
+			;
+		else if (++t->fault == PROXY_FAULTS) {
+			t->flip = 0;
 			t->fault = PROXY_CUT;
 			t->at++;
 		}
@@ -314,9 +318,11 @@ static void *theatre_run(void *arg)
 	return NULL;
 }
 
+static unsigned play_flips = 1;
+
 static void play_all(enum mode mode)
 {
-	struct theatre t = { .mode = mode, .fault = PROXY_CUT };
+	struct theatre t = { .mode = mode, .fault = PROXY_CUT, .flips = play_flips };
 	struct far_thread threads[THREADS];
 	struct scene *plain = calloc(1, sizeof *plain);
 	const char *seed = getenv("FAR_SEED"), *only = getenv("FAR_ONLY");
@@ -379,7 +385,9 @@ int main(int argc, char **argv)
 		for (int m = 0; m < 3; m++)
 			if (!strcmp(argv[i], mode_names[m]))
 				tests[n++] = all[m];
-	if (!n)
+	if (n)
+		play_flips = 24;
+	else
 		tests[n++] = all[DIRECT];
 	return _cmocka_run_group_tests("cuts", tests, n, NULL, NULL);
 }

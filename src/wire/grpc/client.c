@@ -21,6 +21,8 @@
  */
 #include "wire/grpc/client.h"
 
+#include "backend/backend.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -281,12 +283,15 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 
 	op->fate = CLIENT_DONE;
 	int r = op->channel ? 0 : far_lanes_pick(&c->lanes, lane, deadline, &channel, NULL);
+	if (r && r != -ESTALE && r != -ESHUTDOWN && (r == -EBADMSG || !far_error_is_transient(r)))
+		op->fate = CLIENT_AGAIN; /* most likely the greeting was garbled */
 	if (r)
 		return r;
 	if (op->channel)
 		far_channel_get(channel = op->channel);
 	op->told_by = far_channel_tag(channel, 0);
 	struct client_call k;
+	bool patient = false;
 	memset(&k, 0, offsetof(struct client_call, head));
 	op->region = far_client_kind(c) == FAR_CLIENT_REGION;
 	op->seen = far_hello_seen(c);
@@ -306,6 +311,7 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 		r = client_request_plain(op, &k);
 	if (r == 0) {
 		uint64_t bytes = op->m == FAR_M_READ || op->m == FAR_M_WRITE ? op->len : 0;
+		uint64_t began = far_now();
 		far_channel_load(channel, (int64_t)bytes);
 		r = far_channel_call(channel, &k.call, deadline, c->timeout);
 		far_channel_load(channel, -(int64_t)bytes);
@@ -313,10 +319,12 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 		if (r == 0)
 			r = client_check(c, op, &k);
 		op->fate = client_fate(c, &k.call, r);
+		patient = r == -ETIMEDOUT && far_now() - began >= far_min(c->timeout, c->lanes.quiet + c->lanes.patience);
 	}
 	if (r == -EBADMSG)
 		atomic_fetch_add_explicit(&c->checksum_errors, 1, memory_order_relaxed);
-	if (op->fate == CLIENT_GARBLED && !c->lanes.once)
+	/* A flipped bit in a header may have spoilt the connection for good: it may even be deaf to some calls only. */
+	if ((op->fate == CLIENT_GARBLED || patient) && !c->lanes.once)
 		far_channel_retire(channel);
 	if (r == 0 && op->m == FAR_M_WRITE && !far_client_flag(&c->sessions))
 		far_channel_mark(channel, 1);
