@@ -58,15 +58,12 @@ static void flush_redirty_one(void *opaque, uint64_t i)
 		d->bytes += far_chunkmap_len(d->p->r->map, i);
 }
 
-/* The remote tells of this instance now. */
-static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES(p->lock)
+/* What was pushed and not flushed may be gone. */
+static void flush_forgotten_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 {
 	struct flush_redirty d = { .p = p };
 	uint64_t since = p->unstable.since, old = atomic_load_explicit(&p->oldest, memory_order_relaxed);
 
-	if (now == p->instance)
-		return;
-	p->instance = now;
 	p->changes++;
 	if (!far_unstable_any(&p->unstable))
 		return;
@@ -80,6 +77,15 @@ static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES
 	if (d.bytes)
 		far_log(FAR_LOG_WARNING, "the remote was restarted before it was flushed: %" PRIu64 " KiB are pushed again",
 			d.bytes / FAR_KIB);
+}
+
+/* The remote tells of this instance now. */
+static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES(p->lock)
+{
+	if (now == p->instance)
+		return;
+	p->instance = now;
+	flush_forgotten_locked(p);
 }
 
 static void flush_listed_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, int err)
@@ -143,6 +149,11 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 	far_mutex_lock(&p->lock);
 	p->flushing = false;
 	flush_instance_locked(p, after);
+	/* It says so itself, perhaps of an instance whose end we had noticed and mended: that is no reason to fail. */
+	if (err == -EREMOTEIO && changes == p->changes)
+		flush_forgotten_locked(p);
+	if (err == -EREMOTEIO)
+		err = 0;
 	if (!err && (before != after || changes != p->changes))
 		err = FLUSH_AGAIN;
 	if (!err) {
