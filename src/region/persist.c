@@ -256,6 +256,7 @@ struct commit {
 	struct commit_chunk {
 		uint64_t chunk;
 		enum far_chunk state; /* before the local store was flushed */
+		bool unstable;        /* read after it */
 	} *list;
 	size_t n, room;
 	uint8_t *partials; /* the new table */
@@ -358,8 +359,8 @@ static void commit_collect(struct commit *c)
 					continue;
 				}
 				enum far_chunk state = far_chunkmap_state(p->r->map, i);
-				c->any_partial |= state == FAR_PARTIAL || state == FAR_FETCHING_PARTIAL;
-				c->list[c->n++] = (struct commit_chunk){ i, state };
+				c->any_partial |= state == FAR_PARTIAL || state == FAR_FETCHING_PARTIAL || state == FAR_FILLING;
+				c->list[c->n++] = (struct commit_chunk){ i, state, far_push_unstable(p->r, i) };
 			}
 		}
 	}
@@ -402,9 +403,7 @@ static void commit_clean(struct commit *c, uint64_t i)
 	if (bit_get(p->fresh_bits, i) || far_chunkmap_state(p->r->map, i) != FAR_CLEAN)
 		return; /* it changed since, and will come again */
 	if (far_push_unstable(p->r, i)) {
-		/* The remote may yet forget it. */
-		if (farmap_kind(s, k) == FAR_PERSIST_ABSENT)
-			err = farmap_set_kind(s, k, FAR_PERSIST_DIRTY);
+		/* The remote may yet forget it: it stays what it is, DIRTY or marked. */
 		commit_again(c, i);
 	} else if (farmap_kind(s, k) != FAR_PERSIST_CLEAN) {
 		err = farmap_set_kind(s, k, FAR_PERSIST_CLEAN);
@@ -427,6 +426,9 @@ static void commit_decide(struct commit *c)
 
 		switch (c->list[n].state) {
 		case FAR_CLEAN:
+			/* What was written and pushed already counts like dirty: a flush of the remote has yet to cover it. */
+			if (c->list[n].unstable && (kind == FAR_PERSIST_ABSENT || kind == FAR_PERSIST_PARTIAL))
+				err = farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_DIRTY);
 			if (c->what == COMMIT_ALL)
 				commit_clean(c, i);
 			else
@@ -445,7 +447,9 @@ static void commit_decide(struct commit *c)
 			else if (kind != FAR_PERSIST_PARTIAL)
 				err = farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_PARTIAL);
 			break;
-		case FAR_FILLING:
+		case FAR_FILLING: /* what was written before is still told by its entry */
+			if (kind == FAR_PERSIST_ABSENT && commit_has_partial(c, i))
+				err = farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_PARTIAL);
 			commit_again(c, i);
 			break;
 		case FAR_ABSENT:
