@@ -175,9 +175,17 @@ static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void 
 	if (!cache_is_remote(r, i) && (far_chunkmap_state(r->map, i) != FAR_PARTIAL || far_push_flush(r) ||
 				       !cache_is_remote(r, i)))
 		return err;
-	err = far_read(r->remote, off, buf, len, 0);
+	uint64_t base = i << r->shift, all = far_chunkmap_len(r->map, i);
+	char *chunk = far_facts(r->remote)->chunk ? far_buf_get((size_t)all) : buf; /* it may take whole ones only */
+	if (!chunk)
+		return -ENOMEM;
+	err = chunk == buf ? far_read(r->remote, off, buf, len, 0) : far_read(r->remote, base, chunk, (size_t)all, 0);
 	if (err)
 		far_region_remote_failed(r, err);
+	if (chunk != buf) {
+		memcpy(buf, chunk + (off - base), err ? 0 : len);
+		far_buf_put(chunk, (size_t)all);
+	}
 	return err;
 }
 
