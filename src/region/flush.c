@@ -59,15 +59,12 @@ static void flush_redirty_one(void *opaque, uint64_t i)
 		d->bytes += far_chunkmap_len(d->p->r->map, i);
 }
 
-/* The remote tells of this instance now. */
-static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES(p->lock)
+/* What was pushed and not flushed may be gone. */
+static void flush_forgotten_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 {
 	struct flush_redirty d = { .p = p };
 	uint64_t since = p->unstable.since, old = atomic_load_explicit(&p->oldest, memory_order_relaxed);
 
-	if (now == p->instance)
-		return;
-	p->instance = now;
 	p->changes++;
 	if (!far_unstable_any(&p->unstable))
 		return;
@@ -89,6 +86,15 @@ static bool flush_lists(const struct push_flush *f, uint64_t i, uint64_t began)
 	uint64_t bit = (uint64_t)1 << (i % 64);
 
 	return (f->listed[i / 64] & bit) && (!(f->later[i / 64] & bit) || began > f->stamp);
+}
+
+/* The remote tells of this instance now. */
+static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES(p->lock)
+{
+	if (now == p->instance)
+		return;
+	p->instance = now;
+	flush_forgotten_locked(p);
 }
 
 static void flush_listed_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, int err)
@@ -153,6 +159,11 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 	far_mutex_lock(&p->lock);
 	p->flushing = false;
 	flush_instance_locked(p, after);
+	/* It says so itself, perhaps of an instance whose end we had noticed and mended: that is no reason to fail. */
+	if (err == -EREMOTEIO && changes == p->changes)
+		flush_forgotten_locked(p);
+	if (err == -EREMOTEIO)
+		err = 0;
 	if (!err && (before != after || changes != p->changes))
 		err = FLUSH_AGAIN;
 	if (!err) {

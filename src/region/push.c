@@ -349,12 +349,16 @@ int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags)
 			err = -ESHUTDOWN;
 		else if (atomic_load_explicit(&r->fenced, memory_order_acquire))
 			err = -ESTALE;
-		else if (!p->round && far_now() >= p->next_round - far_min(p->next_round, p->backoff ? 0 : FAR_NEVER))
+		if (err)
+			break;
+		if (!p->round && far_now() >= (p->backoff ? p->next_round : 0))
 			far_push_round_locked(p);
-		else if (p->max_threads == 0 && far_push_step_locked(p))
+		if (!p->max_threads && far_push_step_locked(p))
 			continue;
-		else if (!far_cond_wait_until(&p->done, &p->lock, far_min(far_deadline(), far_now() + 100 * FAR_MSEC)) &&
-			 far_now() >= far_deadline())
+		if (!p->max_threads)
+			p->round = false;
+		if (!far_cond_wait_until(&p->done, &p->lock, far_min(far_deadline(), far_now() + 100 * FAR_MSEC)) &&
+		    far_now() >= far_deadline())
 			err = -ETIMEDOUT;
 	}
 	p->throttled--;

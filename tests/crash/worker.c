@@ -6,7 +6,7 @@
  *   worker init LEDGER FILE SECTORS SEED     make both; some 64 KiB pieces of FILE are zeros (version 0), the rest is
  *                                            version 1
  *   worker load LEDGER FILE THREADS SEED HOW write until SIGTERM or until the file is gone; HOW: direct, buffered, mixed
- *   worker check LEDGER FILE [written]       compare; with `written` only those sectors that were ever written
+ *   worker check LEDGER FILE [offline]       compare
  *   worker flush LEDGER FILE                 fsync it
  *   worker settle LEDGER                     what the last check saw has been flushed since
  *
@@ -394,47 +394,68 @@ static void show_wrong(uint64_t s, uint32_t v, const char *why, unsigned *wrong)
 	printf("; flushed %u, written %u, issued %u, hole %u\n", L.acked[s], L.completed[s], L.issued[s], L.zeroed[s]);
 }
 
-static int check(const char *file, bool written)
+struct tally {
+	uint64_t checked, lost, unread, absent;
+	unsigned wrong;
+};
+
+/* Compare n sectors from s on. 0, or errno. */
+static int check_some(int fd, uint64_t *buf, uint64_t s, uint64_t n, struct tally *t)
 {
-	int fd = open(file, O_RDONLY | O_CLOEXEC | (getpid() % 2 ? O_DIRECT : 0));
-	uint64_t *buf, got = 0, lost = 0, unread = 0;
+	ssize_t r = pread(fd, buf, n * SECTOR, (off_t)(s * SECTOR));
 	const char *why = "";
-	unsigned wrong = 0;
-	int err = 0;
+
+	if (r != (ssize_t)(n * SECTOR))
+		return r < 0 ? errno : EIO;
+	for (uint64_t i = s; i < s + n; i++) {
+		uint32_t v = sector_version(buf + (i - s) * WORDS, i, &why);
+
+		L.seen[i] = v;
+		t->checked++;
+		t->lost += v != TORN && v < L.completed[i];
+		if (v == TORN || v < L.acked[i] || v > L.issued[i])
+			show_wrong(i, v, why, &t->wrong);
+	}
+	return 0;
+}
+
+/*
+ * With `offline` what was not flushed may be absent: that costs a deadline each, so after some of it only those sectors
+ * are read that a flush has covered. Exit 3: nothing wrong, and not all was there.
+ */
+static int check(const char *file, bool offline)
+{
+	/* The page cache would ask for what is beside it, too. */
+	int fd = open(file, O_RDONLY | O_CLOEXEC | (offline || getpid() % 2 ? O_DIRECT : 0)), err;
+	struct tally t = { 0 };
+	uint64_t *buf;
 
 	if (fd < 0)
 		die("open", file);
 	if (posix_memalign((void **)&buf, 4096, PIECE * SECTOR))
 		die("allocate", "a block");
-	for (uint64_t s = 0, n; s < L.n; s += n) {
-		ssize_t r;
+	for (uint64_t s = 0; s < L.n; s += PIECE) {
+		uint64_t n = L.n - s < PIECE ? L.n - s : PIECE;
 
-		n = written ? 1 : L.n - s < PIECE ? L.n - s : PIECE;
-		if (written && L.issued[s] < 2)
-			continue;
-		r = pread(fd, buf, n * SECTOR, (off_t)(s * SECTOR));
-		if (r != (ssize_t)(n * SECTOR)) {
-			err = r < 0 ? errno : EIO;
-			if (unread++ < 3)
-				printf("# sector %" PRIu64 " (chunk %" PRIu64 ") cannot be read: %s\n", s, s / PIECE, strerror(err));
-			if (unread >= 3)
-				break;
-			continue;
-		}
-		for (uint64_t i = 0; i < n; i++) {
-			uint32_t v = sector_version(buf + i * WORDS, s + i, &why);
-
-			L.seen[s + i] = v;
-			got++;
-			lost += v != TORN && v < L.completed[s + i];
-			if (v == TORN || v < L.acked[s + i] || v > L.issued[s + i])
-				show_wrong(s + i, v, why, &wrong);
+		err = EIO;
+		if (t.absent < 3)
+			err = check_some(fd, buf, s, n, &t);
+		t.absent += err && offline;
+		for (uint64_t i = s; err && i < s + n && t.unread < 3; i++) {
+			if (offline && L.acked[i] < 2)
+				continue;
+			err = check_some(fd, buf, i, 1, &t);
+			if (err && t.unread++ < 3)
+				printf("# sector %" PRIu64 " (chunk %" PRIu64 ") cannot be read: %s; flushed %u, written %u\n", i,
+				       i / PIECE, strerror(err), L.acked[i], L.completed[i]);
+			err = EIO;
 		}
 	}
 	free(buf);
 	close(fd);
-	printf("checked %" PRIu64 " wrong %u unread %" PRIu64 " lost %" PRIu64 "\n", got, wrong, unread, lost);
-	return wrong || unread ? 1 : 0;
+	printf("checked %" PRIu64 " wrong %u unread %" PRIu64 " absent %" PRIu64 " lost %" PRIu64 "\n", t.checked, t.wrong,
+	       t.unread, t.absent, t.lost);
+	return t.wrong || t.unread ? 1 : t.absent ? 3 : 0;
 }
 
 static int flush_file(const char *file)

@@ -301,6 +301,10 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 		return r;
 	if (op->channel)
 		far_channel_get(channel = op->channel);
+	if ((op->m == FAR_M_WRITE || op->m == FAR_M_ZERO || op->m == FAR_M_DISCARD) && far_hello_fenced(c)) {
+		far_channel_put(channel);
+		return -ESTALE;
+	}
 	op->told_by = far_channel_tag(channel, 0);
 	struct client_call k;
 	bool patient = false;
@@ -621,6 +625,8 @@ static int client_lease(void *self, struct far_lease *l)
 	l->gone = a.gone;
 	memcpy(l->other, a.other, sizeof l->other);
 	r = far_hello_note(c, &a.export, &op.seen);
+	if (r == 0 && a.answer == FAR_GRPC_GRANTED)
+		far_hello_leased(c, l->release ? 0 : a.export.epoch);
 	far_hello_origin(c, &l->origin);
 	return r ? r : (unsigned)a.answer < FAR_ARRAY_LEN(codes) ? codes[a.answer] : -EPROTO;
 }
