@@ -165,6 +165,8 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 	uint64_t before = far_push_instance(r);
 	int err = far_flush(r->remote);
 	uint64_t after = far_push_instance(r);
+	if (err == -EREMOTEIO)
+		err = 0; /* it has flushed, but had been restarted: that is another instance, and known here */
 	if (err)
 		far_push_refused(r, err);
 	far_mutex_lock(&p->lock);

@@ -153,6 +153,8 @@ static int push_move(struct far_push *p, struct push_job *j, unsigned flags)
 			   : far_write(r->remote, off, buf, (size_t)len, flags);
 		if (zero && !err && (flags & FAR_FLUSH))
 			err = far_flush(r->remote);
+		if (err == -EREMOTEIO)
+			err = 0; /* done, see flush.c */
 		atomic_fetch_sub_explicit(&r->inflight, all, memory_order_relaxed);
 		if (err)
 			far_push_refused(r, err);
