@@ -366,6 +366,12 @@ def a_follower_loses_and_finds_the_writer(w):
     wait_for(lambda: w.status('b')['follow'] == 'following', 'the peer')
     equal(w.read('b'), patched(data, 1234567, b'later'), 'content')
     equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(s.end(), 0, 'server')
+    m = w.mount(uri, 'b', *KEPT, '--read-only', '--follow', 'never')  # offline
+    s = serve_again(w, uri)
+    wait_for(lambda: w.status('b')['follow'] == 'frozen', 'the peer')
+    equal(w.read('b'), patched(data, 1234567, b'later'), 'content')
+    equal(m.end(), 0, 'exit code: ' + m.err())
 
 
 def without_a_list_of_changes_it_is_frozen(w):
