@@ -515,6 +515,35 @@ def a_map_needs_its_store(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def the_units_commands_work(w):
+    """What systemd would run of dist/farpage@.service."""
+    data, s, uri = world(w)
+    unit = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'dist', 'farpage@.service.in')
+    env = {'SOURCE': uri, 'TARGET': w.path('b'), 'OPTIONS': ' '.join(OFFLINE)}
+
+    def run(key, code):
+        with open(unit) as f:
+            line = next(x for x in f if x.startswith(key + '='))
+        words = line.strip().split('=', 1)[1].split()
+        true(words[0] == '@bindir@/farpage', line)
+        args = []
+        for word in words[1:]:  # $X is split into words, ${X} is not
+            if word.startswith('$') and not word.startswith('${'):
+                args += env[word[1:]].split()
+            else:
+                args.append(re.sub(r'\$\{(\w+)\}', lambda m: env[m.group(1)], word))
+        return w.run(*args, code=code)
+    run('ExecStart', 0)
+    try:
+        equal(w.read('b'), data, 'content')
+        pid = w.status('b')['pid']
+        put(w, 'b', 0, b'unit')
+    finally:
+        run('ExecStop', 0)
+    wait_for(lambda: not os.path.exists('/proc/%d' % pid), 'its end')
+    equal(w.read('a'), patched(data, 0, b'unit'), 'the remote')
+
+
 def status_is_what_its_page_says(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *KEPT)
