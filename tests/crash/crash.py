@@ -301,7 +301,8 @@ class Crash(Rig):
             self.start_mount('--deadline', '1s')
             if '--local-max' not in self.s.mount:
                 self.compare('offline')
-            if not set(self.s.mount) & {'--dirty-max', '--max-partial', '--local-max'}:  # they may wait for the remote
+            may_wait = set(self.s.mount) & {'--dirty-max', '--max-partial', '--local-max'}
+            if not may_wait and (whole or self.s.how == 'direct'):
                 self.load()
             self.soon()
             self.kill_mount()

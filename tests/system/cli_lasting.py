@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import threading
 import time
 
 from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
@@ -64,6 +66,131 @@ def all_local(w, *args):
     w.run('wait', 'b', '--timeout', '30s', code=0)
     w.run('stop', 'b', code=0)
     equal(m.p.wait(30), 0, 'exit code: ' + m.err())
+
+
+class Link:
+    """A port that leads to a server and can be cut."""
+
+    def __init__(self, uri):
+        self.to = int(uri.split(':')[2].split('/')[0])
+        self.server = socket.create_server(('127.0.0.1', 0))
+        self.uri = 'grpc://127.0.0.1:%d' % self.server.getsockname()[1]
+        self.up, self.socks, self.lock = True, [], threading.Lock()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            a = self.server.accept()[0]
+            with self.lock:
+                if not self.up:
+                    a.close()
+                    continue
+                b = socket.create_connection(('127.0.0.1', self.to))
+                self.socks += [a, b]
+            for x, y in ((a, b), (b, a)):
+                threading.Thread(target=self.carry, args=(x, y), daemon=True).start()
+
+    @staticmethod
+    def carry(x, y):
+        try:
+            while True:
+                data = x.recv(65536)
+                if not data:
+                    break
+                y.sendall(data)
+        except OSError:
+            pass
+        for s in (x, y):
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def cut(self):
+        with self.lock:
+            self.up = False
+            for s in self.socks:
+                try:
+                    s.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+            self.socks = []
+
+    def mend(self):
+        with self.lock:
+            self.up = True
+
+
+def short_lease(w):
+    need_fuse()
+    data = w.file('a', SIZE)
+    w.file('b', 0)
+    w.file('c', 0)
+    s = w.start('serve', 'file:a', '--listen', 'grpc://127.0.0.1:0', '--lease', '1s')
+    uri = s.line().split()[1]
+    return data, uri, Link(uri)
+
+
+def a_cut_off_writer_comes_back_too_late(w):
+    """While the link is cut its lease ends and somebody else writes and leaves: nothing of the first may follow."""
+    data, uri, link = short_lease(w)
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    w.run('wait', 'b', '--timeout', '30s', code=0)
+    link.cut()
+    put(w, 'b', 100000, b'too late')
+    wait_for(lambda: w.status('b')['lease'] == 'unsure', 'the outage to be seen')
+    n = w.mount(uri, 'c', '--mode', 'direct')  # it waits for the lease to end
+    put(w, 'c', 2000000, b'in time')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    link.mend()
+    wait_for(lambda: w.status('b')['lease'] == 'fenced', 'the first to know')
+    equal(get(w, 'b', 100000, 8), b'too late', 'what is here')
+    try:
+        put(w, 'b', 0, b'x')
+        raise AssertionError('written')
+    except OSError as e:
+        equal(e.errno, 116, 'errno')
+    equal(m.end(), 3, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(data, 2000000, b'in time'), 'the remote')
+
+
+def a_cut_off_writer_comes_back_in_time(w):
+    data, uri, link = short_lease(w)
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    w.run('wait', 'b', '--timeout', '30s', code=0)
+    want = data
+    for k in range(3):
+        link.cut()
+        put(w, 'b', 500000 * k, b'cut %d' % k)
+        want = patched(want, 500000 * k, b'cut %d' % k)
+        wait_for(lambda: w.status('b')['lease'] == 'unsure', 'the outage to be seen')
+        equal(w.read('b'), want, 'what is local')
+        link.mend()
+        w.run('flush', 'b', '--timeout', '30s', code=0)
+        equal(w.read('a'), want, 'the remote')
+    true(w.status('b')['reconnects'] > 0, 'no reconnects are counted')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
+def an_offline_start_that_comes_too_late(w):
+    data, uri, link = short_lease(w)
+    all_local(w, link.uri, 'b', *OFFLINE)
+    link.cut()
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    put(w, 'b', 100000, b'offline')
+    n = w.mount(uri, 'c', '--mode', 'direct')
+    put(w, 'c', 2000000, b'meanwhile')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    link.mend()
+    wait_for(lambda: w.status('b')['lease'] == 'fenced', 'it to know')
+    has(m.err(), 'somebody else')
+    equal(m.end(), 3, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(data, 2000000, b'meanwhile'), 'the remote')
+    p = w.run('mount', uri, 'b', *OFFLINE, code=1)
+    has(p.err, 'unsaved')
+    m = w.mount(uri, 'b', *OFFLINE, '--discard-clean', '--force')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(patched(data, 2000000, b'meanwhile'), 100000, b'offline'), 'the remote')
 
 
 def a_killed_mount_goes_on(w):
@@ -563,4 +690,5 @@ def status_is_what_its_page_says(w):
 
 
 main([v for k, v in list(globals().items()) if callable(v) and getattr(v, '__module__', '') == '__main__'
-      and v not in (unmount, kill, put, get, patched, world, serve_again, all_local)])
+      and v not in (unmount, kill, put, get, patched, world, serve_again, all_local, short_lease,
+                    Link)])
