@@ -403,7 +403,8 @@ def take_over_fences_the_first(w):
     n = w.mount(uri, 'c', '--mode', 'managed', '--take-over')
     put(w, 'c', 0, b'the new owner')
     wait_for(lambda: w.status('b')['lease'] == 'fenced', 'the first to know')
-    has(m.err(), 'taken', 'copy --dirty file:cache.img')
+    wait_for(lambda: 'copy --dirty file:cache.img' in m.err(), 'the message')
+    has(m.err(), 'taken')
     has(w.run('status', 'b', code=0).out, 'FENCED')
     try:
         put(w, 'b', 0, b'late')
