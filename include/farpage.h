@@ -62,6 +62,7 @@ struct far_backend;
 enum far_flags {
 	FAR_NOWAIT = 1 << 0, /* answer -EAGAIN rather than block; a backend that never blocks may ignore it */
 	FAR_BULK = 1 << 1,   /* nobody waits for this call now: background traffic (the bulk lane) */
+	FAR_FLUSH = 1 << 2,  /* write: and flush, in one round trip where the backend can (FAR_CAP_FLUSH) */
 };
 
 enum far_caps {
@@ -69,6 +70,7 @@ enum far_caps {
 	FAR_CAP_DURABLE = 1 << 1, /* flush makes data survive a power cut */
 	FAR_CAP_SHARE = 1 << 2,   /* far_share() works */
 	FAR_CAP_REMOTE = 1 << 3,  /* calls cross a network: round trips matter */
+	FAR_CAP_FLUSH = 1 << 4,   /* write understands FAR_FLUSH; far_write() flushes after it for those that do not */
 };
 
 /* What kind of run an extent is. */

@@ -180,20 +180,22 @@ int far_read(struct far_backend *b, uint64_t off, void *buf, size_t len, unsigne
 int far_write(struct far_backend *b, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
 	int r = backend_check(b, off, len, true);
+	bool flush = flags & FAR_FLUSH, able = b->facts.caps & FAR_CAP_FLUSH;
 
-	/* -EAGAIN says that nothing was transferred, which a second piece could not take back. */
-	if (!r && (flags & FAR_NOWAIT) && b->facts.max_io && len > b->facts.max_io)
+	/* -EAGAIN says that nothing was transferred, which a second piece, or a flush, could not take back. */
+	if (!r && (flags & FAR_NOWAIT) && (flush || (b->facts.max_io && len > b->facts.max_io)))
 		return -EAGAIN;
+	flush = flush && !(able && len);
 	for (const char *p = buf; !r && len;) {
 		size_t n = b->facts.max_io ? far_min(len, b->facts.max_io) : len;
-		r = backend_code(b->ops.write(b->self, off, p, n, flags));
+		r = backend_code(b->ops.write(b->self, off, p, n, n == len && able ? flags : flags & ~(unsigned)FAR_FLUSH));
 		off += n;
 		p += n;
 		len -= n;
 		if (!r && len && backend_stopped(b))
 			r = -ESHUTDOWN;
 	}
-	return r;
+	return r || !flush ? r : far_flush(b);
 }
 
 int far_flush(struct far_backend *b)

@@ -327,6 +327,7 @@ static int chunked_open(const void *conf, struct far_backend *inner, struct far_
 	far_mutex_init(&c->lock);
 	far_cond_init(&c->freed);
 	facts.chunk = facts.max_io = 0;
+	facts.caps &= ~(uint32_t)FAR_CAP_FLUSH; /* one write here may be three there */
 	int r = far_layer_new(&far_layer_chunked, &chunked_ops, c, &facts, out, err);
 	if (r)
 		chunked_free(c);

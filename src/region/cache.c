@@ -18,6 +18,7 @@
 #define CACHE_BATCH 64
 #define CACHE_LOCAL_TRIES 3
 #define CACHE_SAY_AGAIN (60 * FAR_SEC)
+#define CACHE_SAY_BAD 20
 
 void far_region_remote_failed(struct far_region *r, int err)
 {
@@ -46,7 +47,11 @@ void far_cache_unreadable(struct far_region *r, uint64_t i, int err, bool lost)
 	uint64_t bit = (uint64_t)1 << (i % 64);
 
 	atomic_fetch_add_explicit(&r->local_errors, 1, memory_order_relaxed);
-	if (lost && !(atomic_fetch_or_explicit(&r->bad[i / 64], bit, memory_order_relaxed) & bit))
+	if (!lost || (atomic_fetch_or_explicit(&r->bad[i / 64], bit, memory_order_relaxed) & bit))
+		return;
+	/* A disk that dies as a whole does not get a line for each of a million chunks. */
+	unsigned n = atomic_fetch_add_explicit(&r->bad_n, 1, memory_order_relaxed);
+	if (n < CACHE_SAY_BAD || n % 1024 == 0)
 		far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " cannot be read from the local store (%s), and the "
 			"remote does not have their newest state: write them again", i << r->shift,
 			(i << r->shift) + far_chunkmap_len(r->map, i), far_strerror(err));
@@ -154,8 +159,8 @@ int far_cache_need(struct far_region *r, uint64_t i, uint64_t max)
 
 /* ---------------------------------------------------------------------------------------------------------- reads */
 
-/* The local store is full or failed: the remote's bytes go to the reader alone. Only while the chunk is wholly absent: whatever was
- * written here before this read began has made it something else. */
+/* The local store is full or failed: the remote's bytes go to the reader alone. Only while the chunk is wholly absent,
+ * else err: whatever was written here before this read began has made it something else. */
 static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len, int err)
 {
 	if (far_chunkmap_state(r->map, i) != FAR_ABSENT)
@@ -201,10 +206,12 @@ static int cache_verify(struct far_region *r, uint64_t i, uint64_t n)
 	return 0;
 }
 
-static int cache_read(struct far_region *r, uint64_t off, void *buf, size_t len, unsigned flags)
+int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
+	struct far_region *r = self;
 	uint64_t end = off + len;
-	unsigned failures = 0; /* of the local store, in a row */
+	unsigned failures = 0, fetches = 0; /* of the local store, in a row; of the chunk at off */
+	bool fetched = false;
 	char *p = buf;
 
 	while (off < end) {
@@ -220,18 +227,23 @@ static int cache_read(struct far_region *r, uint64_t off, void *buf, size_t len,
 				return -EAGAIN;
 			if (r->trace)
 				far_trace_touch(r->trace, i, 1);
-			if (failures >= CACHE_LOCAL_TRIES) /* what is written there cannot be read again */
-				err = -EIO;
-			else
-				err = far_cache_need(r, i, last - i + 1);
-			if (err && (failures || atomic_load_explicit(&r->local_error, memory_order_relaxed))) {
+			/* What is written there cannot be read again, or others need the room more urgently. */
+			bool past = failures >= CACHE_LOCAL_TRIES || fetches >= CACHE_LOCAL_TRIES;
+			err = past && far_chunkmap_state(r->map, i) == FAR_ABSENT ? -EAGAIN
+										  : far_cache_need(r, i, last - i + 1);
+			fetched = true;
+			fetches++;
+			if (!err)
+				continue;
+			if (past || failures || atomic_load_explicit(&r->local_error, memory_order_relaxed))
 				err = cache_read_past(r, i, off, p, (size_t)(stop - off), err);
-				p += stop - off;
-				off = stop;
-				failures = 0;
-			}
+			if (err == -EAGAIN)
+				continue;
 			if (err)
 				return err;
+			p += stop - off;
+			off = stop;
+			failures = fetches = 0;
 			continue;
 		}
 		if (r->trace)
@@ -251,19 +263,11 @@ static int cache_read(struct far_region *r, uint64_t off, void *buf, size_t len,
 		}
 		p += stop - off;
 		off = stop;
-		failures = 0;
+		failures = fetches = 0;
 	}
-	return 0;
-}
-
-int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
-{
-	struct far_region *r = self;
-	int err = cache_read(r, off, buf, len, flags);
-
-	if (!(flags & FAR_NOWAIT))
+	if (fetched)
 		far_evict_trim(r);
-	return err;
+	return 0;
 }
 
 /* --------------------------------------------------------------------------------------------------------- writes */

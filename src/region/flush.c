@@ -7,7 +7,8 @@
  * second one in `later` for those that only a push begun after the stamp may take off. A chunk that is PUSHING at the
  * stamp and not REDIRTY was written before its push began, so the end of that push takes it off. Writes after the stamp
  * do not lengthen the list, so a flush ends under endless writes. It fails as soon as a push of a listed chunk fails;
- * the chunk stays dirty, so the next flush lists it again.
+ * the chunk stays dirty, so the next flush lists it again. The last push that a flush waits for takes the flush of the
+ * remote with it (FAR_FLUSH): a flush of little is one round trip.
  *
  * A pushed chunk is CLEAN but unstable: a remote that is restarted may have forgotten it. It is marked until a flush of
  * the remote that began after its push has succeeded under the instance (a number that changes with each restart) that
@@ -88,18 +89,25 @@ static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES
 	flush_forgotten_locked(p);
 }
 
+/* Whether a push of chunk i that was begun at `began` takes it off the list. */
+static bool flush_lists(const struct push_flush *f, uint64_t i, uint64_t began)
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+
+	return (f->listed[i / 64] & bit) && (!(f->later[i / 64] & bit) || began > f->stamp);
+}
+
 static void flush_listed_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, int err)
 	FAR_REQUIRES(p->lock)
 {
 	for (struct push_flush *f = p->flushes; f; f = f->next)
 		for (uint64_t i = first; i < first + n; i++) {
-			uint64_t bit = (uint64_t)1 << (i % 64);
-			if (!(f->listed[i / 64] & bit) || ((f->later[i / 64] & bit) && began <= f->stamp))
+			if (!flush_lists(f, i, began))
 				continue;
 			if (err) {
 				f->err = err;
 			} else {
-				f->listed[i / 64] &= ~bit;
+				f->listed[i / 64] &= ~((uint64_t)1 << (i % 64));
 				f->left--;
 			}
 		}
@@ -164,6 +172,44 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 	far_cond_broadcast(&p->done);
 	far_cond_signal(&p->work);
 	return err;
+}
+
+void far_push_last_begin_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, struct far_push_last *l)
+{
+	*l = (struct far_push_last){ .flush = p->flushes && !p->flushing && p->busy == 1 &&
+					      (far_facts(p->r->remote)->caps & FAR_CAP_FLUSH) };
+	for (struct push_flush *f = p->flushes; l->flush && f; f = f->next) {
+		uint64_t left = f->left;
+		for (uint64_t i = first; i < first + n; i++)
+			left -= flush_lists(f, i, began);
+		l->flush = !left;
+	}
+	if (!l->flush)
+		return;
+	p->flushing = true;
+	atomic_store_explicit(&p->settle_wanted, false, memory_order_relaxed);
+	far_unstable_cover(&p->unstable);
+	l->covers = p->pushes;
+	l->changes = p->changes;
+	l->began = far_now();
+}
+
+void far_push_last_end_locked(struct far_push *p, const struct far_push_last *l, uint64_t before, uint64_t after, int err)
+{
+	if (!l->flush)
+		return;
+	p->flushing = false;
+	if (!err && before == after && l->changes == p->changes) {
+		/* What was pushed before, and this push; others that ended meanwhile need another flush. */
+		bool alone = p->pushes == l->covers + l->mine;
+		if (alone)
+			far_unstable_cover(&p->unstable);
+		far_unstable_settle(&p->unstable, l->began);
+		p->flushed = far_max(p->flushed, alone ? p->pushes : l->covers);
+	}
+	p->settle_again = err ? far_now() + FLUSH_SETTLE : 0;
+	far_cond_broadcast(&p->done);
+	far_cond_signal(&p->work);
 }
 
 /* Until everything pushed before this call is flushed. FLUSH_AGAIN: an instance has ended since `changes`. */

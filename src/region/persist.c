@@ -43,7 +43,9 @@
 #include <sys/stat.h>
 
 #define PERSIST_INTERVAL FAR_SEC
-#define PERSIST_AHEAD 8u /* groups marked at once when writes go forward */
+#define PERSIST_AHEAD 8u  /* groups marked at once when writes go forward */
+#define PERSIST_AROUND 16u /* when they go to and fro */
+#define PERSIST_BURST 3u  /* marks within a second that show it */
 
 /* ------------------------------------------------------------------------------------------------------ the turn */
 
@@ -88,16 +90,21 @@ static bool persist_idle(const struct far_persist *p)
 	return !p || !p->r || p->passive;
 }
 
+static void fresh_set(struct far_persist *p, uint64_t i)
+{
+	_Atomic bool *fresh = &p->seg[i / FARMAP_CHUNKS].fresh;
+
+	bit_set(p->fresh_bits, i);
+	if (!atomic_load_explicit(fresh, memory_order_seq_cst))
+		atomic_store_explicit(fresh, true, memory_order_seq_cst);
+}
+
 void far_persist_fresh(struct far_persist *p, uint64_t i, uint64_t n)
 {
 	if (persist_idle(p))
 		return;
-	for (uint64_t k = i; k < i + n; k++) {
-		bit_set(p->fresh_bits, k);
-		_Atomic bool *fresh = &p->seg[k / FARMAP_CHUNKS].fresh;
-		if (!atomic_load_explicit(fresh, memory_order_seq_cst))
-			atomic_store_explicit(fresh, true, memory_order_seq_cst);
-	}
+	for (uint64_t k = i; k < i + n; k++)
+		fresh_set(p, k);
 	if (!atomic_load_explicit(&p->unsynced, memory_order_seq_cst))
 		atomic_store_explicit(&p->unsynced, true, memory_order_seq_cst);
 }
@@ -160,14 +167,21 @@ static bool marks_are_durable(struct far_persist *p, uint64_t i, uint64_t n)
 	return true;
 }
 
-/* Mark the groups of [i, i+n), and some behind them when writes come one after the other. With the turn. */
+/* Mark the groups of [i, i+n), and some behind or around them when more writes are to be expected there. With the turn. */
 static int mark_groups(struct far_persist *p, uint64_t i, uint64_t n)
 {
 	uint64_t first = i / FARMAP_GROUP, last = (i + n - 1) / FARMAP_GROUP, all = far_div_up(p->chunks, FARMAP_GROUP);
 	int err = 0;
 
-	if (first && p->seg[(first - 1) / FARMAP_GROUPS].marks >> ((first - 1) % FARMAP_GROUPS) & 1)
+	uint64_t now = far_now();
+	p->mark_burst = now - p->mark_at < FAR_SEC ? p->mark_burst + 1 : 0;
+	p->mark_at = now;
+	if (first && p->seg[(first - 1) / FARMAP_GROUPS].marks >> ((first - 1) % FARMAP_GROUPS) & 1) {
 		last = far_min(last + PERSIST_AHEAD, all - 1);
+	} else if (p->mark_burst >= PERSIST_BURST) {
+		first -= first % PERSIST_AROUND;
+		last = far_min(last - last % PERSIST_AROUND + PERSIST_AROUND - 1, all - 1);
+	}
 	for (uint64_t g = first; !err && g <= last; g++) {
 		p->seg[g / FARMAP_GROUPS].marks |= (uint64_t)1 << (g % FARMAP_GROUPS);
 		if (g == last || g % FARMAP_GROUPS == FARMAP_GROUPS - 1)
@@ -352,13 +366,10 @@ static void commit_collect(struct commit *c)
 	}
 }
 
+/* Look at it again next time; it has no news for the local store. */
 static void commit_again(struct commit *c, uint64_t i)
 {
-	bool was = atomic_load_explicit(&c->p->unsynced, memory_order_relaxed);
-
-	far_persist_fresh(c->p, i, 1);
-	if (!was) /* it has no news for the local store */
-		atomic_store_explicit(&c->p->unsynced, false, memory_order_relaxed);
+	fresh_set(c->p, i);
 }
 
 /* Take the mark of chunk i's group away if nothing in it may be newer than what was flushed. */
@@ -397,9 +408,8 @@ static void commit_clean(struct commit *c, uint64_t i)
 	} else if (farmap_kind(s, k) != FAR_PERSIST_CLEAN) {
 		err = farmap_set_kind(s, k, FAR_PERSIST_CLEAN);
 	}
-	if (!err && farmap_marked(s, k) && !far_push_unstable(p->r, i) && !commit_unmark(c, i) &&
-	    far_chunkmap_dirty(p->r->map) == 0)
-		commit_again(c, i); /* a reader's pin, perhaps: nobody else would bring it up again */
+	if (!err && farmap_marked(s, k) && !far_push_unstable(p->r, i))
+		commit_unmark(c, i);
 	c->err = c->err ? c->err : err;
 }
 
@@ -453,24 +463,34 @@ static void commit_decide(struct commit *c)
 	}
 }
 
-/* Checksums of what was looked at, before the pages that call it clean. */
+/* Groups may be marked in which nothing was written, so nothing brings them up again: look at all once nothing is dirty. */
+static void commit_unmark_all(struct commit *c)
+{
+	struct far_persist *p = c->p;
+
+	if (far_chunkmap_dirty(p->r->map))
+		return;
+	for (uint64_t s = 0; s < p->segments; s++)
+		for (uint64_t marks = p->seg[s].marks; marks; marks &= marks - 1)
+			commit_unmark(c, (s * FARMAP_GROUPS + (uint64_t)__builtin_ctzll(marks)) * FARMAP_GROUP);
+}
+
+/* New checksums, before the pages that call their chunks clean. */
 static int commit_sums(struct commit *c)
 {
 	struct far_persist *p = c->p;
 	bool any = false;
 	int err = 0;
 
-	for (size_t n = 0; !err && n < c->n; n++) {
-		/* All of the group: its mark may have gone. */
-		uint64_t first = c->list[n].chunk / FARMAP_GROUP * FARMAP_GROUP, end = far_min(first + FARMAP_GROUP, p->chunks);
-		for (uint64_t page = first / FARMAP_SUMS; !err && page <= (end - 1) / FARMAP_SUMS; page++)
-			if (bit_clear(p->sums_dirty, page)) {
-				err = farmap_write_sums(p, page);
-				any = true;
-				if (err)
-					bit_set(p->sums_dirty, page);
-			}
-	}
+	for (uint64_t w = 0; !err && w < p->chunks / FARMAP_SUMS / 64 + 1; w++)
+		for (uint64_t bits = atomic_load(&p->sums_dirty[w]); !err && bits; bits &= bits - 1) {
+			uint64_t page = w * 64 + (uint64_t)__builtin_ctzll(bits);
+			bit_clear(p->sums_dirty, page);
+			any = true;
+			err = farmap_write_sums(p, page);
+			if (err)
+				bit_set(p->sums_dirty, page);
+		}
 	return err || !any ? err : farmap_sync(p);
 }
 
@@ -493,14 +513,27 @@ static int commit_pages(struct commit *c)
 	return err;
 }
 
-/* Flush the local store, if anything was written since the last time. */
+/* Flush the local store, if anything was written since the last time; one at a time, for who finds nothing to flush must
+ * know that the flush before has ended well. */
 static int persist_flush_local(struct far_persist *p)
 {
-	if (!atomic_exchange_explicit(&p->unsynced, false, memory_order_seq_cst))
+	int err = 0;
+
+	far_mutex_lock(&p->lock);
+	while (p->flushing)
+		far_cond_wait(&p->change, &p->lock);
+	bool news = atomic_exchange_explicit(&p->unsynced, false, memory_order_seq_cst);
+	p->flushing = news;
+	far_mutex_unlock(&p->lock);
+	if (!news)
 		return 0;
-	int err = far_flush(p->r->local);
+	err = far_flush(p->r->local);
+	far_mutex_lock(&p->lock);
 	if (err)
 		atomic_store_explicit(&p->unsynced, true, memory_order_seq_cst);
+	p->flushing = false;
+	far_cond_broadcast(&p->change);
+	far_mutex_unlock(&p->lock);
 	return err;
 }
 
@@ -533,8 +566,10 @@ static int commit_run(struct far_persist *p, enum commit_what what)
 		commit_decide(&c);
 		err = c.err;
 	}
-	if (!err && what == COMMIT_ALL)
+	if (!err && what == COMMIT_ALL) {
+		commit_unmark_all(&c);
 		err = commit_sums(&c);
+	}
 	if (!err)
 		err = commit_pages(&c);
 	if (err)
@@ -544,6 +579,68 @@ static int commit_run(struct far_persist *p, enum commit_what what)
 	free(c.partials);
 	free(c.partial_ids);
 	return err;
+}
+
+/* Whether each chunk of the group could be given the kind that it has, now that nobody writes any more. */
+static bool commit_exact_group(struct far_persist *p, uint64_t first, uint64_t end)
+{
+	for (uint64_t i = first; i < end; i++) {
+		struct farmap_segment *s = &p->seg[i / FARMAP_CHUNKS];
+		enum far_persist_kind kind = farmap_kind(s, i % FARMAP_CHUNKS);
+		bool dirty = false;
+
+		switch (far_chunkmap_state(p->r->map, i)) {
+		case FAR_DIRTY:
+		case FAR_PUSHING:
+		case FAR_REDIRTY:
+			dirty = true;
+			break;
+		case FAR_CLEAN:
+			dirty = far_push_unstable(p->r, i);
+			if (!dirty && bit_get(p->fresh_bits, i))
+				return false;
+			break;
+		case FAR_PARTIAL:
+		case FAR_FETCHING_PARTIAL:
+			if (kind != FAR_PERSIST_PARTIAL)
+				return false;
+			break;
+		default:
+			if (kind != FAR_PERSIST_ABSENT)
+				return false;
+		}
+		if (dirty && farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_DIRTY))
+			return false;
+	}
+	return true;
+}
+
+/* At the end, after a commit, with the turn: marks go. Else the next mount would push whole groups, perhaps over what
+ * somebody else has written by then. */
+static int commit_exact(struct far_persist *p)
+{
+	struct commit c = { .p = p };
+	bool any = false;
+	int err = 0;
+
+	for (uint64_t g = 0; !err && g < far_div_up(p->chunks, FARMAP_GROUP); g++) {
+		struct farmap_segment *s = &p->seg[g / FARMAP_GROUPS];
+		uint64_t bit = (uint64_t)1 << (g % FARMAP_GROUPS), first = g * FARMAP_GROUP;
+		uint64_t end = far_min(first + FARMAP_GROUP, p->chunks);
+		if (!(s->marks & bit))
+			continue;
+		s->ahead = any = true;
+		if (!commit_exact_group(p, first, end))
+			continue;
+		atomic_fetch_and_explicit(&s->durable, ~bit, memory_order_seq_cst);
+		s->marks &= ~bit;
+		for (uint64_t page = first / FARMAP_SUMS; !err && page <= (end - 1) / FARMAP_SUMS; page++)
+			if (bit_clear(p->sums_dirty, page))
+				err = farmap_write_sums(p, page);
+	}
+	if (!err && any)
+		err = farmap_sync(p);
+	return err ? err : commit_pages(&c);
 }
 
 /* A commit that began after we came does our work as well. */
@@ -796,6 +893,8 @@ void far_persist_end(struct far_persist *p)
 	if (!p->passive) {
 		turn_take(p);
 		err = commit_run(p, COMMIT_ALL);
+		if (!err)
+			err = commit_exact(p);
 		p->info.clean = true;
 		if (!err)
 			err = farmap_write_header(p);

@@ -67,13 +67,16 @@ struct far_persist {
 	struct far_region *r;
 	_Atomic uint64_t *fresh_bits, *unverified; /* a bit a chunk */
 	_Atomic uint64_t unverified_n;
+	uint64_t mark_at;         /* when groups were marked last, with the turn */
+	unsigned mark_burst;      /* how often within a second of each other */
 	struct farmap_sum *sums;  /* a sparse mapping, an entry a chunk */
 	_Atomic uint64_t *sums_dirty; /* a bit a page of checksums */
 	_Atomic bool unsynced;    /* the local store may hold bytes that are not durable */
 
 	struct far_mutex lock;
 	struct far_cond change;
-	bool turn FAR_GUARDED_BY(lock);  /* somebody writes the file */
+	bool turn FAR_GUARDED_BY(lock);     /* somebody writes the file */
+	bool flushing FAR_GUARDED_BY(lock); /* somebody flushes the local store */
 	bool stopped FAR_GUARDED_BY(lock);
 	uint64_t commit_want FAR_GUARDED_BY(lock), commit_done FAR_GUARDED_BY(lock);
 	uint64_t sync_want FAR_GUARDED_BY(lock), sync_done FAR_GUARDED_BY(lock), sync_tried FAR_GUARDED_BY(lock);

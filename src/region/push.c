@@ -147,7 +147,10 @@ static int push_move(struct far_push *p, struct push_job *j, unsigned flags)
 			push_more_zeros(p, j, buf);
 		uint64_t all = far_min((j->n + j->more) << r->shift, r->bytes - off);
 		atomic_fetch_add_explicit(&r->inflight, all, memory_order_relaxed);
-		err = zero ? far_zero(r->remote, off, all, flags) : far_write(r->remote, off, buf, (size_t)len, flags);
+		err = zero ? far_zero(r->remote, off, all, flags & ~(unsigned)FAR_FLUSH)
+			   : far_write(r->remote, off, buf, (size_t)len, flags);
+		if (zero && !err && (flags & FAR_FLUSH))
+			err = far_flush(r->remote);
 		atomic_fetch_sub_explicit(&r->inflight, all, memory_order_relaxed);
 		if (err)
 			far_push_refused(r, err);
@@ -174,10 +177,12 @@ static void push_count_locked(struct far_push *p, uint64_t bytes) FAR_REQUIRES(p
 static int push_job_locked(struct far_push *p, struct push_job *j, unsigned flags) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
+	struct far_push_last last;
 
+	far_push_last_begin_locked(p, j->first, j->n, j->began, &last);
 	far_mutex_unlock(&p->lock);
 	uint64_t before = far_push_instance(r), start = far_now();
-	int err = push_move(p, j, flags);
+	int err = push_move(p, j, last.flush ? flags | FAR_FLUSH : flags);
 	uint64_t after = far_push_instance(r), took = far_now() - start;
 	if (j->local && j->n == 1)
 		far_cache_unreadable(r, j->first, err, true);
@@ -185,6 +190,7 @@ static int push_job_locked(struct far_push *p, struct push_job *j, unsigned flag
 	if (j->local && j->n > 1) {
 		/* One of them cannot be read: each by itself, so that the others get through. */
 		int first_err = 0;
+		far_push_last_end_locked(p, &last, before, after, err);
 		for (uint64_t k = 0; k < j->n; k++) {
 			struct push_job one = { .first = j->first + k, .n = 1, .began = j->began };
 			err = push_job_locked(p, &one, flags);
@@ -196,6 +202,8 @@ static int push_job_locked(struct far_push *p, struct push_job *j, unsigned flag
 	far_push_ended_locked(p, j->first, j->n, j->began, before, after, err);
 	if (j->more)
 		far_push_ended_locked(p, j->first + j->n, j->more, j->more_began, before, after, err);
+	last.mine = j->more ? 2 : 1;
+	far_push_last_end_locked(p, &last, before, after, err);
 	if (!err) {
 		push_count_locked(p, (j->n + j->more) << r->shift);
 		push_resize_locked(p, took, j->more > 0);
@@ -339,12 +347,16 @@ int far_push_throttle(struct far_region *r, uint64_t len, unsigned flags)
 			err = -ESHUTDOWN;
 		else if (atomic_load_explicit(&r->fenced, memory_order_acquire))
 			err = -ESTALE;
-		else if (!p->round && far_now() >= p->next_round - far_min(p->next_round, p->backoff ? 0 : FAR_NEVER))
+		if (err)
+			break;
+		if (!p->round && far_now() >= (p->backoff ? p->next_round : 0))
 			far_push_round_locked(p);
-		else if (p->max_threads == 0 && far_push_step_locked(p))
+		if (!p->max_threads && far_push_step_locked(p))
 			continue;
-		else if (!far_cond_wait_until(&p->done, &p->lock, far_min(far_deadline(), far_now() + 100 * FAR_MSEC)) &&
-			 far_now() >= far_deadline())
+		if (!p->max_threads)
+			p->round = false;
+		if (!far_cond_wait_until(&p->done, &p->lock, far_min(far_deadline(), far_now() + 100 * FAR_MSEC)) &&
+		    far_now() >= far_deadline())
 			err = -ETIMEDOUT;
 	}
 	p->throttled--;

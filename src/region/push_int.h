@@ -71,6 +71,17 @@ void far_push_refused(struct far_region *r, int err);
 /* flush.c */
 /* The instance of the remote that was heard of last; 0: it does not tell. */
 uint64_t far_push_instance(struct far_region *r);
+/* Whether a push of [first, first+n), made PUSHING at `began`, is the last that all flushes wait for, and may flush the
+ * remote in the same call: then that counts as one that has begun, and must be ended after the push was. */
+struct far_push_last {
+	bool flush;
+	uint64_t covers, changes, began;
+	unsigned mine; /* pushes of its own that ended */
+};
+void far_push_last_begin_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, struct far_push_last *l)
+	FAR_REQUIRES(p->lock);
+void far_push_last_end_locked(struct far_push *p, const struct far_push_last *l, uint64_t before, uint64_t after, int err)
+	FAR_REQUIRES(p->lock);
 /* A push of [first, first+n) has ended, made PUSHING at `began`; `before` and `after` are the instance around it. Ends it
  * in the chunk map and for the flushes that list it. */
 void far_push_ended_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, uint64_t before, uint64_t after,

@@ -47,6 +47,7 @@ struct far_region {
 	_Atomic uint64_t last_error_at; /* ms since 1970 */
 	_Atomic uint64_t local_errors;
 	_Atomic int local_error;        /* of the last write that needed new room in the local store; 0: it worked */
+	_Atomic unsigned bad_n;         /* bits set in `bad` */
 	_Atomic uint64_t local_said;    /* when that was logged */
 	_Atomic uint64_t pinned;        /* bytes of chunks in `kept` */
 	_Atomic uint64_t evict_hand; /* chunk where the clock stands */

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include "contract.h"
 
+#include "backend/backend.h"
 #include "base/clock.h"
 #include "base/thread.h"
 
@@ -37,6 +38,9 @@ static int remove_one(const char *path, const struct stat *st, int type, struct 
 {
 	return remove(path);
 }
+
+static int open_owned(const struct contract_subject *s, const char *dir, uint64_t bytes,
+		      const struct far_open_opts *opts, struct far_backend **b, void **ctx);
 
 static void close_subject(const struct contract_subject *s, struct far_backend *b, void *ctx)
 {
@@ -503,6 +507,46 @@ static void check_read_only(void **state)
 	region_close(&r);
 }
 
+/* A record beside the content: none at first, replaced as a whole, seen through every layer, no part of the content. */
+static void check_record(void **state)
+{
+	SUBJECT;
+	struct region r;
+	char buf[FAR_RECORD_MAX + 1], in[FAR_RECORD_MAX + 1];
+	size_t n = 99;
+	bool must = (s->open == contract_open_uri || s->open == open_owned) && strncmp(s->uri, "null:", 5);
+
+	region_open(&r, s, 9000, false);
+	int e = far_record_read(r.b, buf, sizeof buf, &n);
+	assert_true(e == 0 || (e == -EOPNOTSUPP && !must));
+	if (e) {
+		assert_int_equal(far_record_write(r.b, "x", 1), -EOPNOTSUPP);
+		region_close(&r);
+		return;
+	}
+	unsigned char *zeros = calloc(1, r.bytes);
+	size_t first = n; /* an owner has said something already */
+	for (size_t len = FAR_RECORD_MAX; len > 0; len /= 3) {
+		memset(in, (int)len, len);
+		assert_int_equal(far_record_write(r.b, in, len), 0);
+		assert_int_equal(far_flush(r.b), 0);
+		assert_int_equal(far_record_read(r.b, buf, sizeof buf, &n), 0);
+		assert_int_equal(n, len);
+		assert_memory_equal(buf, in, len);
+	}
+	assert_int_equal(far_record_write(r.b, in, FAR_RECORD_MAX + 1), -EINVAL);
+	verify(&r, zeros);
+	free(zeros);
+	region_close(&r);
+	if (first || (s->flags & CONTRACT_NO_READ_ONLY))
+		return;
+	region_open(&r, s, 9000, true);
+	assert_int_equal(far_record_write(r.b, "x", 1), -EROFS);
+	assert_int_equal(far_record_read(r.b, buf, sizeof buf, &n), 0);
+	assert_int_equal(n, 0);
+	region_close(&r);
+}
+
 /* FAR_NOWAIT: all or -EAGAIN and nothing. */
 static void check_nowait(void **state)
 {
@@ -684,6 +728,21 @@ static int open_from(const struct contract_subject *s, const char *dir, uint64_t
 }
 
 /* The required operations only, and a max_io that is no round number. */
+/* A store with an owner of its own. */
+static int open_owned(const struct contract_subject *s, const char *dir, uint64_t bytes,
+		      const struct far_open_opts *opts, struct far_backend **b, void **ctx)
+{
+	struct far_backend *inner;
+	int r = contract_open_uri(s, dir, bytes, opts, &inner, ctx);
+
+	if (r)
+		return r;
+	r = far_owned_new(inner, b);
+	if (r)
+		far_close(inner);
+	return r;
+}
+
 static int minimal_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	return len > 777 ? -EIO : array_read(self, off, buf, len);
@@ -722,6 +781,8 @@ static const struct contract_subject builtin[] = {
 	URI("null", "null:%s", CONTRACT_SPARSE | CONTRACT_FORGETS),
 	{ .name = "from", .open = open_from, .close = free },
 	{ .name = "minimal", .open = open_minimal, .close = free },
+	{ .name = "owned", .uri = "file:%d/x?size=%s", .open = open_owned, .flags = CONTRACT_SPARSE },
+	{ .name = "owned-mem", .uri = "mem:%s", .open = open_owned, .flags = CONTRACT_SPARSE },
 	URI("chunked-mem", "mem:%s", CONTRACT_SPARSE, "chunked:chunk=4096"),
 	URI("chunked-odd", "mem:%s", 0, "chunked:chunk=1000"),
 	URI("chunked-large", "mem:%s", 0, "chunked:chunk=32M"),
@@ -764,6 +825,7 @@ static const struct {
 	{ "nowait", check_nowait },
 	{ "share", check_share },
 	{ "sparse", check_sparse },
+	{ "record", check_record },
 };
 
 #define MAX_TESTS 1000

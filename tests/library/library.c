@@ -306,6 +306,149 @@ static void the_program_dies(void **state)
 	close(fd);
 }
 
+/* A server of this process, its export, a mount by the child and a client of this process. */
+struct family {
+	struct far_backend *content, *client;
+	struct far_server *server;
+	struct far_mount *mount;
+	char *uri, target[100], local[120];
+};
+
+static void family_serve(struct family *f)
+{
+	struct far_server_opts so = FAR_SERVER_OPTS_INIT;
+	struct far_error err = { 0 };
+	char *bound = NULL;
+
+	assert_int_equal(far_server_new(&so, &f->server, &err), 0);
+	assert_int_equal(far_server_export(f->server, "x", f->content, &err), 0);
+	if (far_server_listen(f->server, f->uri ? f->uri : "grpc://127.0.0.1:0", &bound, &err) < 0)
+		fail_msg("%s", err.text);
+	if (f->uri)
+		free(bound);
+	else
+		f->uri = bound;
+}
+
+static void family_unserve(struct family *f)
+{
+	far_server_stop(f->server);
+	far_server_free(f->server);
+	f->server = NULL;
+}
+
+static void family_mount(struct family *f, struct far_mount_opts *o)
+{
+	struct far_error err = { 0 };
+
+	o->mode = FAR_MODE_MANAGED;
+	o->local = f->local;
+	o->durable = FAR_DURABLE_LOCAL;
+	o->deadline_ms = 1000;
+	if (far_mount_open_uri(f->uri, f->target, o, &f->mount, &err) < 0)
+		fail_msg("%s", err.text);
+}
+
+static void family_open(struct family *f, const char *name)
+{
+	struct far_error err = { 0 };
+	char uri[100];
+
+	*f = (struct family){ .uri = NULL };
+	snprintf(f->target, sizeof f->target, "%s/%s.target", dir, name);
+	snprintf(f->local, sizeof f->local, "file:%s/%s.local", dir, name);
+	snprintf(uri, sizeof uri, "file:%s/%s.content?size=1000000", dir, name);
+	close(open(f->target, O_CREAT | O_WRONLY, 0600));
+	if (far_open(uri, NULL, &f->content, &err) < 0)
+		fail_msg("%s", err.text);
+	family_serve(f);
+}
+
+static void what_is_kept_is_pushed_by_the_next_mount(void **state)
+{
+	struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
+	struct far_status st = FAR_STATUS_INIT;
+	struct family f;
+	char buf[6];
+
+	family_open(&f, "kept");
+	family_mount(&f, &o);
+	assert_int_equal(far_mount_wait(f.mount, 100, 20000), 0);
+	assert_int_equal(far_mount_status(f.mount, &st), 0);
+	assert_true(st.persistent);
+	assert_int_equal(st.lease, FAR_LEASE_HELD);
+	assert_true(st.epoch > 0);
+	assert_int_equal(far_mount_pin(f.mount, 100, 100), 0);
+	assert_int_equal(far_mount_evict(f.mount, 0, 1000000), 0);
+	assert_int_equal(far_mount_status(f.mount, &st), 0);
+	assert_int_equal(st.pinned, 65536);
+	assert_int_equal(st.local, 65536);
+	assert_int_equal(far_mount_unpin(f.mount, 0, UINT64_MAX), 0);
+	assert_int_equal(far_mount_wait_range(f.mount, 0, 1000000, 20000), 0);
+	family_unserve(&f);
+	assert_int_equal(pwrite(far_fd(f.mount), "kept!", 6, 77777), 6);
+	assert_int_equal(far_mount_flush(f.mount), 0); /* it is in the local store */
+	assert_true(far_mount_close(f.mount) < 0);     /* and nowhere else */
+	family_mount(&f, &o); /* offline */
+	assert_int_equal(pread(far_fd(f.mount), buf, 6, 77777), 6);
+	assert_string_equal(buf, "kept!");
+	assert_int_equal(far_mount_status(f.mount, &st), 0);
+	assert_int_equal(st.lease, FAR_LEASE_UNSURE);
+	assert_true(st.dirty > 0);
+	family_serve(&f);
+	for (time_t until = time(NULL) + 20; st.lease != FAR_LEASE_HELD && time(NULL) < until; usleep(10000))
+		assert_int_equal(far_mount_status(f.mount, &st), 0);
+	assert_int_equal(st.lease, FAR_LEASE_HELD);
+	assert_int_equal(far_mount_close(f.mount), 0);
+	assert_int_equal(far_read(f.content, 77777, buf, 6, 0), 0);
+	assert_string_equal(buf, "kept!");
+	family_unserve(&f);
+	far_close(f.content);
+	free(f.uri);
+}
+
+/* Three handles that know of each other, in all orders; the content outlives its server. */
+static void handles_are_closed_in_any_order(void **state)
+{
+	static const char *const orders[] = { "mcs", "msc", "cms", "csm", "smc", "scm" };
+	struct far_error err = { 0 };
+
+	far_close(NULL);
+	far_server_free(NULL);
+	assert_int_equal(far_mount_close(NULL), 0);
+	for (size_t k = 0; k < sizeof orders / sizeof orders[0]; k++) {
+		struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
+		struct far_open_opts oo = FAR_OPEN_OPTS_INIT;
+		struct family f;
+		char name[20];
+		bool served = true;
+		oo.read_only = true;
+		snprintf(name, sizeof name, "order%zu", k);
+		family_open(&f, name);
+		family_mount(&f, &o);
+		if (far_open(f.uri, &oo, &f.client, &err) < 0)
+			fail_msg("%s", err.text);
+		assert_int_equal(pwrite(far_fd(f.mount), "order", 6, 10), 6);
+		for (const char *c = orders[k]; *c; c++) {
+			int r;
+			switch (*c) {
+			case 'm':
+				r = far_mount_close(f.mount);
+				assert_true(served ? r == 0 : r < 0);
+				break;
+			case 'c':
+				far_close(f.client);
+				break;
+			default:
+				family_unserve(&f);
+				served = false;
+			}
+		}
+		far_close(f.content);
+		free(f.uri);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -316,6 +459,8 @@ int main(void)
 		cmocka_unit_test(a_failing_backend_is_an_error_for_the_program),
 		cmocka_unit_test(a_killed_child_is_an_error_not_a_hang),
 		cmocka_unit_test(the_program_dies),
+		cmocka_unit_test(what_is_kept_is_pushed_by_the_next_mount),
+		cmocka_unit_test(handles_are_closed_in_any_order),
 	};
 	if (access("/dev/fuse", R_OK | W_OK)) {
 		printf("1..0 # SKIP /dev/fuse cannot be used: %s\n", strerror(errno));

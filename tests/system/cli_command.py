@@ -11,7 +11,7 @@ import time
 
 from cli_lib import FARPAGE, Skip, equal, has, main, message, true, wait_for
 
-RESERVED = ('check finalise pin unpin seed leech snapshot page nbd ram-ul ram-dl delta tapisk').split()
+RESERVED = ('finalise seed leech snapshot page nbd ram-ul ram-dl delta tapisk').split()
 SIZES = [0, 1, 511, 4095, 4096, 4097, 65536, 2 * 1024 * 1024, 2 * 1024 * 1024 + 1, 5000001]
 
 

@@ -105,6 +105,9 @@ class World:
     def status(self, target):
         return json.loads(self.run('status', target, '--json', code=0).out)
 
+    def status_map(self, path):
+        return json.loads(self.run('info', path, '--json', code=0).out)
+
     def close(self):
         for r in reversed(self.running):  # mounts before the servers that they need
             if r.p.poll() is None:

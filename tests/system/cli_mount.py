@@ -221,7 +221,7 @@ def stop_now_says_what_is_lost(w):
     p = w.run('stop', 'b', '--now', code=3)
     has(p.err, '65536 bytes', 'file:c')
     equal(m.p.wait(30), 3, 'exit code')
-    has(m.err(), '65536 bytes', 'kept in the local store file:c')
+    has(m.err(), '65536 bytes', 'kept in file:c', 'mount it again')
     equal(w.read('a'), data, 'the remote')
     w.file('b', 0)
     m = w.mount(uri, 'b', '--mode', 'managed')

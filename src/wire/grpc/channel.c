@@ -545,7 +545,7 @@ void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead
 	far_mutex_unlock(&c->lock);
 }
 
-bool far_channel_usable(struct far_channel *c)
+bool far_channel_usable(const struct far_channel *c)
 {
 	return !atomic_load_explicit(&c->gone, memory_order_acquire);
 }

@@ -73,7 +73,7 @@ bool far_channel_alive(struct far_channel *c);
  * where this is not called. */
 void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead, unsigned max_pings);
 /* Whether new calls may be made on it: neither dead nor told to go away. */
-bool far_channel_usable(struct far_channel *c);
+bool far_channel_usable(const struct far_channel *c);
 /* Bytes that callers said they expect (far_channel_load), for spreading. */
 uint64_t far_channel_load(struct far_channel *c, int64_t change);
 

@@ -7,7 +7,7 @@
  * What became of a call decides what comes next:
  *
  *   DONE      answered, also with an error of the peer's own: the caller gets it
- *   AGAIN     the peer cannot have seen it: made again at once
+ *   AGAIN     the peer cannot have seen it, or has refused it for the first time: made again at once
  *   GARBLED   a checksum did not fit, or the answer makes no sense: this connection takes no more calls, the call is made
  *             again on another one, three times in all
  *   LOST      no answer. A read ends with the error (the retry layer above knows how long to go on), unless it was us who
@@ -48,7 +48,7 @@ struct client_op {
 	size_t reply_cap, reply_n;
 	struct far_channel *channel; /* make it on this one; NULL: on any */
 	/* how it went */
-	bool region;
+	bool region, refused;
 	uint64_t told_by; /* the instance, 0: unknown */
 	struct far_hello_seen seen;
 	enum client_fate fate;
@@ -153,6 +153,7 @@ static void client_request(struct far_client *c, struct client_op *op, struct cl
 	rq.len = op->len;
 	rq.max = op->max;
 	rq.bulk = (op->flags & FAR_BULK) != 0;
+	rq.flush = (op->flags & FAR_FLUSH) != 0;
 	if (op->generation && c->writable) {
 		rq.session = c->session;
 		rq.generation = op->generation;
@@ -253,7 +254,8 @@ static int client_check(struct far_client *c, struct client_op *op, struct clien
 }
 
 /* What became of a call that ended with r. */
-static enum client_fate client_fate(struct far_client *c, const struct far_call *call, int r)
+static enum client_fate client_fate(struct far_client *c, struct client_op *op, const struct far_channel *channel,
+				    const struct far_call *call, int r)
 {
 	bool answered = call->grpc_status != FAR_CALL_NO_STATUS;
 
@@ -265,13 +267,23 @@ static enum client_fate client_fate(struct far_client *c, const struct far_call 
 		return CLIENT_DONE;
 	if (r == -EPROTO || r == -EBADMSG)
 		return CLIENT_GARBLED;
+	/* The stream alone was reset: the peer could make no sense of it. */
+	if (!answered && r == -ECONNRESET && far_channel_usable(channel) && far_client_flag(&c->sums))
+		return CLIENT_GARBLED;
 	if (!answered || r == -ETIMEDOUT)
 		return CLIENT_LOST;
 	if (r == -ECANCELED || r == -ENOTCONN)
 		return CLIENT_FENCED;
+	if (!far_client_flag(&c->sums))
+		return CLIENT_DONE;
 	/* A peer of ours names its errors, and does not refuse what was checked before it was sent. */
-	if (far_client_flag(&c->sums) && (!call->errno_name[0] || r == -ENOENT || r == -EINVAL || r == -EOPNOTSUPP))
+	if (!call->errno_name[0] || r == -ENOENT || r == -EINVAL || r == -EOPNOTSUPP)
 		return CLIENT_GARBLED;
+	/* An error that the application would see is believed when it is said twice. */
+	if (!far_error_is_transient(r) && !op->refused) {
+		op->refused = true;
+		return CLIENT_AGAIN;
+	}
 	return CLIENT_DONE;
 }
 
@@ -289,6 +301,10 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 		return r;
 	if (op->channel)
 		far_channel_get(channel = op->channel);
+	if ((op->m == FAR_M_WRITE || op->m == FAR_M_ZERO || op->m == FAR_M_DISCARD) && far_hello_fenced(c)) {
+		far_channel_put(channel);
+		return -ESTALE;
+	}
 	op->told_by = far_channel_tag(channel, 0);
 	struct client_call k;
 	bool patient = false;
@@ -318,7 +334,7 @@ static int client_once(struct far_client *c, struct client_op *op, uint64_t dead
 		op->reply_n = k.call.buf_n;
 		if (r == 0)
 			r = client_check(c, op, &k);
-		op->fate = client_fate(c, &k.call, r);
+		op->fate = client_fate(c, op, channel, &k.call, r);
 		patient = r == -ETIMEDOUT && far_now() - began >= far_min(c->timeout, c->lanes.quiet + c->lanes.patience);
 	}
 	if (r == -EBADMSG)
@@ -358,7 +374,7 @@ static int client_ask(struct far_client *c, struct client_op *op)
 			break;
 		case CLIENT_AGAIN:
 		case CLIENT_GARBLED:
-			again = ++tries < CLIENT_TRIES && (!c->lanes.once || op->fate == CLIENT_GARBLED);
+			again = ++tries < CLIENT_TRIES && (!c->lanes.once || op->fate == CLIENT_GARBLED || op->refused);
 			break;
 		case CLIENT_LOST: /* -ECANCELED: a fence ended the connection */
 		case CLIENT_FENCED:
@@ -378,7 +394,7 @@ static bool client_change_again(struct far_client *c, struct client_op *op, unsi
 
 	switch (op->fate) {
 	case CLIENT_AGAIN:
-		return ++*tries < CLIENT_TRIES && !c->lanes.once;
+		return ++*tries < CLIENT_TRIES && (!c->lanes.once || op->refused);
 	case CLIENT_GARBLED:
 		return ++*tries < CLIENT_TRIES && sessions;
 	case CLIENT_LOST:
@@ -451,11 +467,6 @@ static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t 
 	return r ? r : p;
 }
 
-static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
-{
-	return client_change(self, FAR_M_WRITE, off, buf, len, flags);
-}
-
 static int client_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	return client_change(self, FAR_M_ZERO, off, NULL, len, flags);
@@ -509,6 +520,16 @@ static int client_flush(void *self)
 		return r;
 	r = far_grpc_decode_flushed(reply, op.reply_n, &f);
 	return r ? r : far_hello_flushed(c, &f, changes);
+}
+
+static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+{
+	struct far_client *c = self;
+	/* The plain service has no flush in a write; nor is it known whom an unreached peer will turn out to be. */
+	bool after = (flags & FAR_FLUSH) && !far_client_flag(&c->sessions);
+
+	int r = client_change(c, FAR_M_WRITE, off, buf, len, after ? flags & ~(unsigned)FAR_FLUSH : flags);
+	return r || !after ? r : client_flush(c);
 }
 
 static int client_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
@@ -577,6 +598,8 @@ static int client_lease(void *self, struct far_lease *l)
 	l->gone = a.gone;
 	memcpy(l->other, a.other, sizeof l->other);
 	r = far_hello_note(c, &a.export, &op.seen);
+	if (r == 0 && a.answer == FAR_GRPC_GRANTED)
+		far_hello_leased(c, l->release ? 0 : a.export.epoch);
 	far_hello_origin(c, &l->origin);
 	return r ? r : (unsigned)a.answer < FAR_ARRAY_LEN(codes) ? codes[a.answer] : -EPROTO;
 }

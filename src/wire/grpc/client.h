@@ -57,6 +57,7 @@ struct far_client {
 	struct far_grpc_export heard;   /* the last that the peer said of itself */
 	char identity[64];              /* seen in this client's life, as the next */
 	struct far_hello_seen seen;
+	uint64_t leased;                /* epoch of the lease; 0: none */
 	uint64_t acked;                 /* newest generation that a hello has established */
 	uint64_t instance;              /* how often the peer said that what is behind it has forgotten something */
 	uint64_t changes, unflushed;    /* changes that were made; the instance of those since the last flush, 0: none */
@@ -99,6 +100,10 @@ struct far_hello_seen far_hello_seen(struct far_client *c);
 /* A change was made by this instance. */
 void far_hello_changed(struct far_client *c, uint64_t instance);
 uint64_t far_hello_changes(struct far_client *c);
+/* The lease was granted with this epoch; 0: given back. Fenced: a later hello has told a newer epoch, somebody else has
+ * written since; a server that has started again cannot know that of us by itself. */
+void far_hello_leased(struct far_client *c, uint64_t epoch);
+bool far_hello_fenced(struct far_client *c);
 /* A flush that was asked for after so many changes has succeeded. 0, or -EREMOTEIO: not all of them were there any more. */
 int far_hello_flushed(struct far_client *c, const struct far_grpc_flushed *f, uint64_t changes);
 /* The peer says -EREMOTEIO itself. */

@@ -118,7 +118,7 @@ static int dial_known(struct far_client *c, const struct far_open_opts *opts, co
 	memcpy(f, opts->known, far_min(opts->known->size, sizeof *f));
 	f->size = sizeof *f;
 	f->identity[sizeof f->identity - 1] = f->version[sizeof f->version - 1] = 0;
-	f->caps |= FAR_CAP_REMOTE;
+	f->caps |= FAR_CAP_REMOTE | FAR_CAP_FLUSH;
 	if (opts->read_only)
 		f->caps &= ~(uint32_t)FAR_CAP_WRITE;
 	f->max_io = far_min(f->max_io ? f->max_io : DIAL_PLAIN_MAX, want->max_io);
@@ -145,7 +145,7 @@ static int dial_fresh(struct far_client *c, const struct far_open_opts *opts, co
 	uint64_t old = far_deadline_limit(far_now() + (opts->deadline_ms ? opts->deadline_ms : 30000) * FAR_MSEC);
 	int r = dial_contact(c, far_deadline(), err);
 
-	f->caps = FAR_CAP_REMOTE | (opts->read_only ? 0 : FAR_CAP_WRITE);
+	f->caps = FAR_CAP_REMOTE | FAR_CAP_FLUSH | (opts->read_only ? 0 : FAR_CAP_WRITE);
 	if (r == 0 && far_client_kind(c) == FAR_CLIENT_PLAIN) {
 		f->bytes = want->bytes;
 		f->max_io = far_min(DIAL_PLAIN_MAX, want->max_io);

@@ -43,9 +43,9 @@ static bool hello_differs_locked(struct far_client *c, const struct far_grpc_exp
 		snprintf(why, n, "it takes at most %" PRIu64 " bytes a request now, not %" PRIu64, e->max_request, f->max_io);
 	else if (c->identity[0] && strcmp(c->identity, e->identity))
 		snprintf(why, n, "it is another content (identity '%s', not '%s')", e->identity, c->identity);
-	else if (e->sessions && e->epoch < seen->epoch)
+	else if (e->sessions && e->epoch && e->epoch < seen->epoch) /* 0: it keeps no record and knows none yet */
 		snprintf(why, n, "an older copy was put back (epoch %" PRIu64 " after %" PRIu64 ")", e->epoch, seen->epoch);
-	else if (e->sessions && e->revision < seen->revision)
+	else if (e->sessions && e->revision && e->revision < seen->revision)
 		snprintf(why, n, "an older copy was put back (revision %" PRIu64 " after %" PRIu64 ")", e->revision, seen->revision);
 	else
 		return false;
@@ -113,6 +113,21 @@ void far_hello_changed(struct far_client *c, uint64_t instance)
 	c->forgotten = c->forgotten || (c->unflushed && c->unflushed != instance);
 	c->unflushed = instance;
 	far_mutex_unlock(&c->lock);
+}
+
+void far_hello_leased(struct far_client *c, uint64_t epoch)
+{
+	far_mutex_lock(&c->lock);
+	c->leased = epoch;
+	far_mutex_unlock(&c->lock);
+}
+
+bool far_hello_fenced(struct far_client *c)
+{
+	far_mutex_lock(&c->lock);
+	bool fenced = c->leased && c->heard.epoch > c->leased;
+	far_mutex_unlock(&c->lock);
+	return fenced;
 }
 
 uint64_t far_hello_changes(struct far_client *c)

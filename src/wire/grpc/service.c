@@ -49,7 +49,13 @@ static bool service_refused(struct far_request *r, int err)
 /* Begin a change. False: refused or, with FAR_NOWAIT, to be done anew; then *done says which. */
 static bool service_begin(struct far_request *r, const struct far_export *e, unsigned flags, bool *done)
 {
-	int err = far_owner_change_begin(e->owner, r->msg.session, r->msg.generation, flags & FAR_NOWAIT);
+	int err = 0;
+
+	/* A flipped bit can make a field swallow those behind it, session and checksum among them. */
+	if (!r->msg.session && far_grpc_is_region(r->method) && far_session_said(r->session, e->owner))
+		err = -EBADMSG;
+	if (!err)
+		err = far_owner_change_begin(e->owner, r->msg.session, r->msg.generation, flags & FAR_NOWAIT);
 
 	*done = !(err == -EAGAIN && (flags & FAR_NOWAIT));
 	if (err && *done)

@@ -516,6 +516,16 @@ void far_session_hello(struct far_session *s, struct far_owner *owner, uint64_t 
 		far_owner_connected(owner, session, 1);
 }
 
+bool far_session_said(struct far_session *s, const struct far_owner *owner)
+{
+	far_mutex_lock(&s->hello_lock);
+	bool said = false;
+	for (unsigned i = 0; i < s->hellos; i++)
+		said |= s->hello[i].owner == owner;
+	far_mutex_unlock(&s->hello_lock);
+	return said;
+}
+
 void far_session_fini(struct far_session *s)
 {
 	struct far_request *r;

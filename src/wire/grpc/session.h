@@ -103,6 +103,7 @@ void far_session_finish(struct far_session *s, struct far_request *r);
 
 /* private to session.c and service.c */
 void far_session_hello(struct far_session *s, struct far_owner *owner, uint64_t session); /* any thread */
+bool far_session_said(struct far_session *s, const struct far_owner *owner); /* whether there was one for this owner */
 struct far_reply {
 	struct far_h2_msg m;
 	struct far_request *request;
