@@ -559,7 +559,7 @@ static bool farmap_unborn(struct far_persist *p, uint64_t size)
 		return false;
 	return far_is_zero(&u, 512) ||
 	       (!memcmp(u.h.magic, farmap_magic, sizeof farmap_magic) && u.h.format <= FARMAP_FORMAT &&
-		u.h.sum != XXH3_64bits(&u.h, offsetof(struct farmap_header, sum)));
+		(size < FARMAP_PAGE || u.h.sum != XXH3_64bits(&u.h, offsetof(struct farmap_header, sum))));
 }
 
 static int farmap_open(struct far_persist *p, struct far_error *err)
