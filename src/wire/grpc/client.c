@@ -230,6 +230,13 @@ static int client_check_plain_write(const struct client_op *op)
 	return r ? r : n == op->len ? 0 : -EPROTO;
 }
 
+static bool client_check_flushed(const struct client_op *op)
+{
+	struct far_grpc_written w;
+
+	return far_grpc_decode_written(op->reply, op->reply_n, &w) == 0 && w.checked && w.flushed;
+}
+
 static int client_check(struct far_client *c, struct client_op *op, struct client_call *k)
 {
 	bool sums = far_client_flag(&c->sums), had = false;
@@ -245,6 +252,8 @@ static int client_check(struct far_client *c, struct client_op *op, struct clien
 			return client_check_plain_write(op);
 		if (far_grpc_decode_sum_reply(op->reply, op->reply_n, &sum))
 			return -EPROTO;
+		if (sums && op->m == FAR_M_WRITE && (op->flags & FAR_FLUSH) && !client_check_flushed(op))
+			return -EBADMSG;
 		return !sums || (sum && !memcmp(sum, k->sum, FAR_GRPC_SUM)) ? 0 : -EBADMSG;
 	default: {
 		int r = op->region ? far_grpc_check(op->reply, op->reply_n, &had) : 0;
