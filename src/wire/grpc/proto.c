@@ -3,7 +3,7 @@
 #include "wire/grpc/proto.h"
 
 #include <string.h>
-#include <xxhash.h>
+#include "base/hash.h"
 
 #define PROTO_CHECK 99
 
