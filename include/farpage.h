@@ -345,7 +345,7 @@ struct far_mount_opts {
 	bool take_over;               /* take the lease even if somebody else holds it */
 	bool discard_clean;           /* the remote is not what the local store was filled from: forget clean chunks */
 	bool force;                   /* ... and push dirty ones over what is there now */
-	uint32_t follow_ms;           /* read-only: look for changes so often; 0: 1000 */
+	uint32_t follow_ms;           /* read-only: look for changes so often; 0: 1000; UINT32_MAX: never */
 
 	/* Hooks: each gets `opaque`, runs on a thread of the library and must not call back into the mount. A non-zero
 	 * return of before_flush or before_close is that call's error. */

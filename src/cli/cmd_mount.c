@@ -25,6 +25,7 @@ enum mount_as { MOUNT_AS_AUTO, MOUNT_AS_FUSE };
 #define MOUNT_UNSET UINT64_MAX /* "not given": such options make `--mode auto` choose managed */
 #define MOUNT_UNSET_INT (-2)
 
+#define MOUNT_NEVER 0x1p62 /* of --follow */
 #define MOUNT_KNOWN_MS 5000 /* how long a remote may take that we can begin without */
 
 struct mount_conf {
@@ -60,8 +61,8 @@ static const struct far_opt mount_options[] = {
 	OPT("local-max", SIZE, local_max), .value_name = "SIZE", .def = "none", .also = "none",
 	    .help = "keep at most this much local; clean chunks are given back" },
 	OPT("read-only", BOOL, read_only), .help = "refuse writes" },
-	OPT("follow", DURATION, follow), .min = 1e7, .value_name = "DURATION", .def = "1s",
-	    .help = "a read-only mount looks so often for what others have written" },
+	OPT("follow", DURATION, follow), .min = 1e7, .value_name = "DURATION", .def = "1s", .also = "never",
+	    .also_value = MOUNT_NEVER, .help = "a read-only mount looks so often for what others have written" },
 	OPT("chunk", SIZE, chunk), .min = 4096, .max = 32 << 20, .value_name = "SIZE", .def = "64K",
 	    .help = "unit of transfer, a power of two from 4K to 32M" },
 	OPT("pull-workers", INT, pull_workers), .max = 1024, .value_name = "N", .def = "auto", .also = "auto",
@@ -144,7 +145,7 @@ static void mount_fill(const struct mount_conf *c, struct far_mount_opts *o)
 	o->take_over = c->take_over;
 	o->discard_clean = c->discard_clean;
 	o->force = c->force;
-	o->follow_ms = (uint32_t)far_min(c->follow / FAR_MSEC, UINT32_MAX);
+	o->follow_ms = c->follow == (uint64_t)MOUNT_NEVER ? UINT32_MAX : (uint32_t)far_min(c->follow / FAR_MSEC, UINT32_MAX - 1);
 	o->local_max = mount_or(c->local_max, 0);
 	o->dirty_max = mount_or(c->dirty_max, 0);
 	o->pull_workers = c->pull_workers == MOUNT_UNSET_INT ? -1 : (int)c->pull_workers;

@@ -249,7 +249,7 @@ static int target_fsync(const struct target *t, const char *path)
 	far_fd_close(&fd);
 	if (r < 0) {
 		cli_say("cannot flush %s: %s. What was written last is not on the remote; 'farpage status' tells more", path,
-			far_strerror(r));
+			cli_strerror(r));
 		return cli_exit_code(r);
 	}
 	return CLI_GO;

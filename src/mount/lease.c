@@ -58,7 +58,7 @@ struct far_leaser {
 	bool released FAR_GUARDED_BY(lock);
 	enum far_lease_state state FAR_GUARDED_BY(lock);
 	struct far_origin origin FAR_GUARDED_BY(lock);
-	uint64_t expires FAR_GUARDED_BY(lock), next FAR_GUARDED_BY(lock);
+	uint64_t next FAR_GUARDED_BY(lock); /* when to try */
 	struct far_thread thread;
 };
 
@@ -130,7 +130,7 @@ static bool leaser_moved(const struct far_leaser *l, const struct far_lease *a)
 
 static int leaser_ask(struct far_leaser *l, struct far_lease *a)
 {
-	uint64_t began = far_now();
+	uint64_t began = far_now(), began_slept = far_now_slept();
 
 	*a = (struct far_lease)FAR_LEASE_INIT;
 	a->writer = l->writer;
@@ -158,10 +158,9 @@ static int leaser_ask(struct far_leaser *l, struct far_lease *a)
 	far_mutex_lock(&l->lock);
 	l->origin = a->origin;
 	l->state = FAR_LEASE_HELD;
-	l->expires = began + ttl;
 	l->next = began + ttl / 3;
 	far_mutex_unlock(&l->lock);
-	leaser_admit(l, began + ttl);
+	leaser_admit(l, began_slept + ttl);
 	return 0;
 }
 

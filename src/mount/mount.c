@@ -253,6 +253,16 @@ static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 	return e ? far_error_set(err, -e, "cannot write the chunk map %s: %s", far_persist_path(m->kept.p), far_strerror(e)) : 0;
 }
 
+/* It is only said: a remote that has gone away meanwhile must not hold us up. */
+static int mnt_round_trip_soon(struct far_mnt *m, uint64_t *rtt)
+{
+	uint64_t old = far_deadline_limit(far_now() + 2 * FAR_SEC);
+	int e = mnt_round_trip(m->below, rtt, NULL);
+
+	far_deadline_restore(old);
+	return e;
+}
+
 /* What is said at first where there is a map, so that no mode had to be measured. */
 static void mnt_say_mapped(struct far_mnt *m, const struct far_mnt_conf *conf)
 {
@@ -264,7 +274,7 @@ static void mnt_say_mapped(struct far_mnt *m, const struct far_mnt_conf *conf)
 	unsigned percent = st.bytes ? (unsigned)((double)st.local * 100 / (double)st.bytes) : 100;
 	if (far_leaser_offline(m->leaser))
 		snprintf(m->why, sizeof m->why, "managed (remote out of reach: offline, %u %% local)", percent);
-	else if (conf->network && mnt_round_trip(m->below, &rtt, NULL) == 0)
+	else if (conf->network && mnt_round_trip_soon(m, &rtt) == 0)
 		snprintf(m->why, sizeof m->why, "managed (round trip %s, %u %% local)", far_format_duration(d, sizeof d, rtt), percent);
 	else
 		snprintf(m->why, sizeof m->why, "managed (%u %% local)", percent);
@@ -285,9 +295,13 @@ static int mnt_watch_remote(struct far_mnt *m, const struct far_mnt_conf *conf, 
 		.from = FAR_ORIGIN_INIT,
 	};
 	int e = m->leaser && m->writable ? far_leaser_start(m->leaser) : 0;
+	bool never = m->o.follow_ms == UINT32_MAX, offline = m->leaser && far_leaser_offline(m->leaser);
 
-	if (!e && !m->writable) {
-		if (m->leaser && far_leaser_offline(m->leaser)) {
+	fc.once = never;
+	if (never)
+		fc.interval = FAR_SEC;
+	if (!e && !m->writable && (!never || offline)) {
+		if (offline) {
 			fc.find = mnt_find_cb;
 			fc.from = far_persist_info(m->kept.p)->origin;
 		} else if (m->leaser) {
@@ -306,7 +320,7 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		.name = conf->name,
 		.source = conf->source,
 		.read_only = !m->writable,
-		.changing = !m->writable && conf->network,
+		.changing = !m->writable && conf->network && (m->o.follow_ms != UINT32_MAX || far_leaser_offline(m->leaser)),
 		.pulling = m->mode == FAR_MODE_MANAGED,
 		.keep_cache = m->mode == FAR_MODE_MANAGED,
 		.max_blocked = m->o.max_blocked ? m->o.max_blocked : 256,
@@ -314,7 +328,7 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 	};
 	int e = 0;
 
-	if (m->region && m->o.pull_first) {
+	if (m->region && m->o.pull_first && !far_leaser_offline(m->leaser)) {
 		uint64_t old = far_deadline_limit(FAR_NEVER);
 		e = far_region_wait_local(m->region, m->o.pull_first);
 		far_deadline_restore(old);
@@ -512,7 +526,7 @@ void far_mnt_status(struct far_mnt *m, struct far_status *st)
 		s.lease = far_leaser_state(m->leaser);
 		s.epoch = s.lease == FAR_LEASE_NONE ? 0 : o.epoch;
 	}
-	s.follow = m->follower ? far_follower_state(m->follower) : FAR_FOLLOW_NONE;
+	s.follow = m->follower ? far_follower_state(m->follower) : m->writable ? FAR_FOLLOW_NONE : FAR_FOLLOW_FROZEN;
 	s.size = size;
 	memcpy(st, &s, far_min(size, sizeof s));
 }
@@ -557,9 +571,30 @@ static int mnt_unmount(struct far_mnt *m, uint64_t until, char *holders, size_t 
 	return far_mnt_flush(m);
 }
 
+/* The last push. Each call has the deadline, the whole may take longer. Where pushes wait for ever, this one does not if
+ * the bytes are safe in the local store: it goes on as long as something moves. */
+static int mnt_last_push(struct far_mnt *m)
+{
+	struct far_status st = FAR_STATUS_INIT;
+	uint64_t before;
+	int err;
+
+	if (!m->region || !m->kept.p || m->deadline != FAR_NEVER)
+		return far_mnt_push(m);
+	do {
+		far_region_status(m->region, &st);
+		before = st.pushed;
+		uint64_t old = far_deadline_limit(far_now() + m->o.deadline_ms * FAR_MSEC);
+		err = far_mnt_push(m);
+		far_deadline_restore(old);
+		far_region_status(m->region, &st);
+	} while (err == -ETIMEDOUT && st.pushed != before);
+	return err;
+}
+
 int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len)
 {
-	int err = far_mnt_push(m); /* each push below it has the deadline; the whole may take longer */
+	int err = mnt_last_push(m);
 
 	if (holders_len)
 		holders[0] = 0;
@@ -570,7 +605,7 @@ int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t hold
 		return err;
 	int after = mnt_unmount(m, until, holders, holders_len);
 	if (!err)
-		err = after ? after : far_mnt_push(m);
+		err = after ? after : mnt_last_push(m);
 	mnt_let_go(m);
 	return err;
 }

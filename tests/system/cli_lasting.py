@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import threading
 import time
 
 from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
@@ -64,6 +66,131 @@ def all_local(w, *args):
     w.run('wait', 'b', '--timeout', '30s', code=0)
     w.run('stop', 'b', code=0)
     equal(m.p.wait(30), 0, 'exit code: ' + m.err())
+
+
+class Link:
+    """A port that leads to a server and can be cut."""
+
+    def __init__(self, uri):
+        self.to = int(uri.split(':')[2].split('/')[0])
+        self.server = socket.create_server(('127.0.0.1', 0))
+        self.uri = 'grpc://127.0.0.1:%d' % self.server.getsockname()[1]
+        self.up, self.socks, self.lock = True, [], threading.Lock()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            a = self.server.accept()[0]
+            with self.lock:
+                if not self.up:
+                    a.close()
+                    continue
+                b = socket.create_connection(('127.0.0.1', self.to))
+                self.socks += [a, b]
+            for x, y in ((a, b), (b, a)):
+                threading.Thread(target=self.carry, args=(x, y), daemon=True).start()
+
+    @staticmethod
+    def carry(x, y):
+        try:
+            while True:
+                data = x.recv(65536)
+                if not data:
+                    break
+                y.sendall(data)
+        except OSError:
+            pass
+        for s in (x, y):
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def cut(self):
+        with self.lock:
+            self.up = False
+            for s in self.socks:
+                try:
+                    s.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+            self.socks = []
+
+    def mend(self):
+        with self.lock:
+            self.up = True
+
+
+def short_lease(w):
+    need_fuse()
+    data = w.file('a', SIZE)
+    w.file('b', 0)
+    w.file('c', 0)
+    s = w.start('serve', 'file:a', '--listen', 'grpc://127.0.0.1:0', '--lease', '1s')
+    uri = s.line().split()[1]
+    return data, uri, Link(uri)
+
+
+def a_cut_off_writer_comes_back_too_late(w):
+    """While the link is cut its lease ends and somebody else writes and leaves: nothing of the first may follow."""
+    data, uri, link = short_lease(w)
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    w.run('wait', 'b', '--timeout', '30s', code=0)
+    link.cut()
+    put(w, 'b', 100000, b'too late')
+    wait_for(lambda: w.status('b')['lease'] == 'unsure', 'the outage to be seen')
+    n = w.mount(uri, 'c', '--mode', 'direct')  # it waits for the lease to end
+    put(w, 'c', 2000000, b'in time')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    link.mend()
+    wait_for(lambda: w.status('b')['lease'] == 'fenced', 'the first to know')
+    equal(get(w, 'b', 100000, 8), b'too late', 'what is here')
+    try:
+        put(w, 'b', 0, b'x')
+        raise AssertionError('written')
+    except OSError as e:
+        equal(e.errno, 116, 'errno')
+    equal(m.end(), 3, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(data, 2000000, b'in time'), 'the remote')
+
+
+def a_cut_off_writer_comes_back_in_time(w):
+    data, uri, link = short_lease(w)
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    w.run('wait', 'b', '--timeout', '30s', code=0)
+    want = data
+    for k in range(3):
+        link.cut()
+        put(w, 'b', 500000 * k, b'cut %d' % k)
+        want = patched(want, 500000 * k, b'cut %d' % k)
+        wait_for(lambda: w.status('b')['lease'] == 'unsure', 'the outage to be seen')
+        equal(w.read('b'), want, 'what is local')
+        link.mend()
+        w.run('flush', 'b', '--timeout', '30s', code=0)
+        equal(w.read('a'), want, 'the remote')
+    true(w.status('b')['reconnects'] > 0, 'no reconnects are counted')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
+def an_offline_start_that_comes_too_late(w):
+    data, uri, link = short_lease(w)
+    all_local(w, link.uri, 'b', *OFFLINE)
+    link.cut()
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    put(w, 'b', 100000, b'offline')
+    n = w.mount(uri, 'c', '--mode', 'direct')
+    put(w, 'c', 2000000, b'meanwhile')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    link.mend()
+    wait_for(lambda: w.status('b')['lease'] == 'fenced', 'it to know')
+    has(m.err(), 'somebody else')
+    equal(m.end(), 3, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(data, 2000000, b'meanwhile'), 'the remote')
+    p = w.run('mount', uri, 'b', *OFFLINE, code=1)
+    has(p.err, 'unsaved')
+    m = w.mount(uri, 'b', *OFFLINE, '--discard-clean', '--force')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(patched(data, 2000000, b'meanwhile'), 100000, b'offline'), 'the remote')
 
 
 def a_killed_mount_goes_on(w):
@@ -276,7 +403,8 @@ def take_over_fences_the_first(w):
     n = w.mount(uri, 'c', '--mode', 'managed', '--take-over')
     put(w, 'c', 0, b'the new owner')
     wait_for(lambda: w.status('b')['lease'] == 'fenced', 'the first to know')
-    has(m.err(), 'taken', 'copy --dirty file:cache.img')
+    wait_for(lambda: 'copy --dirty file:cache.img' in m.err(), 'the message')
+    has(m.err(), 'taken')
     has(w.run('status', 'b', code=0).out, 'FENCED')
     try:
         put(w, 'b', 0, b'late')
@@ -364,6 +492,12 @@ def a_follower_loses_and_finds_the_writer(w):
     equal(get(w, 'b', 1234567, 5), b'later', 'what is here')
     s = serve_again(w, uri)
     wait_for(lambda: w.status('b')['follow'] == 'following', 'the peer')
+    equal(w.read('b'), patched(data, 1234567, b'later'), 'content')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(s.end(), 0, 'server')
+    m = w.mount(uri, 'b', *KEPT, '--read-only', '--follow', 'never')  # offline
+    s = serve_again(w, uri)
+    wait_for(lambda: w.status('b')['follow'] == 'frozen', 'the peer')
     equal(w.read('b'), patched(data, 1234567, b'later'), 'content')
     equal(m.end(), 0, 'exit code: ' + m.err())
 
@@ -509,6 +643,35 @@ def a_map_needs_its_store(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def the_units_commands_work(w):
+    """What systemd would run of dist/farpage@.service."""
+    data, s, uri = world(w)
+    unit = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'dist', 'farpage@.service.in')
+    env = {'SOURCE': uri, 'TARGET': w.path('b'), 'OPTIONS': ' '.join(OFFLINE)}
+
+    def run(key, code):
+        with open(unit) as f:
+            line = next(x for x in f if x.startswith(key + '='))
+        words = line.strip().split('=', 1)[1].split()
+        true(words[0] == '@bindir@/farpage', line)
+        args = []
+        for word in words[1:]:  # $X is split into words, ${X} is not
+            if word.startswith('$') and not word.startswith('${'):
+                args += env[word[1:]].split()
+            else:
+                args.append(re.sub(r'\$\{(\w+)\}', lambda m: env[m.group(1)], word))
+        return w.run(*args, code=code)
+    run('ExecStart', 0)
+    try:
+        equal(w.read('b'), data, 'content')
+        pid = w.status('b')['pid']
+        put(w, 'b', 0, b'unit')
+    finally:
+        run('ExecStop', 0)
+    wait_for(lambda: not os.path.exists('/proc/%d' % pid), 'its end')
+    equal(w.read('a'), patched(data, 0, b'unit'), 'the remote')
+
+
 def status_is_what_its_page_says(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *KEPT)
@@ -528,4 +691,5 @@ def status_is_what_its_page_says(w):
 
 
 main([v for k, v in list(globals().items()) if callable(v) and getattr(v, '__module__', '') == '__main__'
-      and v not in (unmount, kill, put, get, patched, world, serve_again, all_local)])
+      and v not in (unmount, kill, put, get, patched, world, serve_again, all_local, short_lease,
+                    Link)])
