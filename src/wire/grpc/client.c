@@ -609,6 +609,8 @@ static int client_lease(void *self, struct far_lease *l)
 	struct far_grpc_lease a;
 	struct client_op op = { .m = FAR_M_LEASE, .lease = l, .reply = reply, .reply_cap = sizeof reply };
 
+	if (!c->writable)
+		return -EROFS;
 	if (far_client_kind(c) != FAR_CLIENT_UNKNOWN && !far_client_flag(&c->sessions))
 		return -EOPNOTSUPP;
 	int r = client_ordered(c, &op, false);
