@@ -33,6 +33,7 @@
 #include "region/persist_int.h"
 
 #include "base/clock.h"
+#include "base/pool.h"
 #include "region/partial.h"
 #include "region/region_int.h"
 
@@ -134,6 +135,14 @@ bool far_persist_is_unverified(struct far_persist *p, uint64_t i, uint64_t n)
 		if (bit_get(p->unverified, k))
 			return true;
 	return false;
+}
+
+void far_persist_unsum(struct far_persist *p, uint64_t i)
+{
+	if (persist_idle(p))
+		return;
+	__atomic_store_n(&p->sums[i].lo, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&p->sums[i].hi, 0, __ATOMIC_RELAXED);
 }
 
 int far_persist_check(struct far_persist *p, uint64_t i, const void *buf, size_t len)
@@ -394,6 +403,23 @@ static bool commit_unmark(struct commit *c, uint64_t i)
 	return quiet;
 }
 
+/* It became clean without anybody having had all of its bytes in hand: half-written ones that were pushed as they were. */
+static int commit_sum(struct far_persist *p, uint64_t i)
+{
+	size_t len = (size_t)farmap_len(p, i);
+	char *buf;
+
+	if (__atomic_load_n(&p->sums[i].lo, __ATOMIC_RELAXED) | __atomic_load_n(&p->sums[i].hi, __ATOMIC_RELAXED))
+		return 0;
+	if (!(buf = far_buf_get(len)))
+		return -ENOMEM;
+	int err = far_read(p->r->local, i << p->r->shift, buf, len, 0);
+	if (!err)
+		far_persist_sum(p, i, buf, len);
+	far_buf_put(buf, len);
+	return err;
+}
+
 static void commit_clean(struct commit *c, uint64_t i)
 {
 	struct far_persist *p = c->p;
@@ -401,8 +427,10 @@ static void commit_clean(struct commit *c, uint64_t i)
 	unsigned k = i % FARMAP_CHUNKS;
 	int err = 0;
 
-	if (bit_get(p->fresh_bits, i) || far_chunkmap_state(p->r->map, i) != FAR_CLEAN)
-		return; /* it changed since, and will come again */
+	/* Checked after the checksum: what changes from here on comes again. */
+	bool summed = far_chunkmap_state(p->r->map, i) == FAR_CLEAN && !commit_sum(p, i);
+	if (bit_get(p->fresh_bits, i) || far_chunkmap_state(p->r->map, i) != FAR_CLEAN || !summed)
+		return;
 	if (far_push_unstable(p->r, i)) {
 		/* The remote may yet forget it: it stays what it is, DIRTY or marked. */
 		commit_again(c, i);
