@@ -618,6 +618,8 @@ static int client_lease(void *self, struct far_lease *l)
 	struct far_grpc_lease a;
 	struct client_op op = { .m = FAR_M_LEASE, .lease = l, .reply = reply, .reply_cap = sizeof reply };
 
+	if (!c->writable)
+		return -EROFS;
 	if (far_client_kind(c) != FAR_CLIENT_UNKNOWN && !far_client_flag(&c->sessions))
 		return -EOPNOTSUPP;
 	int r = client_ordered(c, &op, false);
@@ -633,9 +635,9 @@ static int client_lease(void *self, struct far_lease *l)
 	l->left_ms = a.left_ms;
 	l->gone = a.gone;
 	memcpy(l->other, a.other, sizeof l->other);
-	r = far_hello_note(c, &a.export, &op.seen);
-	if (r == 0 && a.answer == FAR_GRPC_GRANTED)
+	if (a.answer == FAR_GRPC_GRANTED) /* before the new epoch is noted: changes that run are not fenced by it */
 		far_hello_leased(c, l->release ? 0 : a.export.epoch);
+	r = far_hello_note(c, &a.export, &op.seen);
 	far_hello_origin(c, &l->origin);
 	return r ? r : (unsigned)a.answer < FAR_ARRAY_LEN(codes) ? codes[a.answer] : -EPROTO;
 }
