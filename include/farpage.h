@@ -53,6 +53,7 @@ struct far_error {
  *  -EOPNOTSUPP an optional operation that this backend does not have
  *  -EBADMSG    a checksum does not fit: bytes were changed on their way or in a store
  *  -EBUSY      somebody else holds the lease
+ *  -EREMOTEIO  flush: done, but what was written before may be forgotten, for the remote was restarted in between
  *  -EIO        everything else */
 
 /* ---------------------------------------------------------------------------------------------- backends */

@@ -12,6 +12,9 @@
  *   PARTIAL -----------> FETCHING_PARTIAL   claim
  *   PARTIAL -----------> DIRTY              write_end       the parts have become the whole
  *   PARTIAL -----------> ABSENT             write_end, fetch_end, fill_end: the only write failed
+ *   PARTIAL -----------> PUSHING_PARTIAL    push_begin_partial
+ *   PUSHING_PARTIAL ---> PARTIAL            push_end_partial, without news if nothing was written meanwhile
+ *   PUSHING_PARTIAL ---> CLEAN | DIRTY      push_end_partial: the parts have become the whole meanwhile
  *   FETCHING_PARTIAL --> FILLING            fill_begin      waits until no writer has it pinned
  *   FETCHING_PARTIAL --> PARTIAL            fetch_end       the fetch failed
  *   FILLING -----------> CLEAN | DIRTY      fill_end, write_end
@@ -29,11 +32,12 @@
  *
  *  1. A write marks its chunk dirty after its copy into the local store and before its answer, in the same
  *     compare-and-swap that drops its pin. A push that read half of the copy finds REDIRTY, or DIRTY comes after it.
- *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in PARTIAL and FETCHING_PARTIAL (writers
- *     and readers of ranges that are here), and in FILLING only those taken before it began.
- *  3. A chunk in PARTIAL or FETCHING_PARTIAL, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
- *  4. News is above 0 in DIRTY, PUSHING, REDIRTY, PARTIAL and FETCHING_PARTIAL and in FILLING after the last; `dirty` is
- *     the sum of it over all chunks.
+ *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in the three PARTIALs (writers and readers
+ *     of ranges that are here), and in FILLING only those taken before it began.
+ *  3. A chunk in one of the PARTIALs, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
+ *  4. News is above 0 exactly where the remote lacks something: always in DIRTY, PUSHING, REDIRTY and PUSHING_PARTIAL, and
+ *     in PARTIAL, FETCHING_PARTIAL and FILLING after it until the ranges that are here were pushed. `dirty` is the sum of
+ *     it over all chunks.
  *  5. A chunk in FETCHING or FETCHING_PARTIAL lies in exactly one struct far_fetch whose `at` has not passed it.
  *  6. The hint bit of a group is set whenever one of its 64 chunks is dirty or being pushed, but for the moment in
  *     which a pusher looks the group over.
@@ -111,9 +115,9 @@ static bool is_local(enum far_chunk s)
 	return s >= FAR_CLEAN && s <= FAR_REDIRTY;
 }
 
-static bool is_dirty(enum far_chunk s)
+static bool is_partial(enum far_chunk s)
 {
-	return s >= FAR_DIRTY && s <= FAR_FETCHING_PARTIAL;
+	return s == FAR_PARTIAL || s == FAR_FETCHING_PARTIAL || s == FAR_PUSHING_PARTIAL;
 }
 
 static bool cas(struct far_chunkmap *m, uint64_t i, uint16_t *w, uint16_t to)
@@ -301,7 +305,8 @@ static void fetch_put_locked(struct far_fetch *f)
 
 static bool in_transit(enum far_chunk s)
 {
-	return s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL || s == FAR_FILLING || s == FAR_EVICTING;
+	return s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL || s == FAR_PUSHING_PARTIAL || s == FAR_FILLING ||
+	       s == FAR_EVICTING;
 }
 
 int far_chunkmap_wait(struct far_chunkmap *m, uint64_t i)
@@ -417,13 +422,13 @@ bool far_chunkmap_pin_partial(struct far_chunkmap *m, uint64_t i, uint64_t from,
 {
 	bool got = false;
 
-	if (!is_dirty(state_of(load(m, i))))
+	if (!is_partial(state_of(load(m, i))))
 		return false;
 	far_mutex_lock(&m->lock);
 	uint16_t w = load(m, i);
 	struct far_partial *e = *partial_at_locked(m, i);
 	uint64_t a = from, b = 0;
-	while (e && !got && (state_of(w) == FAR_PARTIAL || state_of(w) == FAR_FETCHING_PARTIAL) &&
+	while (e && !got && is_partial(state_of(w)) &&
 	       (!far_partial_missing(e, &a, &b) || a >= to))
 		got = (w & PIN_MASK) != PIN_MASK && cas(m, i, &w, (uint16_t)(w + PIN_ONE));
 	far_mutex_unlock(&m->lock);
@@ -437,18 +442,18 @@ static enum far_claim partial_begin_locked(struct far_chunkmap *m, uint64_t i, u
 					   unsigned *ragged) FAR_REQUIRES(m->lock)
 {
 	enum far_chunk s = state_of(w);
-	bool fetching = s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL;
+	bool fetching = s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL, moving = fetching || s == FAR_PUSHING_PARTIAL;
 	bool fresh = s == FAR_ABSENT || s == FAR_FETCHING;
 	struct far_partial *e = fresh ? partial_new_locked(m, i) : *partial_at_locked(m, i);
 
 	if (!e)
-		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
+		return moving ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
 	unsigned need = far_partial_ragged(e, from, to);
 	if (e->n_ragged + e->pending + need > FAR_PARTIAL_RAGGED)
-		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
+		return moving ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
 	for (;;) {
 		bool full = (w & PIN_MASK) == PIN_MASK;
-		enum far_chunk to_state = fetching ? FAR_FETCHING_PARTIAL : FAR_PARTIAL;
+		enum far_chunk to_state = fetching ? FAR_FETCHING_PARTIAL : moving ? s : FAR_PARTIAL;
 		uint16_t was = w, next = add_news(m, i, (uint16_t)(with_state(w, to_state) + PIN_ONE), to - from);
 		if (!full && cas(m, i, &w, next)) {
 			count_news(m, i, was, next);
@@ -533,6 +538,7 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 	}
 	FAR_ASSERT(e && e->pending >= ragged);
 	e->pending -= ragged;
+	e->again = true;
 	if (ok)
 		far_partial_add(e, from, to);
 	bool whole = far_partial_whole(e);
@@ -541,6 +547,8 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 		uint16_t was = w, next = (uint16_t)(w - PIN_ONE);
 		if (s == FAR_PARTIAL)
 			next = whole ? with_state(next, FAR_DIRTY) : partial_or_absent_locked(m, i, next);
+		if (state_of(next) != FAR_ABSENT && !news_of(next)) /* a push has ended since it was counted */
+			next = add_news(m, i, next, to - from);
 		if (!cas(m, i, &w, next))
 			continue;
 		count_news(m, i, was, next);
@@ -657,7 +665,7 @@ void far_chunkmap_fill_end(struct far_chunkmap *m, uint64_t i, struct far_partia
 		far_mutex_lock(&m->lock);
 		do {
 			was = w;
-			is = ok ? with_state(w, FAR_DIRTY) : partial_or_absent_locked(m, i, w);
+			is = !ok ? partial_or_absent_locked(m, i, w) : with_state(w, news_of(w) ? FAR_DIRTY : FAR_CLEAN);
 		} while (!cas(m, i, &w, is));
 		count_news(m, i, was, is);
 		if (state_of(is) != FAR_PARTIAL)
@@ -731,17 +739,13 @@ static uint64_t hint_take(struct far_chunkmap *m, uint64_t g)
 	return UINT64_MAX;
 }
 
-/* Holds something the remote lacks. A chunk that is being filled does if parts of it were written here. */
+/* Holds something the remote lacks. */
 static bool holds_news(struct far_chunkmap *m, uint64_t i, enum far_chunk *s)
 {
-	*s = far_chunkmap_state(m, i);
-	if (*s != FAR_FILLING)
-		return is_dirty(*s);
-	far_mutex_lock(&m->lock);
-	bool entry = *partial_at_locked(m, i) != NULL;
-	*s = far_chunkmap_state(m, i); /* a filled chunk turns dirty under the lock, with its entry */
-	far_mutex_unlock(&m->lock);
-	return entry || is_dirty(*s);
+	uint16_t w = load(m, i);
+
+	*s = state_of(w);
+	return news_of(w) > 0;
 }
 
 bool far_chunkmap_has_news(struct far_chunkmap *m, uint64_t i)
@@ -812,20 +816,74 @@ void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, b
 	}
 }
 
+bool far_chunkmap_push_begin_partial(struct far_chunkmap *m, uint64_t i, bool crowded, struct far_partial **e)
+{
+	struct far_partial *copy = far_partial_new(i, far_chunkmap_len(m, i)), *it;
+	bool got = false;
+
+	if (!copy)
+		return false;
+	far_mutex_lock(&m->lock);
+	uint16_t w = load(m, i);
+	bool room = crowded || m->n_partial <= m->max_partial / 2;
+	while (!got && room && state_of(w) == FAR_PARTIAL && news_of(w)) {
+		it = *partial_at_locked(m, i);
+		if (!it->n_valid && !it->n_ragged) /* the first write is not there yet */
+			break;
+		if (!cas(m, i, &w, with_state(w, FAR_PUSHING_PARTIAL)))
+			continue;
+		it->again = false;
+		far_partial_copy(copy, it);
+		got = true;
+	}
+	far_mutex_unlock(&m->lock);
+	if (!got)
+		free(copy);
+	else
+		*e = copy;
+	return got;
+}
+
+void far_chunkmap_push_end_partial(struct far_chunkmap *m, uint64_t i, bool ok)
+{
+	far_mutex_lock(&m->lock);
+	struct far_partial *e = *partial_at_locked(m, i);
+	bool whole = far_partial_whole(e), clean = ok && !e->again;
+	uint16_t w = load(m, i), was, is;
+	do {
+		was = w;
+		FAR_ASSERT(state_of(w) == FAR_PUSHING_PARTIAL);
+		is = with_state(w, !whole ? FAR_PARTIAL : clean ? FAR_CLEAN : FAR_DIRTY);
+		is = clean ? no_news(is) : is;
+	} while (!cas(m, i, &w, is));
+	count_news(m, i, was, is);
+	if (whole) {
+		partial_free_locked(m, i);
+		count_local(m, i, true);
+	}
+	if (!clean)
+		hint(m, i);
+	if (atomic_load(&m->waiters))
+		far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+}
+
 bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i)
 {
 	uint16_t w = load(m, i), was, is;
 
 	for (;;) {
-		if (state_of(w) == FAR_EVICTING) { /* it will look at the chunk's mark and let go */
+		enum far_chunk s = state_of(w);
+		if (s == FAR_EVICTING) { /* it will look at the chunk's mark and let go */
 			far_thread_yield();
 			w = load(m, i);
 			continue;
 		}
-		if (state_of(w) != FAR_CLEAN)
+		/* What was pushed and is being filled, was half-written. */
+		if (news_of(w) || (s != FAR_CLEAN && s != FAR_PARTIAL && s != FAR_FETCHING_PARTIAL && s != FAR_FILLING))
 			return false;
 		was = w;
-		is = add_news(m, i, with_state(w, FAR_DIRTY), far_chunkmap_len(m, i));
+		is = add_news(m, i, s == FAR_CLEAN ? with_state(w, FAR_DIRTY) : w, far_chunkmap_len(m, i));
 		if (!cas(m, i, &w, is))
 			continue;
 		count_news(m, i, was, is);
@@ -846,8 +904,15 @@ void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, ui
 			uint64_t end = far_min((g + 1) * GROUP, m->chunks);
 			for (uint64_t i = g * GROUP; i < end; i++) {
 				enum far_chunk s;
-				if (holds_news(m, i, &s))
-					fn(opaque, i, s);
+				if (!holds_news(m, i, &s))
+					continue;
+				if (s == FAR_PUSHING_PARTIAL) { /* PUSHING and REDIRTY in one */
+					far_mutex_lock(&m->lock);
+					const struct far_partial *e = *partial_at_locked(m, i);
+					s = e && e->again ? FAR_REDIRTY : e ? FAR_PUSHING : far_chunkmap_state(m, i);
+					far_mutex_unlock(&m->lock);
+				}
+				fn(opaque, i, s);
 			}
 		}
 	}
@@ -938,14 +1003,17 @@ void far_chunkmap_check(struct far_chunkmap *m)
 
 		FAR_ASSERT(s <= FAR_EVICTING);
 		FAR_ASSERT(!(w & PIN_MASK) || is_local(s) || entry);
-		if (s == FAR_PARTIAL || s == FAR_FETCHING_PARTIAL)
+		if (is_partial(s))
 			FAR_ASSERT(entry);
 		else if (s != FAR_FILLING)
 			FAR_ASSERT(!entry);
 		FAR_ASSERT((s != FAR_FETCHING && s != FAR_FETCHING_PARTIAL) || fetch_find_locked(m, i));
 		local += is_local(s) ? far_chunkmap_len(m, i) : 0;
 		dirty += news_of(w) * far_chunkmap_len(m, i) / NEWS_ALL;
-		FAR_ASSERT((news_of(w) > 0) == (is_dirty(s) || (s == FAR_FILLING && entry)));
+		if (s == FAR_DIRTY || s == FAR_PUSHING || s == FAR_REDIRTY || s == FAR_PUSHING_PARTIAL)
+			FAR_ASSERT(news_of(w));
+		else if (!entry)
+			FAR_ASSERT(!news_of(w));
 		partial += entry;
 	}
 	FAR_ASSERT(partial == m->n_partial);

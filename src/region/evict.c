@@ -156,6 +156,7 @@ static bool refresh_one(struct far_region *r, struct evict_batch *b, uint64_t i)
 		return far_push_unstable(r, i) || evict_claim(r, b, i);
 	case FAR_FETCHING:
 	case FAR_FETCHING_PARTIAL:
+	case FAR_PUSHING_PARTIAL:
 	case FAR_FILLING:
 	case FAR_EVICTING:
 		return false;

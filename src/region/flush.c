@@ -127,6 +127,19 @@ void far_push_ended_locked(struct far_push *p, uint64_t first, uint64_t n, uint6
 	p->pushes++;
 }
 
+void far_push_ended_partial_locked(struct far_push *p, uint64_t i, uint64_t began, uint64_t before, uint64_t after, int err)
+{
+	flush_instance_locked(p, after);
+	bool ok = !err && before == after;
+	if (ok)
+		far_unstable_add(&p->unstable, i, 1);
+	far_persist_fresh(p->r->persist, i, 1);
+	far_chunkmap_push_end_partial(p->r->map, i, ok);
+	if (ok || err)
+		flush_listed_locked(p, i, 1, began, err);
+	p->pushes++;
+}
+
 void far_push_failed_locked(struct far_push *p, uint64_t i, uint64_t began, int err)
 {
 	flush_listed_locked(p, i, 1, began, err);
@@ -152,6 +165,8 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 	uint64_t before = far_push_instance(r);
 	int err = far_flush(r->remote);
 	uint64_t after = far_push_instance(r);
+	if (err == -EREMOTEIO)
+		err = 0; /* it has flushed, but had been restarted: that is another instance, and known here */
 	if (err)
 		far_push_refused(r, err);
 	far_mutex_lock(&p->lock);

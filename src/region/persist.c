@@ -359,7 +359,8 @@ static void commit_collect(struct commit *c)
 					continue;
 				}
 				enum far_chunk state = far_chunkmap_state(p->r->map, i);
-				c->any_partial |= state == FAR_PARTIAL || state == FAR_FETCHING_PARTIAL || state == FAR_FILLING;
+				c->any_partial |= state == FAR_PARTIAL || state == FAR_FETCHING_PARTIAL ||
+						 state == FAR_PUSHING_PARTIAL || state == FAR_FILLING;
 				c->list[c->n++] = (struct commit_chunk){ i, state, far_push_unstable(p->r, i) };
 			}
 		}
@@ -442,6 +443,7 @@ static void commit_decide(struct commit *c)
 			break;
 		case FAR_PARTIAL:
 		case FAR_FETCHING_PARTIAL:
+		case FAR_PUSHING_PARTIAL:
 			if (!commit_has_partial(c, i))
 				commit_again(c, i);
 			else if (kind != FAR_PERSIST_PARTIAL)
@@ -602,6 +604,7 @@ static bool commit_exact_group(struct far_persist *p, uint64_t first, uint64_t e
 			break;
 		case FAR_PARTIAL:
 		case FAR_FETCHING_PARTIAL:
+		case FAR_PUSHING_PARTIAL:
 			if (kind != FAR_PERSIST_PARTIAL)
 				return false;
 			break;

@@ -90,6 +90,7 @@ void far_pull_fault(struct far_region *r, uint64_t i, uint64_t n);
 void far_pull_touched(struct far_region *r, uint64_t i, uint64_t n);
 /* Chunks became local, or room was made: wake who waits for that. */
 void far_pull_progress(struct far_region *r);
+void far_pull_missed(struct far_region *r, uint64_t i); /* the walk may have passed chunk i while it was busy */
 void far_pull_again(struct far_region *r); /* chunks were dropped: walk the order from its start */
 void far_pull_status(struct far_region *r, struct far_status *st);
 

@@ -48,6 +48,7 @@ struct head {
 	uint64_t magic, sectors, seed;
 	_Atomic uint64_t writes, flushes, failed_writes, failed_flushes, reads, failed_reads;
 	_Atomic uint32_t next; /* version that is given out next: another load has other threads on a sector */
+	uint32_t base;         /* the first one since the last settle: older ones may have come back from the remote only */
 };
 
 struct ledger {
@@ -154,6 +155,7 @@ static int init(const char *path, const char *file, uint64_t sectors, uint64_t s
 		die("create", file);
 	ledger_map(path, sectors, seed);
 	atomic_store(&L.head->next, 2);
+	L.head->base = 2;
 	for (uint64_t s = 0; s < sectors; s++) {
 		uint32_t v = mix(seed + s / PIECE) % 4 != 0;
 
@@ -421,7 +423,7 @@ static int check_some(int fd, uint64_t *buf, uint64_t s, uint64_t n, struct tall
 
 /*
  * With `offline` what was not flushed may be absent: that costs a deadline each, so after some of it only those sectors
- * are read that a flush has covered. Exit 3: nothing wrong, and not all was there.
+ * are read that a flush has covered since the last settle. Exit 3: nothing wrong, and not all was there.
  */
 static int check(const char *file, bool offline)
 {
@@ -442,7 +444,7 @@ static int check(const char *file, bool offline)
 			err = check_some(fd, buf, s, n, &t);
 		t.absent += err && offline;
 		for (uint64_t i = s; err && i < s + n && t.unread < 3; i++) {
-			if (offline && L.acked[i] < 2)
+			if (offline && L.acked[i] < L.head->base)
 				continue;
 			err = check_some(fd, buf, i, 1, &t);
 			if (err && t.unread++ < 3)
@@ -473,6 +475,7 @@ static int flush_file(const char *file)
 
 static int settle(void)
 {
+	L.head->base = atomic_load(&L.head->next);
 	for (uint64_t s = 0; s < L.n; s++) {
 		L.acked[s] = L.completed[s] = L.issued[s] = L.seen[s];
 		/* Zeros of now stay what they are; a hole of before never comes back, and version 0 only where it was. */

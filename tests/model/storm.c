@@ -38,7 +38,6 @@ struct store { /* the remote: a server with a page cache and a disk */
 	unsigned char *cache, *disk;
 	uint64_t instance, heard, restarts;
 	unsigned rate;   /* of 1000 calls fail */
-	bool partial_ok; /* takes any length, not only whole sectors */
 	_Atomic uint64_t changes;
 };
 
@@ -343,6 +342,7 @@ static void storm_open(struct storm *m, uint64_t seed, const struct far_mount_op
 	memcpy(m->s.disk, m->truth, (size_t)m->bytes);
 	facts.bytes = m->bytes;
 	facts.caps = FAR_CAP_WRITE | FAR_CAP_DURABLE | FAR_CAP_REMOTE;
+	facts.chunk = rnd(rng) % 3 ? 0 : 4096; /* takes whole chunks only */
 	MUST(!far_backend_new(&ops, &m->s, &facts, &conf.remote));
 	snprintf(spec, sizeof spec, "mem:%llu", (unsigned long long)m->bytes);
 	MUST(!far_open(spec, NULL, &conf.local, &err));

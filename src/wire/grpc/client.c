@@ -274,7 +274,7 @@ static enum client_fate client_fate(struct far_client *c, struct client_op *op, 
 		return CLIENT_LOST;
 	if (r == -ECANCELED || r == -ENOTCONN)
 		return CLIENT_FENCED;
-	if (!far_client_flag(&c->sums))
+	if (!far_client_flag(&c->sums) || r == -EREMOTEIO)
 		return CLIENT_DONE;
 	/* A peer of ours names its errors, and does not refuse what was checked before it was sent. */
 	if (!call->errno_name[0] || r == -ENOENT || r == -EINVAL || r == -EOPNOTSUPP)
@@ -451,7 +451,7 @@ static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned
 }
 
 static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t off, const void *src, uint64_t len,
-			 unsigned flags)
+			 unsigned flags, uint64_t *told_by)
 {
 	uint8_t reply[64];
 	struct client_op op = { .m = m, .off = off, .src = src, .len = len, .flags = flags, .reply = reply,
@@ -464,17 +464,19 @@ static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t 
 	r = client_ordered(c, &op, true);
 	bool lost = m == FAR_M_WRITE && (op.fate == CLIENT_LOST || op.fate == CLIENT_GARBLED);
 	int p = far_plain_end(c, off, src, len, lost && r ? 1 : r, entered);
+	if (told_by)
+		*told_by = op.told_by;
 	return r ? r : p;
 }
 
 static int client_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
-	return client_change(self, FAR_M_ZERO, off, NULL, len, flags);
+	return client_change(self, FAR_M_ZERO, off, NULL, len, flags, NULL);
 }
 
 static int client_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
-	return client_change(self, FAR_M_DISCARD, off, NULL, len, flags);
+	return client_change(self, FAR_M_DISCARD, off, NULL, len, flags, NULL);
 }
 
 /* A peer that tells no instance: a Sync on each connection that was written on proves that the process that has the bytes
@@ -503,6 +505,21 @@ static int client_flush_plain(struct far_client *c)
 	return client_error(r || done ? r : client_ask(c, &op));
 }
 
+/* What is behind the peer is another one than when its connections were greeted: greet anew. */
+static void client_regreet(struct far_client *c, uint64_t instance)
+{
+	struct far_channel *up[FAR_LANES * FAR_LANES_MAX];
+	size_t n = far_lanes_up(&c->lanes, up, FAR_ARRAY_LEN(up));
+
+	for (size_t i = 0; i < n; i++) {
+		if (c->lanes.once)
+			far_channel_tag(up[i], instance);
+		else
+			far_channel_retire(up[i]);
+		far_channel_put(up[i]);
+	}
+}
+
 static int client_flush(void *self)
 {
 	struct far_client *c = self;
@@ -519,17 +536,27 @@ static int client_flush(void *self)
 	if (r || !op.region || !far_client_flag(&c->sessions))
 		return r;
 	r = far_grpc_decode_flushed(reply, op.reply_n, &f);
-	return r ? r : far_hello_flushed(c, &f, changes);
+	if (r)
+		return r;
+	if (f.instance != op.told_by)
+		client_regreet(c, f.instance);
+	return far_hello_flushed(c, &f, changes);
 }
 
 static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
 	struct far_client *c = self;
 	/* The plain service has no flush in a write; nor is it known whom an unreached peer will turn out to be. */
-	bool after = (flags & FAR_FLUSH) && !far_client_flag(&c->sessions);
+	bool sessions = far_client_flag(&c->sessions), flush = flags & FAR_FLUSH;
+	uint64_t told_by, changes = flush ? far_hello_changes(c) : 0;
 
-	int r = client_change(c, FAR_M_WRITE, off, buf, len, after ? flags & ~(unsigned)FAR_FLUSH : flags);
-	return r || !after ? r : client_flush(c);
+	int r = client_change(c, FAR_M_WRITE, off, buf, len, sessions ? flags : flags & ~(unsigned)FAR_FLUSH, &told_by);
+	if (r || !flush)
+		return r;
+	if (!sessions)
+		return client_flush(c);
+	struct far_grpc_flushed f = { .instance = told_by };
+	return far_hello_flushed(c, &f, changes + 1);
 }
 
 static int client_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)

@@ -401,7 +401,7 @@ static bool service_verify(struct far_request *r)
 	if (!m->sum || r->verified)
 		return true;
 	if (r->method == FAR_M_WRITE)
-		far_grpc_sum_data(sum, m->export, m->export_n, (uint64_t)m->off, m->data_n ? m->data : (const uint8_t *)"", m->data_n);
+		far_grpc_sum_data(sum, m->export, m->export_n, (uint64_t)m->off, m->data, m->data_n);
 	else
 		far_grpc_sum_span(sum, m->export, m->export_n, (uint64_t)m->off, m->len);
 	r->verified = !memcmp(sum, m->sum, sizeof sum);
