@@ -5,7 +5,8 @@
 What the tests' folders rely on:
   - cases are counted as cmocka and TAP print them; a program that prints neither is one case
   - a line with "skip" before a skipped case is its reason; a program that exits with 77 is skipped, its last line says why
-  - a test of the suite `long` runs in check-long only; FARPAGE_LONG=1 is set there for tests that have a longer form
+  - a test of the suite `long` runs in check-long only; FARPAGE_LONG=1 is set there for tests that have a longer form.
+    tests/long says how long each takes; what does not fit into half an hour waits for another day, and is named
   - tests/fuzz builds executables fuzz-NAME with -Dfuzz=true; tests/fuzz/corpus/NAME/ is what they start from
 """
 import concurrent.futures
@@ -235,6 +236,36 @@ def tsan_wrapper():
         return None
 
 
+LONG_BUDGET = int(os.environ.get('FARPAGE_LONG_SECONDS', '960'))
+
+
+def long_today(count, where):
+    """The tests of the suite `long` that run today: a ring, begun at another place each day, until the budget is used."""
+    took = {}
+    with open('tests/long') as f:
+        for line in f:
+            words = line.split('#')[0].split()
+            if words:
+                took[words[0]] = int(words[1])
+    out = subprocess.run(['meson', 'test', '-C', where, '--no-rebuild', '--list', '--suite', 'long'], stdout=subprocess.PIPE,
+                         stderr=subprocess.DEVNULL, text=True).stdout
+    names = sorted(set(line.split(' / ')[-1].strip() for line in out.splitlines() if ' / ' in line))
+    for name in names:
+        if name not in took:
+            count.add(FAIL, 'tests/long does not say how long %s takes' % name)
+    day = int(os.environ.get('FARPAGE_LONG_DAY', time.time() // 86400))
+    names = names[day % len(names):] + names[:day % len(names)] if names else []
+    today, used = [], 0
+    for name in names:
+        if used + took.get(name, 60) <= LONG_BUDGET:
+            today.append(name)
+            used += took.get(name, 60)
+    for name in names:
+        if name not in today:
+            say('waits for another day (FARPAGE_LONG_SECONDS=7200 runs all): %s, %d s' % (name, took.get(name, 60)))
+    return today
+
+
 def check_long(count):
     if build(count, 'build-clang', ['-Dwerror_tsa=true', '-Db_lundef=false'], 'clang'):
         count.add(PASS, 'build-clang: -Wthread-safety finds nothing')
@@ -246,8 +277,10 @@ def check_long(count):
         meson_tests(count, 'build-tsan', args, {'TSAN_OPTIONS': 'halt_on_error=1:second_deadlock_stack=1:suppressions=' + supp},
                     tsan_wrapper())
     if build(count, 'build-asan', ['-Db_sanitize=address,undefined', '-Db_lundef=false'], 'gcc'):
-        meson_tests(count, 'build-asan', ['--suite', 'long', '--timeout-multiplier', '3'],
-                    dict(ASAN_ENV, FARPAGE_LONG='1'))
+        today = long_today(count, 'build-asan')
+        if today:
+            meson_tests(count, 'build-asan', ['--suite', 'long', '--timeout-multiplier', '3'] + today,
+                        dict(ASAN_ENV, FARPAGE_LONG='1'))
     fuzz(count, int(os.environ.get('FARPAGE_FUZZ_SECONDS', '40')))
 
 

@@ -271,22 +271,30 @@ static int file_fail(const struct far_uri *u, int code, const char *why, struct 
 	return far_error_set(err, code, "cannot open '%.150s': %s.", u->text, why ? why : far_strerror(code));
 }
 
+/* Durable when it returns: a chunk map that is made next speaks of a file of this size. */
+static int file_give_size(struct file *f, const struct far_uri *u, uint64_t size, struct far_error *err)
+{
+	int r = ftruncate(f->fd, (off_t)size) < 0 ? -errno : far_io_fsync(f->fd);
+	return r ? file_fail(u, -r, r == -EFBIG ? "the file system takes no file of that size" : NULL, err) : 0;
+}
+
 /* Make a sparse file of the size that was asked for; one that appears meanwhile is somebody else's. */
 static int file_create(struct file *f, const struct far_uri *u, uint64_t size, struct far_error *err)
 {
 	f->fd = open(u->path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
 	if (f->fd < 0)
 		return file_fail(u, errno, errno == ENOENT ? "its directory does not exist; create it first" : NULL, err);
-	if (ftruncate(f->fd, (off_t)size) < 0) {
-		int code = errno;
+	int r = file_give_size(f, u, size, err);
+	if (r) {
 		unlink(u->path);
-		return file_fail(u, code, code == EFBIG ? "the file system takes no file of that size" : NULL, err);
+		return r;
 	}
-	int r = far_io_sync_parent(u->path);
+	r = far_io_sync_parent(u->path);
 	return r ? file_fail(u, -r, NULL, err) : 0;
 }
 
-static int file_find_size(struct file *f, const struct far_uri *u, uint64_t want, uint32_t *caps, struct far_error *err)
+static int file_find_size(struct file *f, const struct far_uri *u, uint64_t want, bool grow, uint32_t *caps,
+			  struct far_error *err)
 {
 	struct stat st;
 
@@ -300,6 +308,13 @@ static int file_find_size(struct file *f, const struct far_uri *u, uint64_t want
 	f->bytes = (uint64_t)st.st_size;
 	if (S_ISBLK(st.st_mode) && ioctl(f->fd, BLKGETSIZE64, &f->bytes) < 0)
 		return file_fail(u, errno, NULL, err);
+	if (grow && S_ISREG(st.st_mode) && !st.st_size && want != FILE_NO_SIZE) {
+		/* The power went out while it was made. */
+		int r = file_give_size(f, u, want, err);
+		if (r)
+			return r;
+		f->bytes = want;
+	}
 	if (want != FILE_NO_SIZE && want != f->bytes)
 		return far_error_set(err, EINVAL,
 				     "cannot open '%.150s': it exists with %" PRIu64 " bytes, not %" PRIu64
@@ -352,7 +367,7 @@ static int file_open(struct file *f, const struct far_uri *u, const struct far_o
 		r = file_no_entry(u, errno, mode, err);
 	if (r)
 		return r;
-	r = file_find_size(f, u, conf.size, &facts->caps, err);
+	r = file_find_size(f, u, conf.size, !opts->read_only, &facts->caps, err);
 	if (!r && conf.direct)
 		r = file_open_direct(f, u, mode, err);
 	facts->bytes = f->bytes;

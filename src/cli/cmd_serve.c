@@ -177,15 +177,19 @@ static struct json_object *serve_control_cb(void *opaque, const char *op, struct
 	if (strcmp(op, "status") != 0)
 		return far_control_error(-EOPNOTSUPP, "'%s' is for mounts: this is 'farpage serve'", op);
 	struct json_object *o = far_control_ok(), *list = json_object_new_array();
-	json_object_object_add(o, "kind", json_object_new_string("serve"));
-	json_object_object_add(o, "pid", json_object_new_int((int)getpid()));
+	far_control_put(&o, "kind", json_object_new_string("serve"));
+	far_control_put(&o, "pid", json_object_new_int((int)getpid()));
 	for (size_t i = 0; i < s->n; i++) {
 		struct json_object *e = json_object_new_object();
-		json_object_object_add(e, "name", json_object_new_string(s->exports[i].name));
-		json_object_object_add(e, "size", json_object_new_int64((int64_t)far_size(s->exports[i].b)));
-		json_object_array_add(list, e);
+		far_control_put(&e, "name", json_object_new_string(s->exports[i].name));
+		far_control_put(&e, "size", json_object_new_int64((int64_t)far_size(s->exports[i].b)));
+		if (!e || !list || json_object_array_add(list, e)) {
+			json_object_put(e);
+			json_object_put(list);
+			list = NULL; /* without memory: the answer as a whole says so */
+		}
 	}
-	json_object_object_add(o, "exports", list);
+	far_control_put(&o, "exports", list);
 	return o;
 }
 

@@ -53,11 +53,11 @@ static struct json_object *mount_op_status(struct mount_loop *l)
 
 	far_mnt_status(l->mnt, &st);
 	struct json_object *o = far_control_status(&st);
-	json_object_object_add(o, "kind", json_object_new_string("mount"));
-	json_object_object_add(o, "pid", json_object_new_int((int)getpid()));
-	json_object_object_add(o, "source", json_object_new_string(l->source));
-	json_object_object_add(o, "path", json_object_new_string(far_mnt_path(l->mnt)));
-	json_object_object_add(o, "why", json_object_new_string(far_mnt_why(l->mnt)));
+	far_control_put(&o, "kind", json_object_new_string("mount"));
+	far_control_put(&o, "pid", json_object_new_int((int)getpid()));
+	far_control_put(&o, "source", json_object_new_string(l->source));
+	far_control_put(&o, "path", json_object_new_string(far_mnt_path(l->mnt)));
+	far_control_put(&o, "why", json_object_new_string(far_mnt_why(l->mnt)));
 	return o;
 }
 
@@ -176,8 +176,8 @@ static struct json_object *mount_op_stop(struct mount_loop *l, struct json_objec
 	o = l->end_code < 0 ? far_control_error(l->end_code, "stopped, but the flush failed: %s%s%s", far_strerror(l->end_code),
 					    l->end_text[0] ? ". " : "", l->end_text)
 			    : far_control_ok();
-	json_object_object_add(o, "unsaved", json_object_new_int64((int64_t)l->unsaved));
-	json_object_object_add(o, "unsaved_text", json_object_new_string(l->end_text));
+	far_control_put(&o, "unsaved", json_object_new_int64((int64_t)l->unsaved));
+	far_control_put(&o, "unsaved_text", json_object_new_string(l->end_text));
 	far_mutex_unlock(&l->lock);
 	return o;
 }

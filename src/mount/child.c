@@ -454,9 +454,9 @@ static struct json_object *child_request(const char *op, int timeout_ms)
 {
 	struct json_object *req = json_object_new_object();
 
-	json_object_object_add(req, "op", json_object_new_string(op));
+	far_control_put(&req, "op", json_object_new_string(op));
 	if (timeout_ms >= 0)
-		json_object_object_add(req, "timeout_ms", json_object_new_int(timeout_ms));
+		far_control_put(&req, "timeout_ms", json_object_new_int(timeout_ms));
 	return req;
 }
 
@@ -477,7 +477,7 @@ int far_mount_wait(struct far_mount *m, unsigned percent, int timeout_ms)
 {
 	struct json_object *req = child_request("wait", timeout_ms);
 
-	json_object_object_add(req, "percent", json_object_new_int((int)far_min(percent, 100)));
+	far_control_put(&req, "percent", json_object_new_int((int)far_min(percent, 100)));
 	return child_ask(m, req, -1, NULL);
 }
 
@@ -490,7 +490,7 @@ static int child_ask_range(struct far_mount *m, const char *op, uint64_t off, ui
 	if (len > FAR_SIZE_MAX || off > FAR_SIZE_MAX - len)
 		len = FAR_SIZE_MAX - far_min(off, FAR_SIZE_MAX);
 	snprintf(range, sizeof range, "%" PRIu64 "-%" PRIu64, off, off + len);
-	json_object_object_add(req, "ranges", json_object_new_string(range));
+	far_control_put(&req, "ranges", json_object_new_string(range));
 	return child_ask(m, req, -1, NULL);
 }
 

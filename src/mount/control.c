@@ -160,35 +160,59 @@ static int control_read_line(int fd, char *buf, size_t n, uint64_t deadline)
 	return -EMSGSIZE;
 }
 
+static int control_send(int fd, const char *line, size_t n)
+{
+	for (size_t at = 0; at < n;) {
+		ssize_t put = send(fd, line + at, n - at, MSG_NOSIGNAL);
+		if (put < 0 && errno == EINTR)
+			continue;
+		if (put < 0)
+			return -errno;
+		at += (size_t)put;
+	}
+	return 0;
+}
+
 static int control_write_json(int fd, struct json_object *o)
 {
-	const char *text = json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
-	size_t n = strlen(text);
-	char *line = malloc(n + 1);
+	const char *text = !o ? NULL :
+			   json_object_to_json_string_ext(o, JSON_C_TO_STRING_PLAIN | JSON_C_TO_STRING_NOSLASHESCAPE);
+	size_t n = text ? strlen(text) : 0;
+	char *line = text ? malloc(n + 1) : NULL;
 
 	if (!line)
 		return -ENOMEM;
 	memcpy(line, text, n);
 	line[n++] = '\n';
-	for (size_t at = 0; at < n;) {
-		ssize_t put = send(fd, line + at, n - at, MSG_NOSIGNAL);
-		if (put < 0 && errno == EINTR)
-			continue;
-		if (put < 0) {
-			free(line);
-			return -errno;
-		}
-		at += (size_t)put;
-	}
+	int r = control_send(fd, line, n);
 	free(line);
-	return 0;
+	return r;
+}
+
+/* An answer that there was memory for, or else that there was none. */
+static void control_reply(int fd, struct json_object *o)
+{
+	static const char none[] = "{\"ok\":false,\"code\":12,\"error\":\"no memory for the answer: try again\"}\n";
+
+	_Static_assert(ENOMEM == 12, "as the text has it");
+	if (control_write_json(fd, o) == -ENOMEM)
+		control_send(fd, none, sizeof none - 1);
+}
+
+void far_control_put(struct json_object **o, const char *key, struct json_object *v)
+{
+	if (*o && v && json_object_object_add(*o, key, v) == 0)
+		return;
+	json_object_put(v);
+	json_object_put(*o);
+	*o = NULL;
 }
 
 struct json_object *far_control_ok(void)
 {
 	struct json_object *o = json_object_new_object();
 
-	json_object_object_add(o, "ok", json_object_new_boolean(true));
+	far_control_put(&o, "ok", json_object_new_boolean(true));
 	return o;
 }
 
@@ -209,32 +233,34 @@ static const char *const control_modes[] = { "auto", "direct", "managed" };
 static const char *const control_leases[] = { "none", "held", "unsure", "fenced" };
 static const char *const control_follows[] = { "none", "frozen", "following", "lost" };
 
-static void control_add(struct json_object *o, const char *key, uint64_t v)
+static void control_add(struct json_object **o, const char *key, uint64_t v)
 {
-	json_object_object_add(o, key, json_object_new_int64((int64_t)v));
+	far_control_put(o, key, json_object_new_int64((int64_t)v));
 }
 
-static void control_add_name(struct json_object *o, const char *key, const char *const *names, unsigned v)
+static void control_add_name(struct json_object **o, const char *key, const char *const *names, unsigned v)
 {
-	json_object_object_add(o, key, json_object_new_string(names[v]));
+	far_control_put(o, key, json_object_new_string(names[v]));
 }
 
 struct json_object *far_control_status(const struct far_status *st)
 {
 	struct json_object *o = far_control_ok();
 
-	control_add_name(o, "mode", control_modes, st->mode);
+	control_add_name(&o, "mode", control_modes, st->mode);
 	for (size_t i = 0; i < FAR_ARRAY_LEN(control_numbers); i++)
-		control_add(o, control_numbers[i].key, *(const uint64_t *)((const char *)st + control_numbers[i].offset));
-	control_add(o, "pull_rate", (uint64_t)st->pull_rate);
-	control_add(o, "push_rate", (uint64_t)st->push_rate);
-	control_add(o, "last_errno", (uint64_t)st->last_error);
-	json_object_object_add(o, "last_error",
-			       st->last_error ? json_object_new_string(far_strerror(st->last_error)) : NULL);
-	control_add_name(o, "lease", control_leases, st->lease);
-	control_add_name(o, "follow", control_follows, st->follow);
-	json_object_object_add(o, "persistent", json_object_new_boolean(st->persistent));
-	json_object_object_add(o, "local_full", json_object_new_boolean(st->local_full));
+		control_add(&o, control_numbers[i].key, *(const uint64_t *)((const char *)st + control_numbers[i].offset));
+	control_add(&o, "pull_rate", (uint64_t)st->pull_rate);
+	control_add(&o, "push_rate", (uint64_t)st->push_rate);
+	control_add(&o, "last_errno", (uint64_t)st->last_error);
+	if (st->last_error)
+		far_control_put(&o, "last_error", json_object_new_string(far_strerror(st->last_error)));
+	else if (o && json_object_object_add(o, "last_error", NULL))
+		far_control_put(&o, "last_error", NULL);
+	control_add_name(&o, "lease", control_leases, st->lease);
+	control_add_name(&o, "follow", control_follows, st->follow);
+	far_control_put(&o, "persistent", json_object_new_boolean(st->persistent));
+	far_control_put(&o, "local_full", json_object_new_boolean(st->local_full));
 	return o;
 }
 
@@ -288,9 +314,9 @@ struct json_object *far_control_error(int code, const char *fmt, ...)
 	va_start(ap, fmt);
 	vsnprintf(text, sizeof text, fmt, ap);
 	va_end(ap);
-	json_object_object_add(o, "ok", json_object_new_boolean(false));
-	json_object_object_add(o, "code", json_object_new_int(code < 0 ? -code : code));
-	json_object_object_add(o, "error", json_object_new_string(text));
+	far_control_put(&o, "ok", json_object_new_boolean(false));
+	far_control_put(&o, "code", json_object_new_int(code < 0 ? -code : code));
+	far_control_put(&o, "error", json_object_new_string(text));
 	return o;
 }
 
@@ -336,7 +362,7 @@ static void *control_slot_main(void *arg)
 	if (line && control_read_line(s->fd, line, CONTROL_LINE, far_now() + 10 * FAR_SEC) == 0) {
 		reply = control_may(s->fd) ? control_answer(c, line)
 					   : far_control_error(EPERM, "only the user who started this instance may control it");
-		control_write_json(s->fd, reply);
+		control_reply(s->fd, reply);
 		json_object_put(reply);
 	}
 	free(line);

@@ -25,6 +25,9 @@ bool far_control_ending(struct far_control *c);
 /* Take no more requests, let those that run answer, remove the socket. */
 void far_control_close(struct far_control *c);
 
+/* Objects of answers and requests. Without memory they are NULL, and far_control_put() makes *o NULL: then it is sent as
+ * "no memory", never without a field. v is taken over. */
+void far_control_put(struct json_object **o, const char *key, struct json_object *v);
 struct json_object *far_control_ok(void);
 /* A status as an answer's fields, after "ok". */
 struct json_object *far_control_status(const struct far_status *st);

@@ -542,6 +542,21 @@ static int farmap_new_id(struct far_persist *p)
 	return 0;
 }
 
+/* The power went out while it was made: its first header, all there can be before the first sync, is not whole. */
+static bool farmap_unborn(struct far_persist *p, uint64_t size)
+{
+	union {
+		struct farmap_header h;
+		uint8_t page[FARMAP_PAGE];
+	} u = { .page = { 0 } };
+
+	if (size > FARMAP_PAGE || far_io_pread(p->fd, 0, &u, (size_t)size, 0))
+		return false;
+	return far_is_zero(&u, 512) ||
+	       (!memcmp(u.h.magic, farmap_magic, sizeof farmap_magic) && u.h.format <= FARMAP_FORMAT &&
+		u.h.sum != XXH3_64bits(&u.h, offsetof(struct farmap_header, sum)));
+}
+
 static int farmap_open(struct far_persist *p, struct far_error *err)
 {
 	struct stat st;
@@ -559,7 +574,7 @@ static int farmap_open(struct far_persist *p, struct far_error *err)
 		return far_error_set(err, errno, "cannot read the chunk map %s: %s", p->path, far_strerror(errno));
 	p->info.origin = (struct far_origin)FAR_ORIGIN_INIT;
 	p->info.facts = (struct far_facts)FAR_FACTS_INIT;
-	if (st.st_size == 0 && p->mode != FAR_PERSIST_LOOK) {
+	if (p->mode != FAR_PERSIST_LOOK && farmap_unborn(p, (uint64_t)st.st_size)) {
 		p->is_new = true;
 		e = farmap_new_id(p);
 		return e ? far_error_set(err, -e, "no random numbers: %s", far_strerror(e)) : 0;

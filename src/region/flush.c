@@ -80,6 +80,14 @@ static void flush_forgotten_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 			d.bytes / FAR_KIB);
 }
 
+/* Whether a push of chunk i that was begun at `began` takes it off the list. */
+static bool flush_lists(const struct push_flush *f, uint64_t i, uint64_t began)
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+
+	return (f->listed[i / 64] & bit) && (!(f->later[i / 64] & bit) || began > f->stamp);
+}
+
 /* The remote tells of this instance now. */
 static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES(p->lock)
 {
@@ -87,14 +95,6 @@ static void flush_instance_locked(struct far_push *p, uint64_t now) FAR_REQUIRES
 		return;
 	p->instance = now;
 	flush_forgotten_locked(p);
-}
-
-/* Whether a push of chunk i that was begun at `began` takes it off the list. */
-static bool flush_lists(const struct push_flush *f, uint64_t i, uint64_t began)
-{
-	uint64_t bit = (uint64_t)1 << (i % 64);
-
-	return (f->listed[i / 64] & bit) && (!(f->later[i / 64] & bit) || began > f->stamp);
 }
 
 static void flush_listed_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, int err)

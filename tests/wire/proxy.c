@@ -110,7 +110,8 @@ static bool proxy_move(struct proxy *p, struct proxy_conn *c, bool up)
 		ok = proxy_write(to, f, n);
 		at += n;
 	}
-	memmove(q->buf, q->buf + at, q->n - at);
+	if (at)
+		memmove(q->buf, q->buf + at, q->n - at);
 	q->n -= at;
 	return ok;
 }
