@@ -176,7 +176,8 @@ static int leaser_try(struct far_leaser *l, struct far_lease *a, struct far_erro
 	far_deadline_restore(old);
 	if (!r && l->none) {
 		leaser_set(l, FAR_LEASE_NONE);
-		if (l->c.writable || !l->offline) /* else follow.c opens, when it has seen what changed meanwhile */
+		/* Else follow.c opens, when it has seen what changed meanwhile. */
+		if (l->c.writable || !(l->offline || l->c.kept->behind))
 			leaser_admit(l, FAR_NEVER);
 	}
 	return r;

@@ -23,6 +23,7 @@
 #include "base/options.h"
 #include "frontend/fuse.h"
 #include "layer/layer.h"
+#include "mount/aside.h"
 #include "mount/follow.h"
 #include "mount/holders.h"
 #include "mount/lease.h"
@@ -43,6 +44,7 @@ struct far_mnt {
 	char *source;
 	uint64_t bytes;
 	bool writable;
+	bool aside;                   /* another mount keeps the local store: see aside.h */
 	struct far_kept kept;         /* what is local, and whether it belongs to this remote */
 	struct far_backend *below;    /* the stack under the gate: for questions that must not wait for it */
 	struct far_admit *gate;       /* NULL: none */
@@ -168,6 +170,16 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 			far_close(b);
 		return e;
 	}
+	struct far_backend *aside;
+	if (far_persist_passive(m->kept.p)) {
+		e = far_aside_new(b, &aside);
+		if (e) {
+			far_close(b);
+			return far_error_set(err, -e, "local store: %s", far_strerror(e));
+		}
+		b = aside;
+		m->aside = true;
+	}
 	*is_zero = strncmp(uri, "mem:", 4) == 0 && !m->o.local_backend ? true : !mnt_has_map(m) && mnt_is_zero(b);
 	*out = b;
 	return 0;
@@ -249,7 +261,7 @@ static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 	if (e || !m->kept.p || far_leaser_offline(m->leaser))
 		return e;
 	far_leaser_origin(m->leaser, &o);
-	e = far_persist_remember(m->kept.p, m->source, far_facts(m->below), &o, false);
+	e = far_persist_remember(m->kept.p, m->source, far_facts(m->below), m->kept.behind ? NULL : &o, false);
 	return e ? far_error_set(err, -e, "cannot write the chunk map %s: %s", far_persist_path(m->kept.p), far_strerror(e)) : 0;
 }
 
@@ -295,13 +307,13 @@ static int mnt_watch_remote(struct far_mnt *m, const struct far_mnt_conf *conf, 
 		.from = FAR_ORIGIN_INIT,
 	};
 	int e = m->leaser && m->writable ? far_leaser_start(m->leaser) : 0;
-	bool never = m->o.follow_ms == UINT32_MAX, offline = m->leaser && far_leaser_offline(m->leaser);
+	bool never = m->o.follow_ms == UINT32_MAX, late = m->kept.behind || (m->leaser && far_leaser_offline(m->leaser));
 
 	fc.once = never;
 	if (never)
 		fc.interval = FAR_SEC;
-	if (!e && !m->writable && (!never || offline)) {
-		if (offline) {
+	if (!e && !m->writable && (!never || late)) {
+		if (late) {
 			fc.find = mnt_find_cb;
 			fc.from = far_persist_info(m->kept.p)->origin;
 		} else if (m->leaser) {
@@ -320,7 +332,8 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		.name = conf->name,
 		.source = conf->source,
 		.read_only = !m->writable,
-		.changing = !m->writable && conf->network && (m->o.follow_ms != UINT32_MAX || far_leaser_offline(m->leaser)),
+		.changing = !m->writable && conf->network &&
+			    (m->o.follow_ms != UINT32_MAX || m->kept.behind || far_leaser_offline(m->leaser)),
 		.pulling = m->mode == FAR_MODE_MANAGED,
 		.keep_cache = m->mode == FAR_MODE_MANAGED,
 		.max_blocked = m->o.max_blocked ? m->o.max_blocked : 256,
@@ -521,6 +534,7 @@ void far_mnt_status(struct far_mnt *m, struct far_status *st)
 	s.reconnects = c.reconnects;
 	s.checksum_errors = c.checksum_errors;
 	s.persistent = m->region && m->kept.p;
+	s.local_full &= !m->aside;
 	if (m->leaser) {
 		far_leaser_origin(m->leaser, &o);
 		s.lease = far_leaser_state(m->leaser);

@@ -527,7 +527,6 @@ static int farmap_lock(struct far_persist *p, struct far_error *err)
 				     "--local", p->path, p->mode == FAR_PERSIST_WRITABLE ? "" : " (or let both be --read-only)");
 	if (e)
 		return far_error_set(err, -e, "cannot lock the chunk map %s: %s", p->path, far_strerror(e));
-	p->exclusive = p->mode == FAR_PERSIST_WRITABLE;
 	p->passive = p->mode == FAR_PERSIST_READ_ONLY && farmap_lock_op(p->fd, F_OFD_SETLK, F_WRLCK, 1) != 0;
 	return 0;
 }
@@ -663,17 +662,19 @@ const char *far_persist_path(const struct far_persist *p)
 	return p->path;
 }
 
+bool far_persist_passive(const struct far_persist *p)
+{
+	return p && p->passive;
+}
+
 bool far_persist_shared(const struct far_persist *p)
 {
-	struct far_persist *q = (struct far_persist *)p;
+	struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1 };
 
-	if (!p || p->exclusive)
+	if (!p || p->mode != FAR_PERSIST_READ_ONLY)
 		return false;
-	/* Alone now: stay so, and room may be given back from here on. */
-	if (p->passive || farmap_lock_op(p->fd, F_OFD_SETLK, F_WRLCK, 0))
-		return true;
-	atomic_store(&q->exclusive, true);
-	return false;
+	/* Only asked: who comes later finds absent in the file what is given back now. */
+	return p->passive || fcntl(p->fd, F_OFD_GETLK, &l) < 0 || l.l_type != F_UNLCK;
 }
 
 /* -------------------------------------------------------------------------------------------- without a region */

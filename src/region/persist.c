@@ -23,7 +23,8 @@
  *
  * `fresh` bits say which chunks have news for the file. A bit is set before the change of state that shows new content,
  * so a commit that took the bits, flushed the local store and then finds the bit still clear knows that the content is
- * what it flushed. Every second, and when somebody wants it, a commit looks at the fresh ones.
+ * what it flushed. Every second (less often where that takes long), and when somebody wants it, a commit looks at the
+ * fresh ones.
  *
  * The turn: one thread at a time works on the file and on what `seg` says; it is a lock that may be held while the disk
  * works, so nobody takes it with another lock held. Marks are read without it: a writer pins its chunk, then looks at the
@@ -44,6 +45,8 @@
 #include <sys/stat.h>
 
 #define PERSIST_INTERVAL FAR_SEC
+#define PERSIST_INTERVAL_MAX (30 * FAR_SEC)
+#define PERSIST_SHARE 9 /* a commit may take a tenth of the disk's time */
 #define PERSIST_AHEAD 8u  /* groups marked at once when writes go forward */
 #define PERSIST_AROUND 16u /* when they go to and fro */
 #define PERSIST_BURST 3u  /* marks within a second that show it */
@@ -761,13 +764,15 @@ static void *persist_thread(void *arg)
 		} else if (far_now() >= next) {
 			far_mutex_unlock(&p->lock);
 			turn_take(p);
+			uint64_t began = far_now();
 			int err = commit_run(p, COMMIT_ALL);
+			uint64_t took = far_now() - began;
 			turn_give(p);
 			if (err && !told)
 				far_log(FAR_LOG_WARNING, "the chunk map %s cannot be written: %s. What is pulled now is pulled again "
 					"after a crash", p->path, far_strerror(err));
 			told = err != 0;
-			next = far_now() + PERSIST_INTERVAL;
+			next = far_now() + far_min(far_max(PERSIST_SHARE * took, PERSIST_INTERVAL), PERSIST_INTERVAL_MAX);
 			far_mutex_lock(&p->lock);
 		} else {
 			far_cond_wait_until(&p->change, &p->lock, next);

@@ -51,7 +51,6 @@ struct far_persist {
 	enum far_persist_mode mode;
 	bool is_new;  /* nothing was read from the file */
 	bool passive; /* another read-only mount keeps the file: this one only read it */
-	_Atomic bool exclusive; /* nobody else has it */
 
 	struct far_persist_info info;
 	uint64_t header_seq;

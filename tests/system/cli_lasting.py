@@ -470,6 +470,37 @@ def readers_follow(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def two_followers_share_a_local_store(w):
+    data, s, uri = world(w)
+    w.file('c', 0)
+    w.file('d', 0)
+    m = w.mount(uri, 'b', '--mode', 'managed')
+    n = [w.mount(uri, x, *KEPT, '--read-only', '--follow', '200ms') for x in ('c', 'd')]
+    want = data
+    for k in range(5):
+        want = patched(want, 400000 * k, b'shared %d' % k)
+        put(w, 'b', 400000 * k, b'shared %d' % k)
+        for x in ('c', 'd'):
+            wait_for(lambda: w.read(x) == want, 'the change in ' + x)
+    equal(n[1].end(), 0, 'exit code: ' + n[1].err())
+    want = patched(want, 0, b'alone')
+    put(w, 'b', 0, b'alone')
+    wait_for(lambda: w.read('c') == want, 'the change in c')
+    n[1] = w.mount(uri, 'd', *KEPT, '--read-only', '--follow', '200ms')  # once more, after the first was alone
+    equal(w.read('d'), want, 'd')
+    for x in n:
+        equal(x.end(), 0, 'exit code: ' + x.err())
+    w.run('check', 'file:cache.img', code=0)
+    put(w, 'b', 3000000, b'away')
+    want = patched(want, 3000000, b'away')
+    x = w.mount(uri, 'c', *KEPT, '--read-only', '--pull-workers', '0')  # only what has changed is forgotten
+    wait_for(lambda: w.status('c')['follow'] == 'following', 'it to catch up')
+    equal(w.status('c')['local'], SIZE - 65536, 'local')
+    equal(w.read('c'), want, 'content')
+    equal(x.end(), 0, 'exit code: ' + x.err())
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
 def a_follower_loses_and_finds_the_writer(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *KEPT, '--read-only', '--follow', '200ms')
