@@ -338,8 +338,10 @@ static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		if (err && copied && b->c[k].claim == FAR_CLAIM_PARTIAL) /* it may be absent afterwards, with some of it there */
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
-		if (copied)
+		if (copied) {
+			far_persist_unsum(r->persist, i);
 			far_persist_fresh(r->persist, i, 1);
+		}
 		far_chunkmap_write_end(r->map, i, b->c[k].from, b->c[k].to, b->c[k].claim, b->c[k].ragged, !err);
 		if (!err && b->c[k].claim == FAR_CLAIM_WHOLE && r->o.chunk_local)
 			r->o.chunk_local(r->o.opaque, i << r->shift, far_chunkmap_len(r->map, i));

@@ -181,6 +181,7 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 		err = FLUSH_AGAIN;
 	if (!err) {
 		far_unstable_settle(&p->unstable, began);
+		atomic_store_explicit(&r->evict_pause, 0, memory_order_relaxed);
 		p->flushed = far_max(p->flushed, covers);
 	}
 	p->settle_again = err < 0 ? far_now() + FLUSH_SETTLE : 0;
@@ -220,6 +221,7 @@ void far_push_last_end_locked(struct far_push *p, const struct far_push_last *l,
 		if (alone)
 			far_unstable_cover(&p->unstable);
 		far_unstable_settle(&p->unstable, l->began);
+		atomic_store_explicit(&p->r->evict_pause, 0, memory_order_relaxed);
 		p->flushed = far_max(p->flushed, alone ? p->pushes : l->covers);
 	}
 	p->settle_again = err ? far_now() + FLUSH_SETTLE : 0;

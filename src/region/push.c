@@ -506,6 +506,8 @@ int far_push_start(struct far_region *r)
 	struct far_push *p = r->push;
 	int err = 0;
 
+	if (far_chunkmap_dirty(r->map)) /* from before a restart; since when is not known */
+		atomic_store_explicit(&p->oldest, far_now(), memory_order_seq_cst);
 	far_mutex_lock(&p->lock);
 	while (!err && p->threads < p->max_threads) {
 		err = far_thread_start(&p->thread[p->threads], "far-push", push_worker, r);

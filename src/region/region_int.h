@@ -51,6 +51,7 @@ struct far_region {
 	_Atomic uint64_t local_said;    /* when that was logged */
 	_Atomic uint64_t pinned;        /* bytes of chunks in `kept` */
 	_Atomic uint64_t evict_hand; /* chunk where the clock stands */
+	_Atomic uint64_t evict_pause; /* the clock does not walk before this time */
 	_Atomic uint64_t evicting;   /* bytes of chunks that are on their way out */
 };
 

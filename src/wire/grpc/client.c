@@ -230,6 +230,13 @@ static int client_check_plain_write(const struct client_op *op)
 	return r ? r : n == op->len ? 0 : -EPROTO;
 }
 
+static bool client_check_flushed(const struct client_op *op)
+{
+	struct far_grpc_written w;
+
+	return far_grpc_decode_written(op->reply, op->reply_n, &w) == 0 && w.checked && w.flushed;
+}
+
 static int client_check(struct far_client *c, struct client_op *op, struct client_call *k)
 {
 	bool sums = far_client_flag(&c->sums), had = false;
@@ -245,6 +252,8 @@ static int client_check(struct far_client *c, struct client_op *op, struct clien
 			return client_check_plain_write(op);
 		if (far_grpc_decode_sum_reply(op->reply, op->reply_n, &sum))
 			return -EPROTO;
+		if (sums && op->m == FAR_M_WRITE && (op->flags & FAR_FLUSH) && !client_check_flushed(op))
+			return -EBADMSG;
 		return !sums || (sum && !memcmp(sum, k->sum, FAR_GRPC_SUM)) ? 0 : -EBADMSG;
 	default: {
 		int r = op->region ? far_grpc_check(op->reply, op->reply_n, &had) : 0;
@@ -609,6 +618,8 @@ static int client_lease(void *self, struct far_lease *l)
 	struct far_grpc_lease a;
 	struct client_op op = { .m = FAR_M_LEASE, .lease = l, .reply = reply, .reply_cap = sizeof reply };
 
+	if (!c->writable)
+		return -EROFS;
 	if (far_client_kind(c) != FAR_CLIENT_UNKNOWN && !far_client_flag(&c->sessions))
 		return -EOPNOTSUPP;
 	int r = client_ordered(c, &op, false);
@@ -624,9 +635,9 @@ static int client_lease(void *self, struct far_lease *l)
 	l->left_ms = a.left_ms;
 	l->gone = a.gone;
 	memcpy(l->other, a.other, sizeof l->other);
-	r = far_hello_note(c, &a.export, &op.seen);
-	if (r == 0 && a.answer == FAR_GRPC_GRANTED)
+	if (a.answer == FAR_GRPC_GRANTED) /* before the new epoch is noted: changes that run are not fenced by it */
 		far_hello_leased(c, l->release ? 0 : a.export.epoch);
+	r = far_hello_note(c, &a.export, &op.seen);
 	far_hello_origin(c, &l->origin);
 	return r ? r : (unsigned)a.answer < FAR_ARRAY_LEN(codes) ? codes[a.answer] : -EPROTO;
 }

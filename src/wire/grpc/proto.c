@@ -430,6 +430,37 @@ int far_grpc_decode_sum_reply(const uint8_t *p, size_t n, const uint8_t **sum)
 	return r;
 }
 
+void far_grpc_encode_written(struct far_pb_out *o, const struct far_grpc_written *w)
+{
+	far_grpc_encode_sum_reply(o, w->sum);
+	far_pb_put_uint(o, 2, w->flushed);
+	far_pb_put_uint(o, 3, w->instance);
+	far_pb_put_uint(o, 4, w->revision);
+	far_grpc_put_check(o);
+}
+
+int far_grpc_decode_written(const uint8_t *p, size_t n, struct far_grpc_written *w)
+{
+	struct far_pb_in in = { p, p + n };
+	struct far_pb_field f;
+
+	*w = (struct far_grpc_written){ 0 };
+	int r = far_grpc_check(p, n, &w->checked);
+	if (r == 0)
+		r = far_grpc_decode_sum_reply(p, n, &w->sum);
+	if (r)
+		return r;
+	while ((r = far_pb_next(&in, &f)) > 0) {
+		if (f.wire == FAR_PB_VARINT && f.num == 2)
+			w->flushed = f.value != 0;
+		else if (f.wire == FAR_PB_VARINT && f.num == 3)
+			w->instance = f.value;
+		else if (f.wire == FAR_PB_VARINT && f.num == 4)
+			w->revision = f.value;
+	}
+	return r;
+}
+
 void far_grpc_encode_flushed(struct far_pb_out *o, const struct far_grpc_flushed *f)
 {
 	far_pb_put_uint(o, 1, f->instance);
