@@ -232,6 +232,22 @@ def it_begins_offline(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def a_silent_remote_holds_nothing_up(w):
+    data, s, uri = world(w)
+    all_local(w, uri, 'b', *OFFLINE)
+    s.p.send_signal(signal.SIGSTOP)  # it takes connections and never says a word
+    for end in ('stop', 'now'):
+        began = time.monotonic()
+        m = w.mount(uri, 'b', *OFFLINE)
+        true(time.monotonic() - began < 10, 'the start took %.1f s' % (time.monotonic() - began))
+        equal(w.read('b'), data, 'what is local')
+        began = time.monotonic()
+        w.run('stop', 'b', *(['--now'] if end == 'now' else []), code=0)
+        true(time.monotonic() - began < 3, 'the end took %.1f s' % (time.monotonic() - began))
+        m.p.wait(0.1)  # and the local store is free
+    s.p.send_signal(signal.SIGCONT)
+
+
 def offline_what_is_absent_fails_at_the_deadline(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *OFFLINE, '--pull-workers', '0')
