@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /* What the files of the client half share: dial.c opens it, hello.c greets each new connection, fence.c keeps writes of an
- * unknown fate from landing late, client.c makes the calls. */
+ * unknown fate from landing late, exchange.c makes a call, client.c decides what comes after it. */
 #ifndef FAR_GRPC_CLIENT_H
 #define FAR_GRPC_CLIENT_H
 
