@@ -361,7 +361,8 @@ struct far_mount_opts {
  * file (the region appears as that file). The file is served by a child process, farpage-serve, so that this process
  * may use it freely; threads that serve a caller's own backend or hooks must not touch the mount.
  * far_mount_open_uri() lets the child open the URI (a scheme of far_scheme_register() is this process's own: far_open() it).
- * far_mount_open() takes ownership of `b` on success; its calls come back to this process over a socket. A local store or a
+ * far_mount_open() takes ownership of `b` on success; its calls come back to this process over a socket. It has no name
+ * by which a later mount would know it again: what is local is not kept for that. A local store or a
  * priority given as code cannot be passed to the child: -EOPNOTSUPP. */
 FAR_API int far_mount_open_uri(const char *uri, const char *target, const struct far_mount_opts *opts,
 			       struct far_mount **out, struct far_error *err);

@@ -245,7 +245,7 @@ static int mount_daemonise(int *fd)
 /* With what the map remembers the remote may be out of reach. A remote that is another one than the map's is opened as it
  * is: the mount compares and says more. */
 static int mount_open_known(const struct mount_conf *conf, const char *source, struct far_open_opts *opts,
-			    const struct far_persist *map, struct far_backend **out, struct far_error *err)
+			    const struct far_persist *map, struct far_backend **out, bool *offline, struct far_error *err)
 {
 	struct far_origin o = FAR_ORIGIN_INIT;
 
@@ -254,13 +254,9 @@ static int mount_open_known(const struct mount_conf *conf, const char *source, s
 	opts->known = &far_persist_info(map)->facts;
 	opts->deadline_ms = (uint32_t)far_min(opts->deadline_ms, MOUNT_KNOWN_MS);
 	int r = cli_open(source, opts, &conf->layer, out, err);
-	if (r == 0) {
-		uint64_t old = far_deadline_limit(far_now() + MOUNT_KNOWN_MS * FAR_MSEC);
-		r = far_origin(*out, &o, 0);
-		far_deadline_restore(old);
-		if (r != -ESTALE)
-			return 0;
-		far_close(*out);
+	if (r == 0) { /* opening has asked, and waited */
+		*offline = far_origin(*out, &o, FAR_NOWAIT) == -EAGAIN;
+		return 0;
 	}
 	if (r != -ESTALE)
 		return r;
@@ -269,7 +265,7 @@ static int mount_open_known(const struct mount_conf *conf, const char *source, s
 }
 
 static int mount_open_source(const struct mount_conf *conf, const char *source, const struct mount_parent *parent,
-			     const struct far_persist *map, struct far_backend **out)
+			     const struct far_persist *map, struct far_backend **out, bool *offline)
 {
 	struct far_open_opts opts = FAR_OPEN_OPTS_INIT;
 	struct far_error err = { 0 };
@@ -280,7 +276,7 @@ static int mount_open_source(const struct mount_conf *conf, const char *source, 
 		return cli_usage(&cli_mount, "%s", err.text);
 	int r = parent && parent->backend_fd >= 0
 			? far_grpc_open_fd(parent->backend_fd, "the program's own backend", &opts, out, &err)
-			: mount_open_known(conf, source, &opts, map, out, &err);
+			: mount_open_known(conf, source, &opts, map, out, offline, &err);
 	return r < 0 ? cli_fail("cannot mount", &err) : CLI_GO;
 }
 
@@ -329,7 +325,7 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	code = mount_open_map(conf, &l.conf.opts, parent, &l.conf.persist);
 	l.keeps = l.conf.persist != NULL;
 	if (code == CLI_GO)
-		code = mount_open_source(conf, source, parent, l.conf.persist, &l.conf.remote);
+		code = mount_open_source(conf, source, parent, l.conf.persist, &l.conf.remote, &l.conf.offline);
 	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0)
 		code = cli_fail("cannot mount", &err);
 	if (code == CLI_GO) {

@@ -176,6 +176,7 @@ static struct json_object *mount_op_stop(struct mount_loop *l, struct json_objec
 	o = l->end_code < 0 ? far_control_error(l->end_code, "stopped, but the flush failed: %s%s%s", cli_strerror(l->end_code),
 					    l->end_text[0] ? ". " : "", l->end_text)
 			    : far_control_ok();
+	far_control_put(&o, "pid", json_object_new_int((int)getpid()));
 	far_control_put(&o, "unsaved", json_object_new_int64((int64_t)l->unsaved));
 	far_control_put(&o, "unsaved_text", json_object_new_string(l->end_text));
 	far_mutex_unlock(&l->lock);

@@ -250,7 +250,7 @@ static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 {
 	struct far_leaser_conf lc = {
 		.remote = m->below, .gate = m->gate, .kept = &m->kept, .target = conf->target, .writable = m->writable,
-		.take_over = m->o.take_over, .may_be_offline = mnt_has_map(m), .deadline = m->o.deadline_ms * FAR_MSEC,
+		.take_over = m->o.take_over, .may_be_offline = mnt_has_map(m), .offline = conf->offline, .deadline = m->o.deadline_ms * FAR_MSEC,
 		.heard = mnt_heard_cb, .fenced = mnt_fenced_cb, .opaque = m,
 	};
 	struct far_origin o;

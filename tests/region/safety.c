@@ -744,17 +744,18 @@ static void the_age_of_dirty_bytes_is_known(void **state)
 	assert_true(status(&f).oldest_dirty_ms <= (far_now() - began) / FAR_MSEC);
 	EVENTUALLY(status(&f).errors > 0);
 	assert_true(status(&f).last_error_at > 1600000000000 && status(&f).last_error == ECONNRESET);
+	assert_true(status(&f).reconnects == 3 && status(&f).checksum_errors == 2 && !status(&f).persistent);
 	f.s.fail_writes = 0;
 	EVENTUALLY(status(&f).dirty == 0);
 	assert_int_equal(status(&f).oldest_dirty_ms, 0);
 	EVENTUALLY(status(&f).push_rate > 0);
 	/* Always something dirty, none of it for long. */
-	uint64_t until = far_now() + FAR_SEC, worst = 0;
+	uint64_t until = far_now() + 2 * FAR_SEC, worst = 0;
 	for (unsigned n = 0; far_now() < until; n++) {
 		fill(&f, n % 64, (char)n);
 		worst = far_max(worst, status(&f).oldest_dirty_ms);
 	}
-	assert_true(worst < 900);
+	assert_true(worst < 1800);
 	teardown(&f);
 }
 
@@ -770,12 +771,13 @@ static void writers_are_slowed_smoothly(void **state)
 
 	memset(buf, 3, sizeof buf);
 	o.push_workers = 4;
-	o.dirty_max = 2 << 20;
+	o.dirty_max = 4 << 20;
 	assert_int_equal(far_open("mem:64M", NULL, &conf.local, &err), 0);
 	assert_int_equal(far_open("mem:64M", NULL, &conf.remote, &err), 0);
-	assert_int_equal(far_layer_open("delay:rtt=20ms,rate=8M", conf.remote, &conf.remote, &err), 0);
+	assert_int_equal(far_layer_open("delay:rtt=20ms,rate=2M", conf.remote, &conf.remote, &err), 0);
 	assert_int_equal(far_region_open(&conf, &r, &err), 0);
-	/* 6 MiB at 8 MB/s behind a budget of 2 MiB: half a second of waiting, in many small pieces. */
+	/* 6 MiB at 2 MB/s behind a budget of 4 MiB: a second of waiting, in pieces. Who waited until all was pushed would
+	 * stand still for two. */
 	for (uint64_t off = 0, last = far_now(); off < 6 << 20; off += sizeof buf) {
 		assert_int_equal(far_write(far_region_backend(r), off, buf, sizeof buf, 0), 0);
 		uint64_t now = far_now();
@@ -783,7 +785,7 @@ static void writers_are_slowed_smoothly(void **state)
 		last = now;
 	}
 	print_message("longest stop of a writer: %llu ms\n", (unsigned long long)(worst / FAR_MSEC));
-	assert_true(worst < 400 * FAR_MSEC);
+	assert_true(worst < FAR_SEC);
 	far_region_close(r);
 }
 

@@ -232,6 +232,22 @@ def it_begins_offline(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def a_silent_remote_holds_nothing_up(w):
+    data, s, uri = world(w)
+    all_local(w, uri, 'b', *OFFLINE)
+    s.p.send_signal(signal.SIGSTOP)  # it takes connections and never says a word
+    for end in ('stop', 'now'):
+        began = time.monotonic()
+        m = w.mount(uri, 'b', *OFFLINE)
+        true(time.monotonic() - began < 10, 'the start took %.1f s' % (time.monotonic() - began))
+        equal(w.read('b'), data, 'what is local')
+        began = time.monotonic()
+        w.run('stop', 'b', *(['--now'] if end == 'now' else []), code=0)
+        true(time.monotonic() - began < 3, 'the end took %.1f s' % (time.monotonic() - began))
+        m.p.wait(0.1)  # and the local store is free
+    s.p.send_signal(signal.SIGCONT)
+
+
 def offline_what_is_absent_fails_at_the_deadline(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *OFFLINE, '--pull-workers', '0')
@@ -549,7 +565,7 @@ def without_a_list_of_changes_it_is_frozen(w):
 def unsaved_bytes_outlive_every_end(w):
     data, s, uri = world(w)
     want = data
-    for k, end in enumerate(('TERM', 'now', 'twice', 'umount', 'lazy')):
+    for k, end in enumerate(('TERM', 'now', 'twice', 'umount', 'lazy', 'abort')):
         m = w.mount(uri, 'b', *OFFLINE, '--push-workers', '0', '--deadline', '1s')
         w.run('wait', 'b', '--timeout', '30s', code=0)
         new = b'end %d' % k
@@ -568,6 +584,17 @@ def unsaved_bytes_outlive_every_end(w):
                      'the orderly end to begin')
             m.p.send_signal(signal.SIGTERM)
             equal(m.p.wait(30), 130, 'exit code: ' + m.err())
+        elif end == 'abort':
+            dev = os.stat(w.path('b')).st_dev
+            path = '/sys/fs/fuse/connections/%d/abort' % os.minor(dev)
+            if not os.access(path, os.W_OK):
+                s.p.send_signal(signal.SIGCONT)
+                equal(m.end(), 0, 'exit code: ' + m.err())
+                continue
+            with open(path, 'w') as f:
+                f.write('1')
+            equal(m.p.wait(30), 3, 'exit code: ' + m.err())
+            unmount(w)
         else:
             lazy = end == 'lazy'
             subprocess.run(['umount'] + ['-l'] * lazy + [w.path('b')] if os.geteuid() == 0 else
