@@ -144,6 +144,42 @@ static void test_restart(void **state)
 	rig_close(&r);
 }
 
+/* The same two servers away. */
+static void test_restart_behind(void **state)
+{
+	struct rig r = { .plain = false };
+	struct far_server *s;
+	struct far_backend *far;
+	uint8_t page[PAGE] = { 1 };
+	char *bound;
+
+	rig_open(&r, "mem:64K", "");
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", r.far, NULL), 0);
+	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &bound, NULL), 0);
+	assert_int_equal(far_open(bound, NULL, &far, NULL), 0);
+	for (unsigned flush = 0; flush <= FAR_FLUSH; flush += FAR_FLUSH) {
+		struct far_origin before = FAR_ORIGIN_INIT, after = FAR_ORIGIN_INIT;
+		assert_int_equal(AGAIN(far_write(far, 0, page, PAGE, 0)), 0);
+		assert_int_equal(far_origin(far, &before, FAR_NOWAIT), 0);
+		rig_end(&r, true);
+		rig_serve(&r, NULL);
+		if (flush)
+			assert_int_equal(AGAIN(far_write(far, PAGE, page, PAGE, FAR_FLUSH)), -EREMOTEIO);
+		else
+			assert_int_equal(AGAIN(far_flush(far)), -EREMOTEIO);
+		assert_int_equal(far_origin(far, &after, FAR_NOWAIT), 0);
+		assert_true(before.instance != after.instance);
+		assert_int_equal(AGAIN(far_write(far, 0, page, PAGE, 0)), 0);
+		assert_int_equal(AGAIN(far_flush(far)), 0);
+	}
+	free(bound);
+	far_close(far);
+	far_server_stop(s);
+	far_server_free(s);
+	rig_close(&r);
+}
+
 /* The plain service cannot tell: every lost connection may have been a restart. */
 static void test_plain_restart(void **state)
 {
@@ -565,6 +601,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_restart),        cmocka_unit_test(test_plain_restart),
+		cmocka_unit_test(test_restart_behind),
 		cmocka_unit_test(test_late_write),     cmocka_unit_test(test_plain_late_write),
 		cmocka_unit_test(test_somebody_else),  cmocka_unit_test(test_offline),
 		cmocka_unit_test(test_offline_silent), cmocka_unit_test(test_no_storm),

@@ -192,6 +192,26 @@ static void client_regreet(struct far_client *c, uint64_t instance)
 	}
 }
 
+static int client_describe(struct far_client *c)
+{
+	uint8_t reply[1024];
+	struct far_grpc_export e;
+	struct far_exchange op = { .m = FAR_M_DESCRIBE, .reply = reply, .reply_cap = sizeof reply };
+	int r = client_ordered(c, &op, false);
+
+	if (r == 0)
+		r = far_grpc_decode_export(reply, op.reply_n, &e);
+	return r ? r : far_hello_note(c, &e, &op.seen);
+}
+
+/* The peer says that what is behind it has forgotten something, and is another instance by that. */
+static void client_forgotten(struct far_client *c, uint64_t changes)
+{
+	far_hello_forgotten(c, changes);
+	if (!c->lanes.once || client_describe(c) == 0)
+		client_regreet(c, far_hello_instance(c));
+}
+
 static int client_flush(void *self)
 {
 	struct far_client *c = self;
@@ -204,7 +224,7 @@ static int client_flush(void *self)
 		return client_flush_plain(c);
 	int r = client_ordered(c, &op, false);
 	if (r == -EREMOTEIO)
-		far_hello_forgotten(c);
+		client_forgotten(c, changes);
 	if (r || !op.region || !far_client_flag(&c->sessions))
 		return r;
 	r = far_grpc_decode_flushed(reply, op.reply_n, &f);
@@ -223,6 +243,8 @@ static int client_write(void *self, uint64_t off, const void *buf, size_t len, u
 	uint64_t told_by, changes = flush ? far_hello_changes(c) : 0;
 
 	int r = client_change(c, FAR_M_WRITE, off, buf, len, sessions ? flags : flags & ~(unsigned)FAR_FLUSH, &told_by);
+	if (r == -EREMOTEIO)
+		client_forgotten(c, changes);
 	if (r || !flush)
 		return r;
 	if (!sessions)
@@ -244,18 +266,6 @@ static int client_extents(void *self, uint64_t off, uint64_t len, struct far_ext
 		r = far_grpc_decode_extents(op.reply, op.reply_n, off, len, out, max, n);
 	free(op.reply);
 	return r;
-}
-
-static int client_describe(struct far_client *c)
-{
-	uint8_t reply[1024];
-	struct far_grpc_export e;
-	struct far_exchange op = { .m = FAR_M_DESCRIBE, .reply = reply, .reply_cap = sizeof reply };
-	int r = client_ordered(c, &op, false);
-
-	if (r == 0)
-		r = far_grpc_decode_export(reply, op.reply_n, &e);
-	return r ? r : far_hello_note(c, &e, &op.seen);
 }
 
 static int client_origin(void *self, struct far_origin *out, unsigned flags)
