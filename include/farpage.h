@@ -53,6 +53,7 @@ struct far_error {
  *  -EOPNOTSUPP an optional operation that this backend does not have
  *  -EBADMSG    a checksum does not fit: bytes were changed on their way or in a store
  *  -EBUSY      somebody else holds the lease
+ *  -EREMOTEIO  flush: done, but what was written before may be forgotten, for the remote was restarted in between
  *  -EIO        everything else */
 
 /* ---------------------------------------------------------------------------------------------- backends */
@@ -344,7 +345,7 @@ struct far_mount_opts {
 	bool take_over;               /* take the lease even if somebody else holds it */
 	bool discard_clean;           /* the remote is not what the local store was filled from: forget clean chunks */
 	bool force;                   /* ... and push dirty ones over what is there now */
-	uint32_t follow_ms;           /* read-only: look for changes so often; 0: 1000 */
+	uint32_t follow_ms;           /* read-only: look for changes so often; 0: 1000; UINT32_MAX: never */
 
 	/* Hooks: each gets `opaque`, runs on a thread of the library and must not call back into the mount. A non-zero
 	 * return of before_flush or before_close is that call's error. */
@@ -360,7 +361,8 @@ struct far_mount_opts {
  * file (the region appears as that file). The file is served by a child process, farpage-serve, so that this process
  * may use it freely; threads that serve a caller's own backend or hooks must not touch the mount.
  * far_mount_open_uri() lets the child open the URI (a scheme of far_scheme_register() is this process's own: far_open() it).
- * far_mount_open() takes ownership of `b` on success; its calls come back to this process over a socket. A local store or a
+ * far_mount_open() takes ownership of `b` on success; its calls come back to this process over a socket. It has no name
+ * by which a later mount would know it again: what is local is not kept for that. A local store or a
  * priority given as code cannot be passed to the child: -EOPNOTSUPP. */
 FAR_API int far_mount_open_uri(const char *uri, const char *target, const struct far_mount_opts *opts,
 			       struct far_mount **out, struct far_error *err);

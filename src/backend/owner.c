@@ -42,6 +42,7 @@
 #define OWNER_BUCKETS 256
 #define OWNER_EXTENTS 65536
 #define OWNER_EXTENT_MIN (64 * FAR_KIB)
+#define OWNER_SETTLE (2 * FAR_SEC)
 #define OWNER_BUMP FAR_SEC /* the version grows at most so often */
 
 struct owner_session {
@@ -73,6 +74,8 @@ struct far_owner {
 	unsigned running FAR_GUARDED_BY(lock); /* changes, those without a session included */
 	uint64_t change FAR_GUARDED_BY(lock);
 	uint64_t bumped FAR_GUARDED_BY(lock), bumped_at FAR_GUARDED_BY(lock); /* change and time when version last grew */
+	/* read-only: the mark when last looked at; when it has been the same for long enough, 0: it has */
+	uint64_t seen FAR_GUARDED_BY(lock), settles FAR_GUARDED_BY(lock);
 	unsigned sessions FAR_GUARDED_BY(lock);
 	struct owner_session *bucket[OWNER_BUCKETS] FAR_GUARDED_BY(lock);
 	uint64_t *seq FAR_GUARDED_BY(lock);
@@ -382,8 +385,36 @@ static void owner_instance(struct far_owner *o, struct far_origin *out)
 		out->instance ^= up.instance * 0x9e3779b97f4a7c15;
 }
 
+/* What is only read here another process may be writing: its mark and record tell. */
+static void owner_look(struct far_owner *o)
+{
+	uint8_t bytes[FAR_RECORD_MAX];
+	struct far_record rec;
+	size_t n = 0;
+
+	if (o->writable)
+		return;
+	uint64_t mark = far_record_mark(o->b);
+	bool known = far_record_read(o->b, bytes, sizeof bytes, &n) == 0 && far_record_decode(bytes, n, &rec);
+	far_mutex_lock(&o->lock);
+	/* A file's time changes before its bytes do, and not with every change: once more when it is over. */
+	if (mark != o->seen)
+		o->settles = far_now() + OWNER_SETTLE;
+	o->seen = mark;
+	if (o->settles)
+		owner_mark(o, 0, far_size(o->b));
+	if (far_now() >= o->settles)
+		o->settles = 0;
+	if (known) {
+		o->rec = rec;
+		o->durable = rec.version;
+	}
+	far_mutex_unlock(&o->lock);
+}
+
 void far_owner_origin(struct far_owner *o, struct far_origin *out)
 {
+	owner_look(o);
 	far_mutex_lock(&o->lock);
 	owner_fill(o, out);
 	far_mutex_unlock(&o->lock);
@@ -610,8 +641,10 @@ static int owner_start(struct far_owner *o) FAR_NO_TSA
 	bool durable;
 
 	int r = far_record_read(o->b, bytes, sizeof bytes, &n);
-	if (r == -EOPNOTSUPP)
+	if (r == -EOPNOTSUPP) {
+		o->seen = far_record_mark(o->b);
 		return 0;
+	}
 	if (r)
 		return r;
 	bool known = far_record_decode(bytes, n, &o->rec);
@@ -619,6 +652,7 @@ static int owner_start(struct far_owner *o) FAR_NO_TSA
 		far_log(FAR_LOG_WARNING, "the record beside the content is damaged: the content gets a new identity");
 	if (!o->writable) {
 		o->durable = o->rec.version;
+		o->seen = far_record_mark(o->b);
 		return 0;
 	}
 	owner_resume(o, known, &durable);

@@ -4,12 +4,12 @@
 #include "backend/backend.h"
 
 #include "base/clock.h"
+#include "base/hash.h"
 
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
 #include <unistd.h>
-#include <xxhash.h>
 
 #define RECORD_MAGIC "farrec1\n"
 #define RECORD_RELEASED 1
@@ -42,13 +42,13 @@ void far_record_encode(uint8_t out[FAR_RECORD_BYTES], const struct far_record *r
 	memcpy(out + 48, r->identity, strlen(r->identity));
 	memcpy(out + 88, r->writer, strlen(r->writer));
 	memcpy(out + 128, r->holder, strlen(r->holder));
-	record_put(out + 248, XXH3_64bits(out, 248), 8);
+	record_put(out + 248, far_hash64(out, 248), 8);
 }
 
 bool far_record_decode(const uint8_t *p, size_t n, struct far_record *r)
 {
 	memset(r, 0, sizeof *r);
-	if (n != FAR_RECORD_BYTES || memcmp(p, RECORD_MAGIC, 8) || record_get(p + 248, 8) != XXH3_64bits(p, 248))
+	if (n != FAR_RECORD_BYTES || memcmp(p, RECORD_MAGIC, 8) || record_get(p + 248, 8) != far_hash64(p, 248))
 		return false;
 	r->epoch = record_get(p + 8, 8);
 	r->version = record_get(p + 16, 8);

@@ -15,6 +15,13 @@ uint64_t far_now(void)
 	return (uint64_t)ts.tv_sec * FAR_SEC + (uint64_t)ts.tv_nsec;
 }
 
+uint64_t far_now_slept(void)
+{
+	struct timespec ts;
+	clock_gettime(CLOCK_BOOTTIME, &ts);
+	return (uint64_t)ts.tv_sec * FAR_SEC + (uint64_t)ts.tv_nsec;
+}
+
 uint64_t far_wall_ms(void)
 {
 	struct timespec ts;

@@ -12,6 +12,8 @@
 #define FAR_NEVER UINT64_MAX
 
 uint64_t far_now(void);
+/* The same, but it goes on while the machine sleeps: for what others count as well. */
+uint64_t far_now_slept(void);
 uint64_t far_wall_ms(void); /* milliseconds since 1970: to be shown, not to be reckoned with */
 /* A hint to the CPU inside a spin. */
 static inline void far_cpu_relax(void)

@@ -35,6 +35,11 @@ void cli_say(const char *fmt, ...)
 	cli_line(NULL, text);
 }
 
+const char *cli_strerror(int code)
+{
+	return code == ESTALE || code == -ESTALE ? "somebody else owns the region now" : far_strerror(code);
+}
+
 int cli_exit_code(int code)
 {
 	return code == ETIMEDOUT || code == -ETIMEDOUT ? CLI_DEADLINE : CLI_FAILED;

@@ -49,6 +49,8 @@ void cli_say(const char *fmt, ...) FAR_PRINTF(1, 2);
 int cli_fail(const char *cannot, const struct far_error *err);
 /* The same for a message of our own; returns CLI_USAGE. */
 int cli_usage(const struct cli_verb *verb, const char *fmt, ...) FAR_PRINTF(2, 3);
+/* far_strerror(), in farpage's own words where the kernel's mislead. */
+const char *cli_strerror(int code);
 /* The exit code for a (positive or negative) errno. */
 int cli_exit_code(int code);
 

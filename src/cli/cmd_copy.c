@@ -246,7 +246,7 @@ static void copy_say_error(const struct copy *c, const struct copy_result *res, 
 			c->src_uri, c->dst_uri, res->at);
 	else
 		cli_say("cannot %s %s at offset %" PRIu64 ": %s. %s of %s were done; try again, or add --layer retry",
-			res->writing && !verify ? "write to" : "read from", side, res->at, far_strerror(res->error), done,
+			res->writing && !verify ? "write to" : "read from", side, res->at, cli_strerror(res->error), done,
 			size);
 }
 
@@ -417,7 +417,7 @@ static int copy_flush(struct copy *c)
 	int r = c->dst ? far_flush(c->dst) : 0;
 
 	if (r < 0) {
-		cli_say("cannot flush %s: %s. What was written may not last: copy again", c->dst_uri, far_strerror(r));
+		cli_say("cannot flush %s: %s. What was written may not last: copy again", c->dst_uri, cli_strerror(r));
 		return CLI_FAILED;
 	}
 	return CLI_GO;
@@ -470,7 +470,7 @@ static int copy_only_dirty(struct copy *c)
 		int r = copy_dirty_go(d, c->dst, &c->res.done, &at, &writing);
 		if (r < 0) {
 			cli_say("cannot %s %s at offset %" PRIu64 ": %s. What came before was copied", writing ? "write to" : "read from",
-				writing ? c->dst_uri : c->src_uri, at, far_strerror(r));
+				writing ? c->dst_uri : c->src_uri, at, cli_strerror(r));
 			code = cli_exit_code(r);
 		}
 	}

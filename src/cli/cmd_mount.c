@@ -25,6 +25,7 @@ enum mount_as { MOUNT_AS_AUTO, MOUNT_AS_FUSE };
 #define MOUNT_UNSET UINT64_MAX /* "not given": such options make `--mode auto` choose managed */
 #define MOUNT_UNSET_INT (-2)
 
+#define MOUNT_NEVER 0x1p62 /* of --follow */
 #define MOUNT_KNOWN_MS 5000 /* how long a remote may take that we can begin without */
 
 struct mount_conf {
@@ -60,8 +61,8 @@ static const struct far_opt mount_options[] = {
 	OPT("local-max", SIZE, local_max), .value_name = "SIZE", .def = "none", .also = "none",
 	    .help = "keep at most this much local; clean chunks are given back" },
 	OPT("read-only", BOOL, read_only), .help = "refuse writes" },
-	OPT("follow", DURATION, follow), .min = 1e7, .value_name = "DURATION", .def = "1s",
-	    .help = "a read-only mount looks so often for what others have written" },
+	OPT("follow", DURATION, follow), .min = 1e7, .value_name = "DURATION", .def = "1s", .also = "never",
+	    .also_value = MOUNT_NEVER, .help = "a read-only mount looks so often for what others have written" },
 	OPT("chunk", SIZE, chunk), .min = 4096, .max = 32 << 20, .value_name = "SIZE", .def = "64K",
 	    .help = "unit of transfer, a power of two from 4K to 32M" },
 	OPT("pull-workers", INT, pull_workers), .max = 1024, .value_name = "N", .def = "auto", .also = "auto",
@@ -144,7 +145,7 @@ static void mount_fill(const struct mount_conf *c, struct far_mount_opts *o)
 	o->take_over = c->take_over;
 	o->discard_clean = c->discard_clean;
 	o->force = c->force;
-	o->follow_ms = (uint32_t)far_min(c->follow / FAR_MSEC, UINT32_MAX);
+	o->follow_ms = c->follow == (uint64_t)MOUNT_NEVER ? UINT32_MAX : (uint32_t)far_min(c->follow / FAR_MSEC, UINT32_MAX - 1);
 	o->local_max = mount_or(c->local_max, 0);
 	o->dirty_max = mount_or(c->dirty_max, 0);
 	o->pull_workers = c->pull_workers == MOUNT_UNSET_INT ? -1 : (int)c->pull_workers;
@@ -244,7 +245,7 @@ static int mount_daemonise(int *fd)
 /* With what the map remembers the remote may be out of reach. A remote that is another one than the map's is opened as it
  * is: the mount compares and says more. */
 static int mount_open_known(const struct mount_conf *conf, const char *source, struct far_open_opts *opts,
-			    const struct far_persist *map, struct far_backend **out, struct far_error *err)
+			    const struct far_persist *map, struct far_backend **out, bool *offline, struct far_error *err)
 {
 	struct far_origin o = FAR_ORIGIN_INIT;
 
@@ -253,13 +254,9 @@ static int mount_open_known(const struct mount_conf *conf, const char *source, s
 	opts->known = &far_persist_info(map)->facts;
 	opts->deadline_ms = (uint32_t)far_min(opts->deadline_ms, MOUNT_KNOWN_MS);
 	int r = cli_open(source, opts, &conf->layer, out, err);
-	if (r == 0) {
-		uint64_t old = far_deadline_limit(far_now() + MOUNT_KNOWN_MS * FAR_MSEC);
-		r = far_origin(*out, &o, 0);
-		far_deadline_restore(old);
-		if (r != -ESTALE)
-			return 0;
-		far_close(*out);
+	if (r == 0) { /* opening has asked, and waited */
+		*offline = far_origin(*out, &o, FAR_NOWAIT) == -EAGAIN;
+		return 0;
 	}
 	if (r != -ESTALE)
 		return r;
@@ -268,7 +265,7 @@ static int mount_open_known(const struct mount_conf *conf, const char *source, s
 }
 
 static int mount_open_source(const struct mount_conf *conf, const char *source, const struct mount_parent *parent,
-			     const struct far_persist *map, struct far_backend **out)
+			     const struct far_persist *map, struct far_backend **out, bool *offline)
 {
 	struct far_open_opts opts = FAR_OPEN_OPTS_INIT;
 	struct far_error err = { 0 };
@@ -279,7 +276,7 @@ static int mount_open_source(const struct mount_conf *conf, const char *source, 
 		return cli_usage(&cli_mount, "%s", err.text);
 	int r = parent && parent->backend_fd >= 0
 			? far_grpc_open_fd(parent->backend_fd, "the program's own backend", &opts, out, &err)
-			: mount_open_known(conf, source, &opts, map, out, &err);
+			: mount_open_known(conf, source, &opts, map, out, offline, &err);
 	return r < 0 ? cli_fail("cannot mount", &err) : CLI_GO;
 }
 
@@ -328,7 +325,7 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	code = mount_open_map(conf, &l.conf.opts, parent, &l.conf.persist);
 	l.keeps = l.conf.persist != NULL;
 	if (code == CLI_GO)
-		code = mount_open_source(conf, source, parent, l.conf.persist, &l.conf.remote);
+		code = mount_open_source(conf, source, parent, l.conf.persist, &l.conf.remote, &l.conf.offline);
 	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0)
 		code = cli_fail("cannot mount", &err);
 	if (code == CLI_GO) {

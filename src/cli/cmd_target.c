@@ -10,11 +10,15 @@
 
 #include <fcntl.h>
 #include <json-c/json.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+#define TARGET_END_MS 10000 /* for a process that has flushed and unmounted */
 
 struct target_conf {
 	char *control, *local;
@@ -249,7 +253,7 @@ static int target_fsync(const struct target *t, const char *path)
 	far_fd_close(&fd);
 	if (r < 0) {
 		cli_say("cannot flush %s: %s. What was written last is not on the remote; 'farpage status' tells more", path,
-			far_strerror(r));
+			cli_strerror(r));
 		return cli_exit_code(r);
 	}
 	return CLI_GO;
@@ -361,6 +365,18 @@ static int target_unpin_run(int argc, char **argv)
 
 /* -------------------------------------------------------------------------------------------------- stop */
 
+/* The answer comes when everything is flushed; the local store is free for another mount when the process has ended. */
+static void target_await(struct json_object *reply)
+{
+	pid_t pid = (pid_t)target_int(reply, "pid");
+	int fd = pid > 0 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
+	struct pollfd p = { .fd = fd, .events = POLLIN };
+
+	if (fd >= 0)
+		poll(&p, 1, TARGET_END_MS);
+	far_fd_close(&fd);
+}
+
 static int target_stop_run(int argc, char **argv)
 {
 	struct target t = { 0 };
@@ -377,6 +393,8 @@ static int target_stop_run(int argc, char **argv)
 			cli_say("stopped: %s", target_string(reply, "unsaved_text"));
 		code = CLI_UNSAVED;
 	}
+	if (reply)
+		target_await(reply);
 	json_object_put(reply);
 	return target_end(&t, code == CLI_GO ? CLI_OK : code);
 }

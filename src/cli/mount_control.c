@@ -43,7 +43,7 @@ static uint64_t mount_until(struct json_object *req)
 
 static struct json_object *mount_result(int r, const char *what)
 {
-	return r < 0 ? far_control_error(r, "%s: %s", what, r == -ETIMEDOUT ? "the deadline passed" : far_strerror(r))
+	return r < 0 ? far_control_error(r, "%s: %s", what, r == -ETIMEDOUT ? "the deadline passed" : cli_strerror(r))
 		     : far_control_ok();
 }
 
@@ -173,9 +173,10 @@ static struct json_object *mount_op_stop(struct mount_loop *l, struct json_objec
 	far_mutex_lock(&l->lock);
 	while (!l->ended)
 		far_cond_wait(&l->changed, &l->lock);
-	o = l->end_code < 0 ? far_control_error(l->end_code, "stopped, but the flush failed: %s%s%s", far_strerror(l->end_code),
+	o = l->end_code < 0 ? far_control_error(l->end_code, "stopped, but the flush failed: %s%s%s", cli_strerror(l->end_code),
 					    l->end_text[0] ? ". " : "", l->end_text)
 			    : far_control_ok();
+	far_control_put(&o, "pid", json_object_new_int((int)getpid()));
 	far_control_put(&o, "unsaved", json_object_new_int64((int64_t)l->unsaved));
 	far_control_put(&o, "unsaved_text", json_object_new_string(l->end_text));
 	far_mutex_unlock(&l->lock);

@@ -299,7 +299,7 @@ static void mount_loop_finished(struct mount_run *run)
 	if (st.dirty)
 		mount_unsaved_text(l, &st, text, sizeof text);
 	if (r < 0 && r != -ECANCELED)
-		cli_say("cannot flush %s: %s%s%s", l->conf.target, far_strerror(r), st.dirty ? ". " : "", text);
+		cli_say("cannot flush %s: %s%s%s", l->conf.target, cli_strerror(r), st.dirty ? ". " : "", text);
 	else if (st.dirty)
 		cli_say("stopped %s without flushing: %s", l->conf.target, text);
 	if (st.dirty || (r < 0 && r != -ECANCELED))

@@ -9,6 +9,8 @@
  *     open until T        -> closed          by itself, when T has passed
  *     any                 -> fenced          far_admit_fence(), for good
  *
+ * The time is one that goes on while this machine sleeps: somebody else may have taken the lease by then.
+ *
  * The open gate costs one atomic load and a look at the clock. `lock` guards only sleeping.
  */
 #define _GNU_SOURCE
@@ -35,7 +37,7 @@ struct far_admit {
 static bool admit_is_open(struct far_admit *a)
 {
 	uint64_t until = atomic_load_explicit(&a->until, memory_order_acquire);
-	return until == FAR_NEVER || (until && far_now() < until);
+	return until == FAR_NEVER || (until && far_now_slept() < until);
 }
 
 static int admit_wait(struct far_admit *a)

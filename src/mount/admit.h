@@ -14,7 +14,7 @@ struct far_admit;
 /* A layer over inner, closed at first. Calls that find it closed wait, at most max_wait ns (FAR_NEVER: the thread's
  * deadline alone), with -ETIMEDOUT; -EAGAIN with FAR_NOWAIT. inner changes owner only on success. */
 int far_admit_new(struct far_backend *inner, uint64_t max_wait, struct far_backend **out, struct far_admit **gate);
-/* Open until then; FAR_NEVER: for good. */
+/* Open until then, of far_now_slept(); FAR_NEVER: for good. */
 void far_admit_open(struct far_admit *a, uint64_t until);
 /* Every call fails with -ESTALE from now on. */
 void far_admit_fence(struct far_admit *a);

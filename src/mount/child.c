@@ -157,7 +157,9 @@ static void child_args_options(struct child_args *a, const struct far_mount_opts
 		child_arg(a, "--discard-clean");
 	if (o->force)
 		child_arg(a, "--force");
-	if (o->follow_ms)
+	if (o->follow_ms == UINT32_MAX)
+		child_arg(a, "--follow=never");
+	else if (o->follow_ms)
 		child_arg(a, "--follow=%ums", o->follow_ms);
 	if (o->local_max)
 		child_arg(a, "--local-max=%" PRIu64, o->local_max);

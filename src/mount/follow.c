@@ -137,9 +137,10 @@ static void follower_step(struct far_follower *f)
 	f->told = false;
 	if (f->c.find && f->c.gate)
 		far_admit_open(f->c.gate, FAR_NEVER);
-	follower_set(f, FAR_FOLLOW_FOLLOWING);
+	follower_set(f, f->c.once ? FAR_FOLLOW_FROZEN : FAR_FOLLOW_FOLLOWING);
 	if (moved)
 		f->c.heard(f->c.opaque, &now);
+	f->over = f->c.once;
 }
 
 static void *follower_main(void *arg)

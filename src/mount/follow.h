@@ -17,6 +17,7 @@ struct far_follower_conf {
 	struct far_admit *gate;      /* NULL: none */
 	const char *source;
 	uint64_t interval;           /* ns */
+	bool once;                   /* only see what changed while the remote was out of reach, then stay frozen */
 	struct far_origin from;      /* what was there before the first byte was read; all 0: not known, the remote was away */
 	/* NULL: it was found already. Else the remote was out of reach, `from` is what the local copy knows: 0 when it is
 	 * there and the right one; the gate is opened when what has changed since is forgotten. */

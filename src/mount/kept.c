@@ -220,12 +220,13 @@ static int kept_apply(struct far_kept *k, enum kept_verdict v, const struct far_
 {
 	const struct far_persist_info *i = far_persist_info(k->p);
 	bool dirty = far_kept_dirty(i) != 0;
-	/* A read-only mount that was away follows: nothing here is anybody's work. */
+	/* A read-only mount that was away catches up: nothing here is anybody's work. */
 	bool follow = k->o->read_only && v == KEPT_NEWER && !dirty;
 
-	if (v == KEPT_FITS || (follow && k->open)) /* follow.c asks what has changed since */
+	k->behind = follow && !k->o->discard_clean;
+	if (v == KEPT_FITS || k->behind)
 		return 0;
-	if (v == KEPT_SIZE || k->open || !(follow || (k->o->discard_clean && (!dirty || k->o->force))))
+	if (v == KEPT_SIZE || k->open || !k->o->discard_clean || (dirty && !k->o->force))
 		return kept_say(k, v, f, o, err);
 	if (far_persist_shared(k->p))
 		return far_error_set(err, EBUSY, "cannot mount %.150s: what is kept in %.150s is out of date, and another mount uses it. "

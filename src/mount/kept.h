@@ -32,6 +32,7 @@ struct far_kept {
 	const char *source;
 	bool open;      /* the region is: nothing can be forgotten any more */
 	bool forgotten; /* answer: clean chunks were forgotten */
+	bool behind;    /* answer: read-only, and others have written since: follow.c has to catch up from what the map knows */
 };
 int far_kept_check(struct far_kept *k, const struct far_facts *f, const struct far_origin *o, struct far_error *err);
 /* The same sentence for what a lease was refused with. o: what is there. */

@@ -58,7 +58,7 @@ struct far_leaser {
 	bool released FAR_GUARDED_BY(lock);
 	enum far_lease_state state FAR_GUARDED_BY(lock);
 	struct far_origin origin FAR_GUARDED_BY(lock);
-	uint64_t expires FAR_GUARDED_BY(lock), next FAR_GUARDED_BY(lock);
+	uint64_t next FAR_GUARDED_BY(lock); /* when to try */
 	struct far_thread thread;
 };
 
@@ -84,12 +84,23 @@ static void leaser_admit(struct far_leaser *l, uint64_t until)
 
 /* ------------------------------------------------------------------------------------------------ questions */
 
+/* A peer of the plain service has no more than a number for its connection. */
+static bool leaser_tells(struct far_leaser *l, const struct far_origin *o)
+{
+	struct far_origin now = FAR_ORIGIN_INIT;
+	struct far_extent x;
+	bool all;
+	size_t n;
+
+	return o->identity[0] || far_watch(l->c.remote, o->instance, o->change, &x, 1, &n, &all, &now) != -EOPNOTSUPP;
+}
+
 /* Who is it, and does it fit? */
 static int leaser_find(struct far_leaser *l, struct far_error *err)
 {
 	struct far_origin o = FAR_ORIGIN_INIT;
 	int r = far_origin(l->c.remote, &o, 0);
-	bool tells = r == 0;
+	bool tells = r == 0 && leaser_tells(l, &o);
 
 	if (r && r != -EOPNOTSUPP)
 		return r;
@@ -130,7 +141,7 @@ static bool leaser_moved(const struct far_leaser *l, const struct far_lease *a)
 
 static int leaser_ask(struct far_leaser *l, struct far_lease *a)
 {
-	uint64_t began = far_now();
+	uint64_t began = far_now(), began_slept = far_now_slept();
 
 	*a = (struct far_lease)FAR_LEASE_INIT;
 	a->writer = l->writer;
@@ -158,10 +169,9 @@ static int leaser_ask(struct far_leaser *l, struct far_lease *a)
 	far_mutex_lock(&l->lock);
 	l->origin = a->origin;
 	l->state = FAR_LEASE_HELD;
-	l->expires = began + ttl;
 	l->next = began + ttl / 3;
 	far_mutex_unlock(&l->lock);
-	leaser_admit(l, began + ttl);
+	leaser_admit(l, began_slept + ttl);
 	return 0;
 }
 
@@ -177,7 +187,8 @@ static int leaser_try(struct far_leaser *l, struct far_lease *a, struct far_erro
 	far_deadline_restore(old);
 	if (!r && l->none) {
 		leaser_set(l, FAR_LEASE_NONE);
-		if (l->c.writable || !l->offline) /* else follow.c opens, when it has seen what changed meanwhile */
+		/* Else follow.c opens, when it has seen what changed meanwhile. */
+		if (l->c.writable || !(l->offline || l->c.kept->behind))
 			leaser_admit(l, FAR_NEVER);
 	}
 	return r;
@@ -339,7 +350,7 @@ static int leaser_first(struct far_leaser *l, struct far_error *err)
 {
 	struct far_error e = { 0 };
 	struct far_lease a;
-	int r = leaser_try(l, &a, &e);
+	int r = l->c.offline && l->c.may_be_offline ? -ENOTCONN : leaser_try(l, &a, &e);
 
 	if (r == -EBUSY && a.gone && !e.code)
 		r = leaser_wait(l, &a, &e);
@@ -428,6 +439,8 @@ void far_leaser_release(struct far_leaser *l)
 	struct far_lease a = FAR_LEASE_INIT;
 
 	far_leaser_stop(l);
+	if (far_leaser_state(l) != FAR_LEASE_HELD)
+		return; /* the thread may be asking who does not answer: it is joined when the remote was stopped */
 	far_thread_join(&l->thread);
 	far_mutex_lock(&l->lock);
 	bool ours = l->state == FAR_LEASE_HELD && !l->released;

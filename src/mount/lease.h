@@ -18,6 +18,7 @@ struct far_leaser_conf {
 	bool writable;               /* a lease is wanted */
 	bool take_over;
 	bool may_be_offline;         /* there is a local copy to begin with */
+	bool offline;                /* it is known to be: do not ask now */
 	uint64_t deadline;           /* ns: how long a dead holder is waited for */
 	/* From the thread of the leaser: the lease was granted or renewed (or, read-only, the remote was found); somebody
 	 * else owns the region now, and one sentence about it. */
@@ -36,7 +37,7 @@ enum far_lease_state far_leaser_state(struct far_leaser *l);
 int far_leaser_find(struct far_leaser *l, struct far_error *err);
 /* Renew from now on, on a thread. */
 int far_leaser_start(struct far_leaser *l);
-/* End the thread and give the lease back if it is held; nothing is pushed afterwards. May be called again. */
+/* Ask no more, and give the lease back if it is held; nothing is pushed afterwards. May be called again. */
 void far_leaser_release(struct far_leaser *l);
 /* The thread ends soon; for who is about to stop the remote. */
 void far_leaser_stop(struct far_leaser *l);

@@ -23,6 +23,7 @@
 #include "base/options.h"
 #include "frontend/fuse.h"
 #include "layer/layer.h"
+#include "mount/aside.h"
 #include "mount/follow.h"
 #include "mount/holders.h"
 #include "mount/lease.h"
@@ -43,6 +44,7 @@ struct far_mnt {
 	char *source;
 	uint64_t bytes;
 	bool writable;
+	bool aside;                   /* another mount keeps the local store: see aside.h */
 	struct far_kept kept;         /* what is local, and whether it belongs to this remote */
 	struct far_backend *below;    /* the stack under the gate: for questions that must not wait for it */
 	struct far_admit *gate;       /* NULL: none */
@@ -168,6 +170,16 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 			far_close(b);
 		return e;
 	}
+	struct far_backend *aside;
+	if (far_persist_passive(m->kept.p)) {
+		e = far_aside_new(b, &aside);
+		if (e) {
+			far_close(b);
+			return far_error_set(err, -e, "local store: %s", far_strerror(e));
+		}
+		b = aside;
+		m->aside = true;
+	}
 	*is_zero = strncmp(uri, "mem:", 4) == 0 && !m->o.local_backend ? true : !mnt_has_map(m) && mnt_is_zero(b);
 	*out = b;
 	return 0;
@@ -238,7 +250,7 @@ static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 {
 	struct far_leaser_conf lc = {
 		.remote = m->below, .gate = m->gate, .kept = &m->kept, .target = conf->target, .writable = m->writable,
-		.take_over = m->o.take_over, .may_be_offline = mnt_has_map(m), .deadline = m->o.deadline_ms * FAR_MSEC,
+		.take_over = m->o.take_over, .may_be_offline = mnt_has_map(m), .offline = conf->offline, .deadline = m->o.deadline_ms * FAR_MSEC,
 		.heard = mnt_heard_cb, .fenced = mnt_fenced_cb, .opaque = m,
 	};
 	struct far_origin o;
@@ -249,8 +261,18 @@ static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 	if (e || !m->kept.p || far_leaser_offline(m->leaser))
 		return e;
 	far_leaser_origin(m->leaser, &o);
-	e = far_persist_remember(m->kept.p, m->source, far_facts(m->below), &o, false);
+	e = far_persist_remember(m->kept.p, m->source, far_facts(m->below), m->kept.behind ? NULL : &o, false);
 	return e ? far_error_set(err, -e, "cannot write the chunk map %s: %s", far_persist_path(m->kept.p), far_strerror(e)) : 0;
+}
+
+/* It is only said: a remote that has gone away meanwhile must not hold us up. */
+static int mnt_round_trip_soon(struct far_mnt *m, uint64_t *rtt)
+{
+	uint64_t old = far_deadline_limit(far_now() + 2 * FAR_SEC);
+	int e = mnt_round_trip(m->below, rtt, NULL);
+
+	far_deadline_restore(old);
+	return e;
 }
 
 /* What is said at first where there is a map, so that no mode had to be measured. */
@@ -264,7 +286,7 @@ static void mnt_say_mapped(struct far_mnt *m, const struct far_mnt_conf *conf)
 	unsigned percent = st.bytes ? (unsigned)((double)st.local * 100 / (double)st.bytes) : 100;
 	if (far_leaser_offline(m->leaser))
 		snprintf(m->why, sizeof m->why, "managed (remote out of reach: offline, %u %% local)", percent);
-	else if (conf->network && mnt_round_trip(m->below, &rtt, NULL) == 0)
+	else if (conf->network && mnt_round_trip_soon(m, &rtt) == 0)
 		snprintf(m->why, sizeof m->why, "managed (round trip %s, %u %% local)", far_format_duration(d, sizeof d, rtt), percent);
 	else
 		snprintf(m->why, sizeof m->why, "managed (%u %% local)", percent);
@@ -285,9 +307,13 @@ static int mnt_watch_remote(struct far_mnt *m, const struct far_mnt_conf *conf, 
 		.from = FAR_ORIGIN_INIT,
 	};
 	int e = m->leaser && m->writable ? far_leaser_start(m->leaser) : 0;
+	bool never = m->o.follow_ms == UINT32_MAX, late = m->kept.behind || (m->leaser && far_leaser_offline(m->leaser));
 
-	if (!e && !m->writable) {
-		if (m->leaser && far_leaser_offline(m->leaser)) {
+	fc.once = never;
+	if (never)
+		fc.interval = FAR_SEC;
+	if (!e && !m->writable && (!never || late)) {
+		if (late) {
 			fc.find = mnt_find_cb;
 			fc.from = far_persist_info(m->kept.p)->origin;
 		} else if (m->leaser) {
@@ -306,7 +332,8 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		.name = conf->name,
 		.source = conf->source,
 		.read_only = !m->writable,
-		.changing = !m->writable && conf->network,
+		.changing = !m->writable && conf->network &&
+			    (m->o.follow_ms != UINT32_MAX || m->kept.behind || far_leaser_offline(m->leaser)),
 		.pulling = m->mode == FAR_MODE_MANAGED,
 		.keep_cache = m->mode == FAR_MODE_MANAGED,
 		.max_blocked = m->o.max_blocked ? m->o.max_blocked : 256,
@@ -314,7 +341,7 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 	};
 	int e = 0;
 
-	if (m->region && m->o.pull_first) {
+	if (m->region && m->o.pull_first && !far_leaser_offline(m->leaser)) {
 		uint64_t old = far_deadline_limit(FAR_NEVER);
 		e = far_region_wait_local(m->region, m->o.pull_first);
 		far_deadline_restore(old);
@@ -507,12 +534,13 @@ void far_mnt_status(struct far_mnt *m, struct far_status *st)
 	s.reconnects = c.reconnects;
 	s.checksum_errors = c.checksum_errors;
 	s.persistent = m->region && m->kept.p;
+	s.local_full &= !m->aside;
 	if (m->leaser) {
 		far_leaser_origin(m->leaser, &o);
 		s.lease = far_leaser_state(m->leaser);
 		s.epoch = s.lease == FAR_LEASE_NONE ? 0 : o.epoch;
 	}
-	s.follow = m->follower ? far_follower_state(m->follower) : FAR_FOLLOW_NONE;
+	s.follow = m->follower ? far_follower_state(m->follower) : m->writable ? FAR_FOLLOW_NONE : FAR_FOLLOW_FROZEN;
 	s.size = size;
 	memcpy(st, &s, far_min(size, sizeof s));
 }
@@ -557,9 +585,30 @@ static int mnt_unmount(struct far_mnt *m, uint64_t until, char *holders, size_t 
 	return far_mnt_flush(m);
 }
 
+/* The last push. Each call has the deadline, the whole may take longer. Where pushes wait for ever, this one does not if
+ * the bytes are safe in the local store: it goes on as long as something moves. */
+static int mnt_last_push(struct far_mnt *m)
+{
+	struct far_status st = FAR_STATUS_INIT;
+	uint64_t before;
+	int err;
+
+	if (!m->region || !m->kept.p || m->deadline != FAR_NEVER)
+		return far_mnt_push(m);
+	do {
+		far_region_status(m->region, &st);
+		before = st.pushed;
+		uint64_t old = far_deadline_limit(far_now() + m->o.deadline_ms * FAR_MSEC);
+		err = far_mnt_push(m);
+		far_deadline_restore(old);
+		far_region_status(m->region, &st);
+	} while (err == -ETIMEDOUT && st.pushed != before);
+	return err;
+}
+
 int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t holders_len)
 {
-	int err = far_mnt_push(m); /* each push below it has the deadline; the whole may take longer */
+	int err = mnt_last_push(m);
 
 	if (holders_len)
 		holders[0] = 0;
@@ -570,7 +619,7 @@ int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t hold
 		return err;
 	int after = mnt_unmount(m, until, holders, holders_len);
 	if (!err)
-		err = after ? after : far_mnt_push(m);
+		err = after ? after : mnt_last_push(m);
 	mnt_let_go(m);
 	return err;
 }

@@ -19,6 +19,7 @@ struct far_mnt_conf {
 	const char *name;                 /* of the file inside a directory */
 	const char *target;
 	bool network;                     /* the URI names a network peer: AUTO measures the round trip */
+	bool offline;                     /* the remote was opened by what the map knows and has not been reached */
 	bool asked_managed;               /* an option that only a managed mount has was given */
 	char *const *local_layers;        /* --local-layer, outermost first */
 	size_t n_local_layers;

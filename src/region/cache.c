@@ -87,7 +87,7 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 	}
 	if (!err) {
 		far_persist_verified(r->persist, i, 1);
-		if (!e)
+		if (!e || !far_chunkmap_has_news(r->map, i)) /* what was written here has been pushed: it is in buf too */
 			far_persist_sum(r->persist, i, buf, (size_t)len);
 		far_persist_fresh(r->persist, i, 1);
 	}
@@ -159,15 +159,33 @@ int far_cache_need(struct far_region *r, uint64_t i, uint64_t max)
 
 /* ---------------------------------------------------------------------------------------------------------- reads */
 
-/* The local store is full or failed: the remote's bytes go to the reader alone. Only while the chunk is wholly absent,
- * else err: whatever was written here before this read began has made it something else. */
+/* The remote has all that was written to chunk i, safely. Whatever was written here before this call began and is not
+ * there has made the chunk something else than absent, or has left news in it. */
+static bool cache_is_remote(struct far_region *r, uint64_t i)
+{
+	enum far_chunk s = far_chunkmap_state(r->map, i);
+
+	return s == FAR_ABSENT || (s == FAR_PARTIAL && !far_chunkmap_has_news(r->map, i) && !far_push_unstable(r, i));
+}
+
+/* The local store is full or failed: the remote's bytes go to the reader alone, after a flush if it lacks some of them;
+ * else err. */
 static int cache_read_past(struct far_region *r, uint64_t i, uint64_t off, void *buf, size_t len, int err)
 {
-	if (far_chunkmap_state(r->map, i) != FAR_ABSENT)
+	if (!cache_is_remote(r, i) && (far_chunkmap_state(r->map, i) != FAR_PARTIAL || far_push_flush(r) ||
+				       !cache_is_remote(r, i)))
 		return err;
-	err = far_read(r->remote, off, buf, len, 0);
+	uint64_t base = i << r->shift, all = far_chunkmap_len(r->map, i);
+	char *chunk = far_facts(r->remote)->chunk ? far_buf_get((size_t)all) : buf; /* it may take whole ones only */
+	if (!chunk)
+		return -ENOMEM;
+	err = chunk == buf ? far_read(r->remote, off, buf, len, 0) : far_read(r->remote, base, chunk, (size_t)all, 0);
 	if (err)
 		far_region_remote_failed(r, err);
+	if (chunk != buf) {
+		memcpy(buf, chunk + (off - base), err ? 0 : len);
+		far_buf_put(chunk, (size_t)all);
+	}
 	return err;
 }
 
@@ -320,8 +338,10 @@ static void batch_end(struct far_region *r, struct cache_batch *b, int err, bool
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		if (err && copied && b->c[k].claim == FAR_CLAIM_PARTIAL) /* it may be absent afterwards, with some of it there */
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
-		if (copied)
+		if (copied) {
+			far_persist_unsum(r->persist, i);
 			far_persist_fresh(r->persist, i, 1);
+		}
 		far_chunkmap_write_end(r->map, i, b->c[k].from, b->c[k].to, b->c[k].claim, b->c[k].ragged, !err);
 		if (!err && b->c[k].claim == FAR_CLAIM_WHOLE && r->o.chunk_local)
 			r->o.chunk_local(r->o.opaque, i << r->shift, far_chunkmap_len(r->map, i));

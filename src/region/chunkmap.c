@@ -12,6 +12,9 @@
  *   PARTIAL -----------> FETCHING_PARTIAL   claim
  *   PARTIAL -----------> DIRTY              write_end       the parts have become the whole
  *   PARTIAL -----------> ABSENT             write_end, fetch_end, fill_end: the only write failed
+ *   PARTIAL -----------> PUSHING_PARTIAL    push_begin_partial
+ *   PUSHING_PARTIAL ---> PARTIAL            push_end_partial, without news if nothing was written meanwhile
+ *   PUSHING_PARTIAL ---> CLEAN | DIRTY      push_end_partial: the parts have become the whole meanwhile
  *   FETCHING_PARTIAL --> FILLING            fill_begin      waits until no writer has it pinned
  *   FETCHING_PARTIAL --> PARTIAL            fetch_end       the fetch failed
  *   FILLING -----------> CLEAN | DIRTY      fill_end, write_end
@@ -29,102 +32,26 @@
  *
  *  1. A write marks its chunk dirty after its copy into the local store and before its answer, in the same
  *     compare-and-swap that drops its pin. A push that read half of the copy finds REDIRTY, or DIRTY comes after it.
- *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in PARTIAL and FETCHING_PARTIAL (writers
- *     and readers of ranges that are here), and in FILLING only those taken before it began.
- *  3. A chunk in PARTIAL or FETCHING_PARTIAL, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
- *  4. News is above 0 in DIRTY, PUSHING, REDIRTY, PARTIAL and FETCHING_PARTIAL and in FILLING after the last; `dirty` is
- *     the sum of it over all chunks.
+ *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in the three PARTIALs (writers and readers
+ *     of ranges that are here), and in FILLING only those taken before it began.
+ *  3. A chunk in one of the PARTIALs, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
+ *  4. News is above 0 exactly where the remote lacks something: always in DIRTY, PUSHING, REDIRTY and PUSHING_PARTIAL, and
+ *     in PARTIAL, FETCHING_PARTIAL and FILLING after it until the ranges that are here were pushed. `dirty` is the sum of
+ *     it over all chunks.
  *  5. A chunk in FETCHING or FETCHING_PARTIAL lies in exactly one struct far_fetch whose `at` has not passed it.
  *  6. The hint bit of a group is set whenever one of its 64 chunks is dirty or being pushed, but for the moment in
  *     which a pusher looks the group over.
  *
- * `lock` guards the side table, the list of fetches and all sleeping. It is never held across a callback or I/O.
+ * `lock` guards the side table, the list of fetches and all sleeping. It is never held across a callback or I/O. The arrows
+ * of pushers are in chunkmap_push.c.
  */
 #define _GNU_SOURCE
-#include "region/chunkmap.h"
-
-#include "base/clock.h"
-#include "base/thread.h"
-#include "region/partial.h"
+#include "region/chunkmap_int.h"
 
 #include <sched.h>
-#include <stdatomic.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#define STATE_MASK 0x000fu
-#define PIN_ONE 0x0010u
-#define PIN_MASK 0x07f0u
-#define TOUCHED 0x0800u
-#define NEWS_SHIFT 12
-#define NEWS_ALL 15u /* fifteenths of a chunk */
-
-#define BUCKETS 1024u
-#define GROUP 64u
-
-struct far_fetch {
-	struct far_fetch *next;
-	uint64_t first, n;
-	uint64_t at;   /* owner only: chunks before it were handed to fill_begin and may be anybody's by now */
-	unsigned refs; /* the owner and everyone who waits */
-	bool done;
-	int err;
-	struct far_cond cond;
-};
-
-struct far_chunkmap {
-	/* fixed after open */
-	uint64_t bytes, chunks;
-	unsigned shift;
-	uint32_t max_partial;
-	int fd;
-	size_t map_len;
-	_Atomic uint16_t *word;
-	_Atomic uint64_t *hint; /* bit g: chunks [64g, 64g+64) may hold dirty ones */
-
-	/* atomic */
-	_Atomic uint64_t local, dirty;
-	_Atomic unsigned waiters; /* that sleep on `changed` */
-
-	struct far_mutex lock;
-	struct far_cond changed;
-	struct far_partial **bucket FAR_GUARDED_BY(lock);
-	uint32_t n_partial FAR_GUARDED_BY(lock);
-	struct far_fetch *fetches FAR_GUARDED_BY(lock);
-	bool stopped FAR_GUARDED_BY(lock);
-};
-
-static enum far_chunk state_of(uint16_t w)
-{
-	return (enum far_chunk)(w & STATE_MASK);
-}
-
-static uint16_t with_state(uint16_t w, enum far_chunk s)
-{
-	return (uint16_t)((w & ~STATE_MASK) | s);
-}
-
-static bool is_local(enum far_chunk s)
-{
-	return s >= FAR_CLEAN && s <= FAR_REDIRTY;
-}
-
-static bool is_dirty(enum far_chunk s)
-{
-	return s >= FAR_DIRTY && s <= FAR_FETCHING_PARTIAL;
-}
-
-static bool cas(struct far_chunkmap *m, uint64_t i, uint16_t *w, uint16_t to)
-{
-	return atomic_compare_exchange_weak_explicit(&m->word[i], w, to, memory_order_seq_cst, memory_order_acquire);
-}
-
-static uint16_t load(struct far_chunkmap *m, uint64_t i)
-{
-	return atomic_load_explicit(&m->word[i], memory_order_acquire);
-}
 
 /* ---------------------------------------------------------------------------------------------- open, close, facts */
 
@@ -222,66 +149,7 @@ uint64_t far_chunkmap_dirty(struct far_chunkmap *m)
 	return atomic_load_explicit(&m->dirty, memory_order_relaxed);
 }
 
-static void count_local(struct far_chunkmap *m, uint64_t i, bool add)
-{
-	uint64_t len = far_chunkmap_len(m, i);
-	atomic_fetch_add_explicit(&m->local, add ? len : -len, memory_order_relaxed);
-}
-
-static unsigned news_of(uint16_t w)
-{
-	return w >> NEWS_SHIFT;
-}
-
-/* The word after `len` more bytes were written into chunk i. */
-static uint16_t add_news(const struct far_chunkmap *m, uint64_t i, uint16_t w, uint64_t len)
-{
-	uint64_t more = far_div_up(len * NEWS_ALL, far_chunkmap_len(m, i));
-	unsigned news = (unsigned)far_min(news_of(w) + more, NEWS_ALL);
-	return (uint16_t)((w & ((1u << NEWS_SHIFT) - 1)) | news << NEWS_SHIFT);
-}
-
-static uint16_t no_news(uint16_t w)
-{
-	return (uint16_t)(w & ((1u << NEWS_SHIFT) - 1));
-}
-
-/* After a swap from `was` to `is`. */
-static void count_news(struct far_chunkmap *m, uint64_t i, uint16_t was, uint16_t is)
-{
-	uint64_t len = far_chunkmap_len(m, i);
-	uint64_t a = news_of(was) * len / NEWS_ALL, b = news_of(is) * len / NEWS_ALL;
-
-	if (a != b)
-		atomic_fetch_add_explicit(&m->dirty, b - a, memory_order_relaxed);
-}
-
-static void hint(struct far_chunkmap *m, uint64_t i)
-{
-	uint64_t g = i / GROUP;
-	_Atomic uint64_t *h = &m->hint[g / 64];
-	uint64_t bit = (uint64_t)1 << (g % 64);
-
-	if (!(atomic_load_explicit(h, memory_order_seq_cst) & bit))
-		atomic_fetch_or_explicit(h, bit, memory_order_seq_cst);
-}
-
 /* ------------------------------------------------------------------------------------------------------- sleeping */
-
-/* Pairs with the increment of `waiters` in changed_wait(): either the waiter sees the new word or we see the waiter. */
-static void changed_wake(struct far_chunkmap *m) FAR_EXCLUDES(m->lock)
-{
-	if (atomic_load_explicit(&m->waiters, memory_order_seq_cst)) {
-		far_mutex_lock(&m->lock);
-		far_cond_broadcast(&m->changed);
-		far_mutex_unlock(&m->lock);
-	}
-}
-
-static bool changed_wait_locked(struct far_chunkmap *m, uint64_t until) FAR_REQUIRES(m->lock)
-{
-	return far_cond_wait_until(&m->changed, &m->lock, until);
-}
 
 static struct far_fetch *fetch_find_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
 {
@@ -301,7 +169,8 @@ static void fetch_put_locked(struct far_fetch *f)
 
 static bool in_transit(enum far_chunk s)
 {
-	return s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL || s == FAR_FILLING || s == FAR_EVICTING;
+	return s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL || s == FAR_PUSHING_PARTIAL || s == FAR_FILLING ||
+	       s == FAR_EVICTING;
 }
 
 int far_chunkmap_wait(struct far_chunkmap *m, uint64_t i)
@@ -375,14 +244,6 @@ bool far_chunkmap_test_touched(struct far_chunkmap *m, uint64_t i)
 
 /* ------------------------------------------------------------------------------------------------- the side table */
 
-static struct far_partial **partial_at_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
-{
-	struct far_partial **p = &m->bucket[(i * 0x9e3779b97f4a7c15u >> 32) % BUCKETS];
-	while (*p && (*p)->chunk != i)
-		p = &(*p)->next;
-	return p;
-}
-
 static struct far_partial *partial_new_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
 {
 	struct far_partial *e = m->n_partial < m->max_partial ? far_partial_new(i, far_chunkmap_len(m, i)) : NULL;
@@ -394,15 +255,6 @@ static struct far_partial *partial_new_locked(struct far_chunkmap *m, uint64_t i
 	*p = e;
 	m->n_partial++;
 	return e;
-}
-
-static void partial_free_locked(struct far_chunkmap *m, uint64_t i) FAR_REQUIRES(m->lock)
-{
-	struct far_partial **p = partial_at_locked(m, i), *e = *p;
-	FAR_ASSERT(e);
-	*p = e->next;
-	m->n_partial--;
-	free(e);
 }
 
 /* A chunk that is or becomes PARTIAL in `w` goes back to ABSENT if nothing of it is here. */
@@ -417,13 +269,13 @@ bool far_chunkmap_pin_partial(struct far_chunkmap *m, uint64_t i, uint64_t from,
 {
 	bool got = false;
 
-	if (!is_dirty(state_of(load(m, i))))
+	if (!is_partial(state_of(load(m, i))))
 		return false;
 	far_mutex_lock(&m->lock);
 	uint16_t w = load(m, i);
 	struct far_partial *e = *partial_at_locked(m, i);
 	uint64_t a = from, b = 0;
-	while (e && !got && (state_of(w) == FAR_PARTIAL || state_of(w) == FAR_FETCHING_PARTIAL) &&
+	while (e && !got && is_partial(state_of(w)) &&
 	       (!far_partial_missing(e, &a, &b) || a >= to))
 		got = (w & PIN_MASK) != PIN_MASK && cas(m, i, &w, (uint16_t)(w + PIN_ONE));
 	far_mutex_unlock(&m->lock);
@@ -437,18 +289,18 @@ static enum far_claim partial_begin_locked(struct far_chunkmap *m, uint64_t i, u
 					   unsigned *ragged) FAR_REQUIRES(m->lock)
 {
 	enum far_chunk s = state_of(w);
-	bool fetching = s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL;
+	bool fetching = s == FAR_FETCHING || s == FAR_FETCHING_PARTIAL, moving = fetching || s == FAR_PUSHING_PARTIAL;
 	bool fresh = s == FAR_ABSENT || s == FAR_FETCHING;
 	struct far_partial *e = fresh ? partial_new_locked(m, i) : *partial_at_locked(m, i);
 
 	if (!e)
-		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
+		return moving ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
 	unsigned need = far_partial_ragged(e, from, to);
 	if (e->n_ragged + e->pending + need > FAR_PARTIAL_RAGGED)
-		return fetching ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
+		return moving ? FAR_CLAIM_WAIT : FAR_CLAIM_FETCH;
 	for (;;) {
 		bool full = (w & PIN_MASK) == PIN_MASK;
-		enum far_chunk to_state = fetching ? FAR_FETCHING_PARTIAL : FAR_PARTIAL;
+		enum far_chunk to_state = fetching ? FAR_FETCHING_PARTIAL : moving ? s : FAR_PARTIAL;
 		uint16_t was = w, next = add_news(m, i, (uint16_t)(with_state(w, to_state) + PIN_ONE), to - from);
 		if (!full && cas(m, i, &w, next)) {
 			count_news(m, i, was, next);
@@ -533,6 +385,7 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 	}
 	FAR_ASSERT(e && e->pending >= ragged);
 	e->pending -= ragged;
+	e->again = true;
 	if (ok)
 		far_partial_add(e, from, to);
 	bool whole = far_partial_whole(e);
@@ -541,6 +394,8 @@ static void partial_end(struct far_chunkmap *m, uint64_t i, uint64_t from, uint6
 		uint16_t was = w, next = (uint16_t)(w - PIN_ONE);
 		if (s == FAR_PARTIAL)
 			next = whole ? with_state(next, FAR_DIRTY) : partial_or_absent_locked(m, i, next);
+		if (state_of(next) != FAR_ABSENT && !news_of(next)) /* a push has ended since it was counted */
+			next = add_news(m, i, next, to - from);
 		if (!cas(m, i, &w, next))
 			continue;
 		count_news(m, i, was, next);
@@ -657,7 +512,7 @@ void far_chunkmap_fill_end(struct far_chunkmap *m, uint64_t i, struct far_partia
 		far_mutex_lock(&m->lock);
 		do {
 			was = w;
-			is = ok ? with_state(w, FAR_DIRTY) : partial_or_absent_locked(m, i, w);
+			is = !ok ? partial_or_absent_locked(m, i, w) : with_state(w, news_of(w) ? FAR_DIRTY : FAR_CLEAN);
 		} while (!cas(m, i, &w, is));
 		count_news(m, i, was, is);
 		if (state_of(is) != FAR_PARTIAL)
@@ -699,158 +554,6 @@ void far_chunkmap_fetch_end(struct far_chunkmap *m, struct far_fetch *f, int err
 		far_cond_broadcast(&m->changed);
 	fetch_put_locked(f);
 	far_mutex_unlock(&m->lock);
-}
-
-/* -------------------------------------------------------------------------------------------------------- pushers */
-
-bool far_chunkmap_push_begin_one(struct far_chunkmap *m, uint64_t i)
-{
-	uint16_t w = load(m, i);
-
-	while (state_of(w) == FAR_DIRTY)
-		if (cas(m, i, &w, with_state(w, FAR_PUSHING)))
-			return true;
-	return false;
-}
-
-/* The first group at or after g whose hint is set, its bit cleared; or UINT64_MAX. */
-static uint64_t hint_take(struct far_chunkmap *m, uint64_t g)
-{
-	uint64_t groups = far_div_up(m->chunks, GROUP);
-
-	while (g < groups) {
-		uint64_t h = atomic_load_explicit(&m->hint[g / 64], memory_order_seq_cst) >> (g % 64);
-		if (!h) {
-			g = (g / 64 + 1) * 64;
-			continue;
-		}
-		g += (uint64_t)__builtin_ctzll(h);
-		atomic_fetch_and_explicit(&m->hint[g / 64], ~((uint64_t)1 << (g % 64)), memory_order_seq_cst);
-		return g;
-	}
-	return UINT64_MAX;
-}
-
-/* Holds something the remote lacks. A chunk that is being filled does if parts of it were written here. */
-static bool holds_news(struct far_chunkmap *m, uint64_t i, enum far_chunk *s)
-{
-	*s = far_chunkmap_state(m, i);
-	if (*s != FAR_FILLING)
-		return is_dirty(*s);
-	far_mutex_lock(&m->lock);
-	bool entry = *partial_at_locked(m, i) != NULL;
-	*s = far_chunkmap_state(m, i); /* a filled chunk turns dirty under the lock, with its entry */
-	far_mutex_unlock(&m->lock);
-	return entry || is_dirty(*s);
-}
-
-bool far_chunkmap_has_news(struct far_chunkmap *m, uint64_t i)
-{
-	enum far_chunk s;
-	return holds_news(m, i, &s);
-}
-
-/* Invariant 6: a hint is taken back only when nothing dirty is left in its group. */
-static void hint_restore(struct far_chunkmap *m, uint64_t g)
-{
-	uint64_t end = far_min((g + 1) * GROUP, m->chunks);
-	enum far_chunk s;
-
-	for (uint64_t i = g * GROUP; i < end; i++)
-		if (holds_news(m, i, &s)) {
-			hint(m, i);
-			return;
-		}
-}
-
-bool far_chunkmap_push_begin(struct far_chunkmap *m, uint64_t *cursor, uint64_t max, uint64_t *first, uint64_t *n,
-			     bool *partial)
-{
-	uint64_t i = *cursor;
-
-	*partial = false;
-	while (i < m->chunks) {
-		uint64_t g = hint_take(m, i / GROUP);
-		if (g == UINT64_MAX)
-			break;
-		i = far_max(i, g * GROUP);
-		uint64_t end = far_min((g + 1) * GROUP, m->chunks);
-		for (; i < end; i++) {
-			enum far_chunk s;
-			bool pushing = far_chunkmap_push_begin_one(m, i);
-			bool half = !pushing && holds_news(m, i, &s) &&
-				    (s == FAR_PARTIAL || s == FAR_FETCHING_PARTIAL || s == FAR_FILLING);
-			if (!half && !pushing)
-				continue;
-			*first = i;
-			*n = 1;
-			*partial = half;
-			while (!half && *n < max && i + *n < m->chunks && far_chunkmap_push_begin_one(m, i + *n))
-				++*n;
-			hint_restore(m, g);
-			*cursor = i + *n;
-			return true;
-		}
-		hint_restore(m, g);
-	}
-	*cursor = m->chunks;
-	return false;
-}
-
-void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, bool ok)
-{
-	for (uint64_t i = first; i < first + n; i++) {
-		uint16_t w = load(m, i), was, is;
-		do {
-			was = w;
-			FAR_ASSERT(state_of(w) == FAR_PUSHING || state_of(w) == FAR_REDIRTY);
-			is = state_of(w) == FAR_PUSHING && ok ? no_news(with_state(w, FAR_CLEAN)) : with_state(w, FAR_DIRTY);
-		} while (!cas(m, i, &w, is));
-		count_news(m, i, was, is);
-		if (state_of(is) == FAR_DIRTY)
-			hint(m, i);
-	}
-}
-
-bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i)
-{
-	uint16_t w = load(m, i), was, is;
-
-	for (;;) {
-		if (state_of(w) == FAR_EVICTING) { /* it will look at the chunk's mark and let go */
-			far_thread_yield();
-			w = load(m, i);
-			continue;
-		}
-		if (state_of(w) != FAR_CLEAN)
-			return false;
-		was = w;
-		is = add_news(m, i, with_state(w, FAR_DIRTY), far_chunkmap_len(m, i));
-		if (!cas(m, i, &w, is))
-			continue;
-		count_news(m, i, was, is);
-		hint(m, i);
-		return true;
-	}
-}
-
-void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, uint64_t i, enum far_chunk s), void *opaque)
-{
-	uint64_t words = far_div_up(far_div_up(m->chunks, GROUP), 64);
-
-	for (uint64_t h = 0; h < words; h++) {
-		uint64_t bits = atomic_load_explicit(&m->hint[h], memory_order_seq_cst);
-		while (bits) {
-			uint64_t g = h * 64 + (uint64_t)__builtin_ctzll(bits);
-			bits &= bits - 1;
-			uint64_t end = far_min((g + 1) * GROUP, m->chunks);
-			for (uint64_t i = g * GROUP; i < end; i++) {
-				enum far_chunk s;
-				if (holds_news(m, i, &s))
-					fn(opaque, i, s);
-			}
-		}
-	}
 }
 
 /* ------------------------------------------------------------------------------------------------------- evictors */
@@ -938,14 +641,17 @@ void far_chunkmap_check(struct far_chunkmap *m)
 
 		FAR_ASSERT(s <= FAR_EVICTING);
 		FAR_ASSERT(!(w & PIN_MASK) || is_local(s) || entry);
-		if (s == FAR_PARTIAL || s == FAR_FETCHING_PARTIAL)
+		if (is_partial(s))
 			FAR_ASSERT(entry);
 		else if (s != FAR_FILLING)
 			FAR_ASSERT(!entry);
 		FAR_ASSERT((s != FAR_FETCHING && s != FAR_FETCHING_PARTIAL) || fetch_find_locked(m, i));
 		local += is_local(s) ? far_chunkmap_len(m, i) : 0;
 		dirty += news_of(w) * far_chunkmap_len(m, i) / NEWS_ALL;
-		FAR_ASSERT((news_of(w) > 0) == (is_dirty(s) || (s == FAR_FILLING && entry)));
+		if (s == FAR_DIRTY || s == FAR_PUSHING || s == FAR_REDIRTY || s == FAR_PUSHING_PARTIAL)
+			FAR_ASSERT(news_of(w));
+		else if (!entry)
+			FAR_ASSERT(!news_of(w));
 		partial += entry;
 	}
 	FAR_ASSERT(partial == m->n_partial);

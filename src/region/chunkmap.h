@@ -15,6 +15,7 @@ enum far_chunk {
 	FAR_REDIRTY,          /* written again while a copy was on its way */
 	FAR_PARTIAL,          /* some ranges were written here, the rest only the remote has */
 	FAR_FETCHING_PARTIAL, /* the same, and its owner is reading the rest */
+	FAR_PUSHING_PARTIAL,  /* the same, and a copy of those ranges is on its way to the remote */
 	FAR_FILLING,          /* one thread alone moves bytes into the local store */
 	FAR_EVICTING,         /* one thread alone gives its room back */
 };
@@ -69,12 +70,18 @@ void far_chunkmap_fetch_end(struct far_chunkmap *m, struct far_fetch *f, int err
 int far_chunkmap_wait(struct far_chunkmap *m, uint64_t i);
 
 /* Pushers. Find the next run of at most max dirty chunks at or after *cursor and make it PUSHING; *cursor moves on.
- * A half-written chunk comes alone, unclaimed, with *partial set: fetch it, then far_chunkmap_push_begin_one(). False:
+ * A half-written chunk comes alone, unclaimed, with *partial set: push its ranges, or fetch it and then
+ * far_chunkmap_push_begin_one(). False:
  * none up to the end. One caller at a time. */
 bool far_chunkmap_push_begin(struct far_chunkmap *m, uint64_t *cursor, uint64_t max, uint64_t *first, uint64_t *n,
 			     bool *partial);
 bool far_chunkmap_push_begin_one(struct far_chunkmap *m, uint64_t i);
 void far_chunkmap_push_end(struct far_chunkmap *m, uint64_t first, uint64_t n, bool ok);
+/* Push what is here of half-written chunk i: *e is a copy of its entry, to be freed. False: it is not half-written any
+ * more, is being fetched, has no news, or there is no memory; and, without `crowded`, when half of the side table is used:
+ * it would keep its place there. */
+bool far_chunkmap_push_begin_partial(struct far_chunkmap *m, uint64_t i, bool crowded, struct far_partial **e);
+void far_chunkmap_push_end_partial(struct far_chunkmap *m, uint64_t i, bool ok);
 /* The remote may have forgotten what was pushed of chunk i: if it counts as clean it is dirty again. False: it did not.
  * Nobody may evict it meanwhile for longer than a look at it takes. */
 bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i);

@@ -106,9 +106,11 @@ static bool evict_over(struct far_region *r)
  * then is dirty, in use, pinned, or not safe on the remote yet. */
 static void evict_clock(struct far_region *r)
 {
-	uint64_t n = far_chunkmap_chunks(r->map);
+	uint64_t n = far_chunkmap_chunks(r->map), began = far_now();
 	struct evict_batch b = { .keep_pinned = true };
 
+	if (began < atomic_load_explicit(&r->evict_pause, memory_order_relaxed))
+		return;
 	for (uint64_t steps = 0; steps < 2 * n && evict_over(r); steps++) {
 		uint64_t i = atomic_fetch_add_explicit(&r->evict_hand, 1, memory_order_relaxed) % n;
 		if (!far_chunkmap_test_touched(r->map, i))
@@ -117,6 +119,10 @@ static void evict_clock(struct far_region *r)
 			evict_run(r, &b, false);
 	}
 	evict_run(r, &b, false);
+	/* Nothing is left to give: a large region is not walked again at each write until that may have changed. */
+	uint64_t now = far_now();
+	if (evict_over(r))
+		atomic_store_explicit(&r->evict_pause, now + far_min(10 * (now - began), FAR_SEC), memory_order_relaxed);
 }
 
 void far_evict_trim(struct far_region *r)
@@ -124,8 +130,10 @@ void far_evict_trim(struct far_region *r)
 	if (!r->o.local_max || !evict_over(r))
 		return;
 	evict_clock(r);
-	if (evict_over(r) && far_push_settle_soon(r))
+	if (evict_over(r) && far_push_settle_soon(r)) {
+		atomic_store_explicit(&r->evict_pause, 0, memory_order_relaxed);
 		evict_clock(r);
+	}
 }
 
 /* ----------------------------------------------------------------------------------------------- unreadable, refresh */
@@ -156,6 +164,7 @@ static bool refresh_one(struct far_region *r, struct evict_batch *b, uint64_t i)
 		return far_push_unstable(r, i) || evict_claim(r, b, i);
 	case FAR_FETCHING:
 	case FAR_FETCHING_PARTIAL:
+	case FAR_PUSHING_PARTIAL:
 	case FAR_FILLING:
 	case FAR_EVICTING:
 		return false;

@@ -14,12 +14,14 @@
 #define _GNU_SOURCE
 #include "region/persist_int.h"
 
+#include "base/hash.h"
 #include "base/io.h"
 #include "region/partial.h"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include <endian.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -116,9 +118,12 @@ int farmap_set_kind(struct farmap_segment *s, unsigned k, enum far_persist_kind 
 
 struct farmap_sum farmap_sum_of(const void *buf, size_t len)
 {
-	XXH128_hash_t h = XXH3_128bits(buf, len);
+	uint64_t h[2]; /* big-endian: high, low */
+
+	far_hash128((uint8_t *)h, buf, len, 0);
+	uint64_t high = be64toh(h[0]), low = be64toh(h[1]);
 	/* Both zero stands for "none". */
-	return (struct farmap_sum){ h.low64, h.high64 | !(h.low64 | h.high64) };
+	return (struct farmap_sum){ low, high | !(low | high) };
 }
 
 /* ------------------------------------------------------------------------------------------------------ writing */
@@ -522,7 +527,6 @@ static int farmap_lock(struct far_persist *p, struct far_error *err)
 				     "--local", p->path, p->mode == FAR_PERSIST_WRITABLE ? "" : " (or let both be --read-only)");
 	if (e)
 		return far_error_set(err, -e, "cannot lock the chunk map %s: %s", p->path, far_strerror(e));
-	p->exclusive = p->mode == FAR_PERSIST_WRITABLE;
 	p->passive = p->mode == FAR_PERSIST_READ_ONLY && farmap_lock_op(p->fd, F_OFD_SETLK, F_WRLCK, 1) != 0;
 	return 0;
 }
@@ -554,7 +558,7 @@ static bool farmap_unborn(struct far_persist *p, uint64_t size)
 		return false;
 	return far_is_zero(&u, 512) ||
 	       (!memcmp(u.h.magic, farmap_magic, sizeof farmap_magic) && u.h.format <= FARMAP_FORMAT &&
-		u.h.sum != XXH3_64bits(&u.h, offsetof(struct farmap_header, sum)));
+		(size < FARMAP_PAGE || u.h.sum != XXH3_64bits(&u.h, offsetof(struct farmap_header, sum))));
 }
 
 static int farmap_open(struct far_persist *p, struct far_error *err)
@@ -658,17 +662,19 @@ const char *far_persist_path(const struct far_persist *p)
 	return p->path;
 }
 
+bool far_persist_passive(const struct far_persist *p)
+{
+	return p && p->passive;
+}
+
 bool far_persist_shared(const struct far_persist *p)
 {
-	struct far_persist *q = (struct far_persist *)p;
+	struct flock l = { .l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 0, .l_len = 1 };
 
-	if (!p || p->exclusive)
+	if (!p || p->mode != FAR_PERSIST_READ_ONLY)
 		return false;
-	/* Alone now: stay so, and room may be given back from here on. */
-	if (p->passive || farmap_lock_op(p->fd, F_OFD_SETLK, F_WRLCK, 0))
-		return true;
-	atomic_store(&q->exclusive, true);
-	return false;
+	/* Only asked: who comes later finds absent in the file what is given back now. */
+	return p->passive || fcntl(p->fd, F_OFD_GETLK, &l) < 0 || l.l_type != F_UNLCK;
 }
 
 /* -------------------------------------------------------------------------------------------- without a region */

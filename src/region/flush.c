@@ -127,6 +127,19 @@ void far_push_ended_locked(struct far_push *p, uint64_t first, uint64_t n, uint6
 	p->pushes++;
 }
 
+void far_push_ended_partial_locked(struct far_push *p, uint64_t i, uint64_t began, uint64_t before, uint64_t after, int err)
+{
+	flush_instance_locked(p, after);
+	bool ok = !err && before == after;
+	if (ok)
+		far_unstable_add(&p->unstable, i, 1);
+	far_persist_fresh(p->r->persist, i, 1);
+	far_chunkmap_push_end_partial(p->r->map, i, ok);
+	if (ok || err)
+		flush_listed_locked(p, i, 1, began, err);
+	p->pushes++;
+}
+
 void far_push_failed_locked(struct far_push *p, uint64_t i, uint64_t began, int err)
 {
 	flush_listed_locked(p, i, 1, began, err);
@@ -152,6 +165,8 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 	uint64_t before = far_push_instance(r);
 	int err = far_flush(r->remote);
 	uint64_t after = far_push_instance(r);
+	if (err == -EREMOTEIO)
+		err = 0; /* it has flushed, but had been restarted: that is another instance, and known here */
 	if (err)
 		far_push_refused(r, err);
 	far_mutex_lock(&p->lock);
@@ -166,6 +181,7 @@ static int flush_remote_once_locked(struct far_push *p) FAR_REQUIRES(p->lock)
 		err = FLUSH_AGAIN;
 	if (!err) {
 		far_unstable_settle(&p->unstable, began);
+		atomic_store_explicit(&r->evict_pause, 0, memory_order_relaxed);
 		p->flushed = far_max(p->flushed, covers);
 	}
 	p->settle_again = err < 0 ? far_now() + FLUSH_SETTLE : 0;
@@ -205,6 +221,7 @@ void far_push_last_end_locked(struct far_push *p, const struct far_push_last *l,
 		if (alone)
 			far_unstable_cover(&p->unstable);
 		far_unstable_settle(&p->unstable, l->began);
+		atomic_store_explicit(&p->r->evict_pause, 0, memory_order_relaxed);
 		p->flushed = far_max(p->flushed, alone ? p->pushes : l->covers);
 	}
 	p->settle_again = err ? far_now() + FLUSH_SETTLE : 0;

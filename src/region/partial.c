@@ -3,6 +3,7 @@
 #include "region/partial.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 struct far_partial *far_partial_new(uint64_t chunk, uint64_t len)
 {
@@ -152,4 +153,29 @@ bool far_partial_missing(const struct far_partial *e, uint64_t *from, uint64_t *
 	*from = start;
 	*to = at;
 	return true;
+}
+
+bool far_partial_present(const struct far_partial *e, uint64_t *from, uint64_t *to)
+{
+	uint64_t a = *from, b;
+
+	if (a >= e->len)
+		return false;
+	b = a;
+	if (!far_partial_missing(e, &b, to)) { /* all of the rest is here */
+		*to = e->len;
+		return true;
+	}
+	if (b > a) {
+		*to = b;
+		return true;
+	}
+	*from = *to; /* it begins behind that gap */
+	return far_partial_present(e, from, to);
+}
+
+void far_partial_copy(struct far_partial *out, const struct far_partial *e)
+{
+	memcpy(out, e, sizeof *e + far_div_up(e->sectors, 64) * sizeof(uint64_t));
+	out->next = NULL;
 }

@@ -17,6 +17,7 @@ struct far_partial {
 	uint32_t sectors, n_valid;
 	unsigned n_ragged; /* entries of ragged that are used */
 	unsigned pending;  /* entries that writers on their way may still need */
+	bool again;        /* written while a copy was on its way to the remote */
 	struct {
 		uint32_t sector;
 		uint16_t from, to;
@@ -41,5 +42,9 @@ static inline bool far_partial_empty(const struct far_partial *e)
 }
 /* The next range at or after *from that is not here. False: no more. */
 bool far_partial_missing(const struct far_partial *e, uint64_t *from, uint64_t *to);
+/* The next range at or after *from that is here. */
+bool far_partial_present(const struct far_partial *e, uint64_t *from, uint64_t *to);
+/* All of *e in `out`, which was made for the same chunk. */
+void far_partial_copy(struct far_partial *out, const struct far_partial *e);
 
 #endif

@@ -23,7 +23,8 @@
  *
  * `fresh` bits say which chunks have news for the file. A bit is set before the change of state that shows new content,
  * so a commit that took the bits, flushed the local store and then finds the bit still clear knows that the content is
- * what it flushed. Every second, and when somebody wants it, a commit looks at the fresh ones.
+ * what it flushed. Every second (less often where that takes long), and when somebody wants it, a commit looks at the
+ * fresh ones.
  *
  * The turn: one thread at a time works on the file and on what `seg` says; it is a lock that may be held while the disk
  * works, so nobody takes it with another lock held. Marks are read without it: a writer pins its chunk, then looks at the
@@ -33,6 +34,7 @@
 #include "region/persist_int.h"
 
 #include "base/clock.h"
+#include "base/pool.h"
 #include "region/partial.h"
 #include "region/region_int.h"
 
@@ -43,6 +45,8 @@
 #include <sys/stat.h>
 
 #define PERSIST_INTERVAL FAR_SEC
+#define PERSIST_INTERVAL_MAX (30 * FAR_SEC)
+#define PERSIST_SHARE 9 /* a commit may take a tenth of the disk's time */
 #define PERSIST_AHEAD 8u  /* groups marked at once when writes go forward */
 #define PERSIST_AROUND 16u /* when they go to and fro */
 #define PERSIST_BURST 3u  /* marks within a second that show it */
@@ -134,6 +138,14 @@ bool far_persist_is_unverified(struct far_persist *p, uint64_t i, uint64_t n)
 		if (bit_get(p->unverified, k))
 			return true;
 	return false;
+}
+
+void far_persist_unsum(struct far_persist *p, uint64_t i)
+{
+	if (persist_idle(p))
+		return;
+	__atomic_store_n(&p->sums[i].lo, 0, __ATOMIC_RELAXED);
+	__atomic_store_n(&p->sums[i].hi, 0, __ATOMIC_RELAXED);
 }
 
 int far_persist_check(struct far_persist *p, uint64_t i, const void *buf, size_t len)
@@ -359,7 +371,8 @@ static void commit_collect(struct commit *c)
 					continue;
 				}
 				enum far_chunk state = far_chunkmap_state(p->r->map, i);
-				c->any_partial |= state == FAR_PARTIAL || state == FAR_FETCHING_PARTIAL || state == FAR_FILLING;
+				c->any_partial |= state == FAR_PARTIAL || state == FAR_FETCHING_PARTIAL ||
+						 state == FAR_PUSHING_PARTIAL || state == FAR_FILLING;
 				c->list[c->n++] = (struct commit_chunk){ i, state, far_push_unstable(p->r, i) };
 			}
 		}
@@ -393,6 +406,23 @@ static bool commit_unmark(struct commit *c, uint64_t i)
 	return quiet;
 }
 
+/* It became clean without anybody having had all of its bytes in hand: half-written ones that were pushed as they were. */
+static int commit_sum(struct far_persist *p, uint64_t i)
+{
+	size_t len = (size_t)farmap_len(p, i);
+	char *buf;
+
+	if (__atomic_load_n(&p->sums[i].lo, __ATOMIC_RELAXED) | __atomic_load_n(&p->sums[i].hi, __ATOMIC_RELAXED))
+		return 0;
+	if (!(buf = far_buf_get(len)))
+		return -ENOMEM;
+	int err = far_read(p->r->local, i << p->r->shift, buf, len, 0);
+	if (!err)
+		far_persist_sum(p, i, buf, len);
+	far_buf_put(buf, len);
+	return err;
+}
+
 static void commit_clean(struct commit *c, uint64_t i)
 {
 	struct far_persist *p = c->p;
@@ -400,8 +430,10 @@ static void commit_clean(struct commit *c, uint64_t i)
 	unsigned k = i % FARMAP_CHUNKS;
 	int err = 0;
 
-	if (bit_get(p->fresh_bits, i) || far_chunkmap_state(p->r->map, i) != FAR_CLEAN)
-		return; /* it changed since, and will come again */
+	/* Checked after the checksum: what changes from here on comes again. */
+	bool summed = far_chunkmap_state(p->r->map, i) == FAR_CLEAN && !commit_sum(p, i);
+	if (bit_get(p->fresh_bits, i) || far_chunkmap_state(p->r->map, i) != FAR_CLEAN || !summed)
+		return;
 	if (far_push_unstable(p->r, i)) {
 		/* The remote may yet forget it: it stays what it is, DIRTY or marked. */
 		commit_again(c, i);
@@ -442,6 +474,7 @@ static void commit_decide(struct commit *c)
 			break;
 		case FAR_PARTIAL:
 		case FAR_FETCHING_PARTIAL:
+		case FAR_PUSHING_PARTIAL:
 			if (!commit_has_partial(c, i))
 				commit_again(c, i);
 			else if (kind != FAR_PERSIST_PARTIAL)
@@ -602,6 +635,7 @@ static bool commit_exact_group(struct far_persist *p, uint64_t first, uint64_t e
 			break;
 		case FAR_PARTIAL:
 		case FAR_FETCHING_PARTIAL:
+		case FAR_PUSHING_PARTIAL:
 			if (kind != FAR_PERSIST_PARTIAL)
 				return false;
 			break;
@@ -730,13 +764,15 @@ static void *persist_thread(void *arg)
 		} else if (far_now() >= next) {
 			far_mutex_unlock(&p->lock);
 			turn_take(p);
+			uint64_t began = far_now();
 			int err = commit_run(p, COMMIT_ALL);
+			uint64_t took = far_now() - began;
 			turn_give(p);
 			if (err && !told)
 				far_log(FAR_LOG_WARNING, "the chunk map %s cannot be written: %s. What is pulled now is pulled again "
 					"after a crash", p->path, far_strerror(err));
 			told = err != 0;
-			next = far_now() + PERSIST_INTERVAL;
+			next = far_now() + far_min(far_max(PERSIST_SHARE * took, PERSIST_INTERVAL), PERSIST_INTERVAL_MAX);
 			far_mutex_lock(&p->lock);
 		} else {
 			far_cond_wait_until(&p->change, &p->lock, next);

@@ -43,6 +43,8 @@ const struct far_persist_info *far_persist_info(const struct far_persist *p); /*
 bool far_persist_is_new(const struct far_persist *p);
 /* Another read-only mount has the local store as well: no room of it may be given back. */
 bool far_persist_shared(const struct far_persist *p);
+/* Read-only, and another mount keeps the file: this one only reads it. */
+bool far_persist_passive(const struct far_persist *p);
 const char *far_persist_path(const struct far_persist *p);
 
 /* Remember what is known of the remote: durable when this returns. Any pointer may be NULL: unchanged. fenced: see info.

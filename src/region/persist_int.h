@@ -51,7 +51,6 @@ struct far_persist {
 	enum far_persist_mode mode;
 	bool is_new;  /* nothing was read from the file */
 	bool passive; /* another read-only mount keeps the file: this one only read it */
-	_Atomic bool exclusive; /* nobody else has it */
 
 	struct far_persist_info info;
 	uint64_t header_seq;
@@ -131,6 +130,8 @@ int far_persist_before_write(struct far_persist *p, uint64_t i, uint64_t n, unsi
 int far_persist_forget(struct far_persist *p, const uint64_t *chunks, size_t n);
 /* Chunk i is what buf says when it next becomes clean. */
 void far_persist_sum(struct far_persist *p, uint64_t i, const void *buf, size_t len);
+/* The checksum given before does not fit any more. */
+void far_persist_unsum(struct far_persist *p, uint64_t i);
 /* far_persist_verify() beside commits. */
 int far_persist_check(struct far_persist *p, uint64_t i, const void *buf, size_t len);
 /* Of [i, i+n), was clean in the file and has not been looked at since. */

@@ -367,6 +367,15 @@ static void pull_request_locked(struct far_pull *p, uint64_t first, uint64_t end
 		far_cond_signal(&p->work);
 }
 
+void far_pull_missed(struct far_region *r, uint64_t i)
+{
+	if (!r->pull->max_threads || !wanted(r, i))
+		return;
+	far_mutex_lock(&r->pull->lock);
+	pull_request_locked(r->pull, i, i + 1);
+	far_mutex_unlock(&r->pull->lock);
+}
+
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len)
 {
 	if (off >= r->bytes || !len)

@@ -15,11 +15,13 @@
 
 #include "base/io.h"
 #include "base/pool.h"
+#include "region/partial.h"
 
 #include <stdlib.h>
 
 #define PUSH_EXTENT_MAX (2 * FAR_MIB)
 #define PUSH_ZERO_MAX (64 * FAR_MIB)
+#define PUSH_RANGES_MAX 4 /* calls for a half-written chunk; more: fetch the rest and make one */
 #define PUSH_BACKOFF_MAX (10 * FAR_SEC)
 
 struct push_job {
@@ -151,6 +153,8 @@ static int push_move(struct far_push *p, struct push_job *j, unsigned flags)
 			   : far_write(r->remote, off, buf, (size_t)len, flags);
 		if (zero && !err && (flags & FAR_FLUSH))
 			err = far_flush(r->remote);
+		if (err == -EREMOTEIO)
+			err = 0; /* done, see flush.c */
 		atomic_fetch_sub_explicit(&r->inflight, all, memory_order_relaxed);
 		if (err)
 			far_push_refused(r, err);
@@ -211,6 +215,87 @@ static int push_job_locked(struct far_push *p, struct push_job *j, unsigned flag
 	return err;
 }
 
+/* Bytes [from, to) of the chunk at `base`. */
+static int push_range(struct far_region *r, uint64_t base, uint64_t from, uint64_t to, unsigned flags, bool *local)
+{
+	size_t len = (size_t)(to - from);
+	char *buf = far_buf_get(len);
+	int err = buf ? far_read(r->local, base + from, buf, len, 0) : -ENOMEM;
+
+	*local = err && err != -ENOMEM;
+	if (!err) {
+		atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
+		err = far_write(r->remote, base + from, buf, len, flags);
+		atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
+		if (err)
+			far_push_refused(r, err);
+		else
+			atomic_fetch_add_explicit(&r->pushed, len, memory_order_relaxed);
+	}
+	far_buf_put(buf, len);
+	return err;
+}
+
+/* What is here of a half-written chunk, range by range; the last one with the flush, if it carries one. */
+static int push_ranges(struct far_region *r, struct push_job *j, const struct far_partial *e, unsigned flags, bool flush)
+{
+	uint64_t base = j->first << r->shift, from = 0, to = 0, next, next_to;
+	int err = 0;
+
+	far_partial_present(e, &from, &to);
+	for (bool more = true; more && !err; from = next, to = next_to) {
+		next = to;
+		more = far_partial_present(e, &next, &next_to);
+		err = push_range(r, base, from, to, !more && flush ? flags | FAR_FLUSH : flags, &j->local);
+	}
+	if (j->local)
+		far_cache_unreadable(r, j->first, err, true);
+	return err;
+}
+
+static unsigned push_count_ranges(const struct far_partial *e)
+{
+	unsigned n = 0;
+
+	for (uint64_t from = 0, to; far_partial_present(e, &from, &to); from = to)
+		n++;
+	return n;
+}
+
+/* Half-written, and the remote takes parts: what is here goes there as it is, if that is few calls, or if there is no room
+ * for the rest. False: it is to be made whole. */
+static bool push_partial_locked(struct far_push *p, struct push_job *j, unsigned flags, int *err) FAR_REQUIRES(p->lock)
+{
+	struct far_region *r = p->r;
+	bool full = atomic_load_explicit(&r->local_error, memory_order_relaxed);
+	struct far_partial *e;
+	struct far_push_last last;
+
+	if (far_facts(r->remote)->chunk || !far_chunkmap_push_begin_partial(r->map, j->first, full, &e))
+		return false;
+	if (!full && push_count_ranges(e) > PUSH_RANGES_MAX) {
+		far_chunkmap_push_end_partial(r->map, j->first, false);
+		free(e);
+		return false;
+	}
+	j->n = 1;
+	j->began = ++p->sequence;
+	far_push_last_begin_locked(p, j->first, 1, j->began, &last);
+	far_mutex_unlock(&p->lock);
+	uint64_t before = far_push_instance(r);
+	*err = push_ranges(r, j, e, flags, last.flush);
+	uint64_t after = far_push_instance(r);
+	free(e);
+	far_mutex_lock(&p->lock);
+	far_push_ended_partial_locked(p, j->first, j->began, before, after, *err);
+	last.mine = 1;
+	far_push_last_end_locked(p, &last, before, after, *err);
+	far_mutex_unlock(&p->lock);
+	far_pull_missed(r, j->first);
+	far_mutex_lock(&p->lock);
+	return true;
+}
+
 /* Half-written: fetch the rest, then push the whole. */
 static int push_whole_locked(struct far_push *p, struct push_job *j) FAR_REQUIRES(p->lock)
 {
@@ -218,7 +303,7 @@ static int push_whole_locked(struct far_push *p, struct push_job *j) FAR_REQUIRE
 	int err = 0;
 
 	far_mutex_unlock(&p->lock);
-	while (!err && !far_chunkmap_is_local(r->map, j->first) && far_chunkmap_state(r->map, j->first) != FAR_ABSENT)
+	while (!err && !far_chunkmap_is_local(r->map, j->first) && far_chunkmap_has_news(r->map, j->first))
 		err = far_cache_need(r, j->first, 1);
 	far_mutex_lock(&p->lock);
 	j->n = err || far_chunkmap_push_begin_one(r->map, j->first);
@@ -240,13 +325,15 @@ bool far_push_step_locked(struct far_push *p)
 	g->busy++;
 	unsigned flags = p->flushes || p->throttled ? 0 : FAR_BULK;
 	uint64_t old = far_deadline_limit(far_now() + r->o.deadline_ms * FAR_MSEC);
-	if (partial)
-		err = push_whole_locked(p, &j);
-	j.began = ++p->sequence;
-	if (err)
-		far_push_failed_locked(p, j.first, j.began, err);
-	else if (j.n)
-		err = push_job_locked(p, &j, flags);
+	if (!partial || !push_partial_locked(p, &j, flags, &err)) {
+		if (partial)
+			err = push_whole_locked(p, &j);
+		j.began = ++p->sequence;
+		if (err)
+			far_push_failed_locked(p, j.first, j.began, err);
+		else if (j.n)
+			err = push_job_locked(p, &j, flags);
+	}
 	far_deadline_restore(old);
 	p->busy--;
 	g->busy--;
@@ -419,6 +506,8 @@ int far_push_start(struct far_region *r)
 	struct far_push *p = r->push;
 	int err = 0;
 
+	if (far_chunkmap_dirty(r->map)) /* from before a restart; since when is not known */
+		atomic_store_explicit(&p->oldest, far_now(), memory_order_seq_cst);
 	far_mutex_lock(&p->lock);
 	while (!err && p->threads < p->max_threads) {
 		err = far_thread_start(&p->thread[p->threads], "far-push", push_worker, r);

@@ -86,6 +86,9 @@ void far_push_last_end_locked(struct far_push *p, const struct far_push_last *l,
  * in the chunk map and for the flushes that list it. */
 void far_push_ended_locked(struct far_push *p, uint64_t first, uint64_t n, uint64_t began, uint64_t before, uint64_t after,
 			   int err) FAR_REQUIRES(p->lock);
+/* The same of what is here of half-written chunk i. */
+void far_push_ended_partial_locked(struct far_push *p, uint64_t i, uint64_t began, uint64_t before, uint64_t after, int err)
+	FAR_REQUIRES(p->lock);
 /* Chunk i, claimed for nothing: it could not even be made whole. */
 void far_push_failed_locked(struct far_push *p, uint64_t i, uint64_t began, int err) FAR_REQUIRES(p->lock);
 /* When a pusher should flush the remote by itself; FAR_NEVER: nothing is unstable, or one runs. */

@@ -51,6 +51,7 @@ struct far_region {
 	_Atomic uint64_t local_said;    /* when that was logged */
 	_Atomic uint64_t pinned;        /* bytes of chunks in `kept` */
 	_Atomic uint64_t evict_hand; /* chunk where the clock stands */
+	_Atomic uint64_t evict_pause; /* the clock does not walk before this time */
 	_Atomic uint64_t evicting;   /* bytes of chunks that are on their way out */
 };
 
@@ -90,6 +91,7 @@ void far_pull_fault(struct far_region *r, uint64_t i, uint64_t n);
 void far_pull_touched(struct far_region *r, uint64_t i, uint64_t n);
 /* Chunks became local, or room was made: wake who waits for that. */
 void far_pull_progress(struct far_region *r);
+void far_pull_missed(struct far_region *r, uint64_t i); /* the walk may have passed chunk i while it was busy */
 void far_pull_again(struct far_region *r); /* chunks were dropped: walk the order from its start */
 void far_pull_status(struct far_region *r, struct far_status *st);
 

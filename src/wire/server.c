@@ -126,8 +126,8 @@ static int server_owner(struct far_server *s, const char *name, struct far_backe
 		}
 	int r = far_owner_new(b, s->lease_ms, out);
 	if (r == -EBUSY)
-		return far_error_set(err, EBUSY, "cannot export '%s': another process has it open for writing. End that one, or "
-				     "open it read-only here", name);
+		return far_error_set(err, EBUSY, "cannot export '%s': it is open for writing already, in another process or as another "
+				     "export. End that, or open it read-only here", name);
 	return r ? far_error_set(err, -r, "cannot export '%s': the record beside its content: %s", name, far_strerror(r)) : 0;
 }
 

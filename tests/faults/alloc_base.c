@@ -175,6 +175,66 @@ static void tracked_take(void **state)
 	far_close(b);
 }
 
+/* Who may write: the object, and a layer of it for a store without a server. */
+static void owner(void **state)
+{
+	struct far_backend *inner, *b = NULL;
+	struct far_owner *o = NULL;
+	unsigned n = 0;
+	int r;
+
+	assert_int_equal(far_open("mem:1M", NULL, &inner, NULL), 0);
+	do {
+		inject_begin(++n, INJECT_THREAD, false);
+		r = far_owner_new(inner, 1000, &o);
+		inject_end();
+		assert_true(!r || (r == -ENOMEM && !o));
+	} while (r && n < 100);
+	assert_in_range(n, 2, 99);
+	/* What it does: a call fails as a whole or is done, and the next one works. */
+	for (n = 1; n < 20; n++) {
+		struct far_lease l = FAR_LEASE_INIT;
+		struct far_origin now = FAR_ORIGIN_INIT;
+		struct far_extent x[4];
+		size_t got;
+		bool all;
+		l.writer = "alloc";
+		for (unsigned k = 0; k < 2; k++) {
+			inject_begin(k ? 0 : n, INJECT_THREAD, false);
+			int s = far_owner_session(o, n, 1);
+			if (!s)
+				far_owner_connected(o, n, 1);
+			int c = s ? -ENOMEM : far_owner_change_begin(o, n, 1, 0);
+			if (!c)
+				far_owner_change_end(o, n, 1, 0, 4096, true);
+			int f = far_owner_flush(o, &now);
+			int g = s ? -ENOMEM : far_owner_lease(o, n, 1, &l);
+			l.release = true;
+			int h = g ? 0 : far_owner_lease(o, n, 1, &l);
+			l.release = false;
+			int w = far_owner_watch(o, now.instance, 0, x, 4, &got, &all, &now);
+			inject_end();
+			if (k)
+				assert_true(!s && !c && !f && !g && !h && !w);
+			else
+				assert_true((!s || s == -ENOMEM) && (!c || c == -ENOMEM) && (!f || f == -ENOMEM) &&
+					    (!g || g == -ENOMEM) && (!h || h == -ENOMEM) && (!w || w == -ENOMEM));
+			if (!s)
+				far_owner_connected(o, n, -1);
+		}
+	}
+	far_owner_free(o);
+	n = 0;
+	do {
+		inject_begin(++n, INJECT_THREAD, false);
+		r = far_owned_new(inner, &b);
+		inject_end();
+		assert_true(!r || (r == -ENOMEM && !b));
+	} while (r && n < 100);
+	assert_in_range(n, 2, 99);
+	far_close(b);
+}
+
 static int setup(void **state)
 {
 	strcpy(tmp, "/tmp/farpage-alloc-XXXXXX");
@@ -193,6 +253,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(leaves),  cmocka_unit_test(layers),  cmocka_unit_test(four_functions),
 		cmocka_unit_test(schemes), cmocka_unit_test(options), cmocka_unit_test(tracked_take),
+		cmocka_unit_test(owner),
 	};
 	return cmocka_run_group_tests(tests, setup, teardown);
 }

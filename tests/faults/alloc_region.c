@@ -95,6 +95,83 @@ static void region_opens_or_says_no(void **state)
 	rig_remote_fini(&t.s);
 }
 
+/* ------------------------------------------------------------------------------------------------ with a chunk map */
+
+struct keeping {
+	struct rig_remote s;
+	char local[140], map[100];
+	struct far_region *r;
+	struct far_persist *p;
+	bool open_map; /* the map alone, or the region on it */
+	unsigned char byte;
+};
+
+static int keeping_call(void *ctx, struct far_error *err)
+{
+	struct keeping *t = ctx;
+	struct far_mount_opts o = rig_quiet();
+	struct far_region_conf conf = { .opts = &o, .persist = t->p };
+
+	if (t->open_map)
+		return far_persist_open(t->map, FAR_PERSIST_WRITABLE, &t->p, err);
+	inject_pause(true);
+	assert_int_equal(far_open(t->local, NULL, &conf.local, NULL), 0);
+	conf.remote = rig_remote_backend(&t->s);
+	inject_pause(false);
+	int e = far_region_open(&conf, &t->r, err);
+	if (e) {
+		far_close(conf.local);
+		far_close(conf.remote);
+	}
+	return e;
+}
+
+static void keeping_after(void *ctx, int r)
+{
+	struct keeping *t = ctx;
+	unsigned char c = 0;
+
+	if (t->open_map) {
+		assert_true(!r || !t->p);
+		far_persist_close(t->p);
+		t->p = NULL;
+		return;
+	}
+	if (r) {
+		assert_null(t->r);
+		far_persist_close(t->p);
+	} else { /* half a chunk, so that there is a table to be read next time */
+		struct far_backend *b = far_region_backend(t->r);
+		assert_int_equal(far_read(b, 5, &c, 1, 0), 0);
+		assert_int_equal(c, t->s.data[5]);
+		assert_int_equal(far_read(b, 3 * RIG_CHUNK + 7, &c, 1, 0), 0);
+		assert_int_equal(c, t->byte ? t->byte : t->s.data[3 * RIG_CHUNK + 7]);
+		t->byte++;
+		assert_int_equal(far_write(b, 3 * RIG_CHUNK + 7, &t->byte, 1, 0), 0);
+		far_region_close(t->r);
+		t->r = NULL;
+	}
+	assert_int_equal(far_persist_open(t->map, FAR_PERSIST_WRITABLE, &t->p, NULL), 0);
+}
+
+static void region_with_a_map_opens_or_says_no(void **state)
+{
+	struct keeping t = { 0 };
+
+	rig_remote_init(&t.s, BYTES);
+	snprintf(t.local, sizeof t.local, "file:%s/kept?size=%u", tmp, BYTES);
+	snprintf(t.map, sizeof t.map, "%s/kept.farmap", tmp);
+	assert_int_equal(far_persist_open(t.map, FAR_PERSIST_WRITABLE, &t.p, NULL), 0);
+	rig_each_allocation(&(struct rig_case){ .what = "region, new map", .call = keeping_call, .after = keeping_after, .ctx = &t });
+	assert_true(t.byte > 0);
+	rig_each_allocation(&(struct rig_case){ .what = "region, old map", .call = keeping_call, .after = keeping_after, .ctx = &t });
+	far_persist_close(t.p);
+	t.p = NULL;
+	t.open_map = true;
+	rig_each_allocation(&(struct rig_case){ .what = "map", .call = keeping_call, .after = keeping_after, .ctx = &t });
+	rig_remote_fini(&t.s);
+}
+
 /* ----------------------------------------------------------------------------------------------------------- calls */
 
 struct hot {
@@ -105,7 +182,7 @@ struct hot {
 	const char *what;
 	unsigned version;
 	unsigned failed;
-	bool budget;
+	bool budget, durable_local;
 };
 
 static void hot_result(struct hot *t, const char *call, int e)
@@ -188,21 +265,25 @@ static void hot_after(void *ctx, int r)
 	struct hot *t = ctx;
 	int e = far_region_flush(t->r);
 
+	if (e == -ENOMEM) /* of a push that was on its way */
+		e = far_region_flush(t->r);
+	if (!e && t->durable_local)
+		e = far_region_push(t->r);
 	if (e)
 		fail_msg("%s: the flush still fails with memory: %s", t->what, far_strerror(e));
 	rig_model_read(&t->m, 0, t->s.data, BYTES, "on the remote after the flush");
 	hot_read(t, 0, BYTES);
-	assert_int_equal(far_region_flush(t->r), 0);
+	assert_int_equal(far_region_flush(t->r) || far_region_push(t->r), 0);
 	rig_model_read(&t->m, 0, t->s.data, BYTES, "on the remote after the second flush");
 	assert_int_equal(far_region_evict(t->r, 0, BYTES), 0);
 }
 
-static void hot_run(const char *what, const char *local, struct far_mount_opts o, enum inject_scope scope)
+static void hot_run(const char *what, const char *local, bool kept, struct far_mount_opts o, enum inject_scope scope)
 {
-	struct hot t = { .what = what, .budget = o.local_max != 0 };
+	struct hot t = { .what = what, .budget = o.local_max != 0, .durable_local = o.durable == FAR_DURABLE_LOCAL };
 	struct far_region_conf conf = { .opts = &o, .local_is_zero = true };
 	struct far_error err = { 0 };
-	char file[120];
+	char file[120], map[120];
 
 	rig_remote_init(&t.s, BYTES);
 	rig_model_init(&t.m, t.s.data, BYTES);
@@ -214,6 +295,9 @@ static void hot_run(const char *what, const char *local, struct far_mount_opts o
 		assert_int_equal(far_layer_open("chunked", conf.local, &outer, NULL), 0);
 		conf.local = outer;
 	}
+	snprintf(map, sizeof map, "%s/local.farmap", tmp);
+	if (kept)
+		assert_int_equal(far_persist_open(map, FAR_PERSIST_WRITABLE, &conf.persist, &err), 0);
 	if (far_region_open(&conf, &t.r, &err))
 		fail_msg("%s", err.text);
 	t.face = far_region_backend(t.r);
@@ -229,14 +313,18 @@ static void calls_lose_nothing(void **state)
 	struct far_mount_opts o = rig_quiet();
 	char dir[100];
 
-	hot_run("calls on memory", "mem:99304", o, INJECT_THREAD);
-	hot_run("calls on private memory", "mem:99304?private=1", o, INJECT_THREAD);
-	hot_run("calls on a file", NULL, o, INJECT_THREAD);
+	hot_run("calls on memory", "mem:99304", false, o, INJECT_THREAD);
+	hot_run("calls on private memory", "mem:99304?private=1", false, o, INJECT_THREAD);
+	hot_run("calls on a file", NULL, false, o, INJECT_THREAD);
 	snprintf(dir, sizeof dir, "dir:%s/local-dir?size=%u&chunk=8K", tmp, BYTES);
-	hot_run("calls on a directory", dir, o, INJECT_THREAD);
+	hot_run("calls on a directory", dir, false, o, INJECT_THREAD);
+	hot_run("calls on a file with a map", NULL, true, o, INJECT_THREAD);
+	o.durable = FAR_DURABLE_LOCAL;
+	hot_run("calls on a file, durable there", NULL, true, o, INJECT_THREAD);
+	o.durable = FAR_DURABLE_REMOTE;
 	o.max_partial = 1;
 	o.local_max = 8 * RIG_CHUNK;
-	hot_run("calls with little room", "mem:99304", o, INJECT_THREAD);
+	hot_run("calls with little room", "mem:99304", false, o, INJECT_THREAD);
 }
 
 static void calls_with_workers_lose_nothing(void **state)
@@ -247,7 +335,8 @@ static void calls_with_workers_lose_nothing(void **state)
 	o.push_workers = 2;
 	o.push_interval_ms = 1;
 	o.local_max = 12 * RIG_CHUNK;
-	hot_run("calls beside workers", "mem:99304", o, INJECT_PROCESS);
+	hot_run("calls beside workers", "mem:99304", false, o, INJECT_PROCESS);
+	hot_run("calls with a map beside workers", NULL, true, o, INJECT_PROCESS);
 }
 
 /* ----------------------------------------------------------------------------------------------------------- mounts */
@@ -284,20 +373,27 @@ static void mounting_after(void *ctx, int r)
 
 static void mount_opens_or_says_no(void **state)
 {
-	struct mounting t = { .conf = { .source = "rig:", .name = "region", .target = tmp } };
+	struct mounting t = { .conf = { .source = "rig:", .name = "region" } };
 
 	if (access("/dev/fuse", R_OK | W_OK)) {
 		print_message("skip: /dev/fuse cannot be used here\n");
 		skip();
 	}
 	rig_remote_init(&t.s, BYTES);
-	for (int managed = 0; managed < 2; managed++) {
+	char target[100], store[100];
+	snprintf(target, sizeof target, "%s/mnt", tmp);
+	snprintf(store, sizeof store, "file:%s/mounted", tmp);
+	assert_int_equal(mkdir(target, 0700), 0);
+	t.conf.target = target;
+	for (int managed = 0; managed < 3; managed++) {
 		t.conf.opts = rig_quiet();
+		t.conf.opts.local = managed == 2 ? store : NULL;
 		t.conf.opts.mode = managed ? FAR_MODE_MANAGED : FAR_MODE_DIRECT;
 		t.conf.network = managed;
 		t.conf.remote = rig_remote_backend(&t.s);
-		rig_each_allocation(&(struct rig_case){ .what = managed ? "managed mount" : "direct mount", .call = mounting_call,
-							.after = mounting_after, .ctx = &t });
+		rig_each_allocation(&(struct rig_case){ .what = managed == 2 ? "managed mount with a map" :
+									managed ? "managed mount" : "direct mount",
+							.call = mounting_call, .after = mounting_after, .ctx = &t });
 		far_close(t.conf.remote);
 	}
 	rig_remote_fini(&t.s);
@@ -418,7 +514,8 @@ static int teardown(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(region_opens_or_says_no),        cmocka_unit_test(calls_lose_nothing),
+		cmocka_unit_test(region_opens_or_says_no),        cmocka_unit_test(region_with_a_map_opens_or_says_no),
+		cmocka_unit_test(calls_lose_nothing),
 		cmocka_unit_test(calls_with_workers_lose_nothing), cmocka_unit_test(mount_opens_or_says_no),
 		cmocka_unit_test(control_socket_says_no),
 	};

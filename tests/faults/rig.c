@@ -122,6 +122,12 @@ void rig_model_wrote(struct rig_model *m, uint64_t off, const unsigned char *buf
 	}
 }
 
+void rig_model_copy(struct rig_model *to, const struct rig_model *from)
+{
+	memcpy(to->want, from->want, (size_t)from->bytes);
+	memcpy(to->set, from->set, (size_t)from->bytes * 4 * sizeof *from->set);
+}
+
 void rig_model_read(struct rig_model *m, uint64_t off, const unsigned char *buf, uint64_t len, const char *what)
 {
 	for (uint64_t k = 0; k < len; k++) {

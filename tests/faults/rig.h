@@ -50,6 +50,8 @@ void rig_model_init(struct rig_model *m, const unsigned char *data, uint64_t byt
 void rig_model_fini(struct rig_model *m);
 /* A write of these bytes (NULL: zeros) returned err. */
 void rig_model_wrote(struct rig_model *m, uint64_t off, const unsigned char *buf, uint64_t len, int err);
+/* `to` may be all that `from` may. */
+void rig_model_copy(struct rig_model *to, const struct rig_model *from);
 /* These were read. Fails the test, saying where, if they may not be there. */
 void rig_model_read(struct rig_model *m, uint64_t off, const unsigned char *buf, uint64_t len, const char *what);
 

@@ -30,7 +30,9 @@ static void replies(unsigned which, const uint8_t *data, size_t size)
 		far_grpc_encode_flushed(&o, &f);
 		FAR_ASSERT(far_grpc_decode_flushed(buf, o.n, &f2) == 0 && f2.revision == f.revision);
 	} else if (which == 3) {
+		struct far_grpc_written d;
 		far_grpc_decode_sum_reply(data, size, &sum);
+		far_grpc_decode_written(data, size, &d);
 	}
 }
 

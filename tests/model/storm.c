@@ -5,8 +5,10 @@
  * is restarted again and again, which makes it forget what it had not flushed; the local store fails reads and writes.
  * Four threads write, read, flush, evict, pin, refresh; a plain array is the truth. A read returns the last bytes whose
  * write was acknowledged, or an error. After a flush that returned 0, the disk of the remote has what this thread had
- * written. At the end everything is flushed and compared, then the region is fenced: it keeps what it has, and nothing
- * goes to the remote any more. The chunk map's checker runs when all threads have ended.
+ * written. In half of the rounds the map lives in a file: in their middle the region is closed without a flush, the remote
+ * restarted, and the region opened again, with all that was written. At the end everything is flushed and compared, then
+ * the region is fenced: it keeps what it has, and nothing goes to the remote any more. The chunk map's checker runs
+ * whenever all threads have ended.
  *
  *   storm [SECONDS [SEED]]     rounds of about two seconds with other options each; a seed replays the first round
  */
@@ -18,6 +20,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define THREADS 4
 #define SLOT 1536 /* bytes that belong to one thread, then comes the next: three sectors, so slots share sectors not pages */
@@ -35,10 +38,10 @@
 struct store { /* the remote: a server with a page cache and a disk */
 	struct far_mutex lock;
 	uint64_t bytes, seed;
+	uint64_t chunk; /* takes whole ones only; 0: anything */
 	unsigned char *cache, *disk;
 	uint64_t instance, heard, restarts;
 	unsigned rate;   /* of 1000 calls fail */
-	bool partial_ok; /* takes any length, not only whole sectors */
 	_Atomic uint64_t changes;
 };
 
@@ -50,6 +53,9 @@ struct storm {
 	uint64_t bytes;
 	_Atomic bool end;
 	bool ragged;
+	char dir[32]; /* of the local store and the map's file; "": both in memory */
+	struct far_mount_opts o;
+	char fault[100]; /* layer over the local store */
 };
 
 struct worker {
@@ -321,69 +327,123 @@ static struct far_mount_opts options(uint64_t *seed, char *words, size_t cap)
 	return o;
 }
 
-static void storm_open(struct storm *m, uint64_t seed, const struct far_mount_opts *o, uint64_t *rng)
+static void store_open(struct storm *m, uint64_t seed, uint64_t *rng)
 {
-	const struct far_ops ops = { FAR_OPS_INIT, .read = store_read, .write = store_write, .zero = store_zero,
-				     .flush = store_flush, .origin = store_origin, .close = store_close };
-	struct far_facts facts = FAR_FACTS_INIT;
-	struct far_region_conf conf = { .local_is_zero = true, .opts = o };
-	struct far_error err = { 0 };
-	char spec[100];
-
 	far_mutex_init(&m->s.lock);
 	m->s.bytes = m->bytes;
 	m->s.seed = seed * 31 + 7;
 	m->s.instance = m->s.heard = 1;
 	m->s.rate = (unsigned)(rnd(rng) % 3 * 10);
+	m->s.chunk = rnd(rng) % 3 ? 0 : 4096;
 	m->s.cache = malloc((size_t)m->bytes);
 	m->s.disk = malloc((size_t)m->bytes);
+	m->truth = malloc((size_t)m->bytes);
 	for (uint64_t k = 0; k < m->bytes; k++)
 		m->truth[k] = k % 8192 < 4096 ? (unsigned char)rnd(rng) : 0;
 	memcpy(m->s.cache, m->truth, (size_t)m->bytes);
 	memcpy(m->s.disk, m->truth, (size_t)m->bytes);
+}
+
+static void must(int err, const struct far_error *e)
+{
+	if (err) {
+		fprintf(stderr, "%s\n", e->text);
+		abort();
+	}
+}
+
+static void region_open(struct storm *m)
+{
+	const struct far_ops ops = { FAR_OPS_INIT, .read = store_read, .write = store_write, .zero = store_zero,
+				     .flush = store_flush, .origin = store_origin, .close = store_close };
+	struct far_facts facts = FAR_FACTS_INIT;
+	struct far_region_conf conf = { .local_is_zero = !m->dir[0], .opts = &m->o };
+	struct far_error err = { 0 };
+	char spec[100];
+
 	facts.bytes = m->bytes;
+	facts.chunk = m->s.chunk;
 	facts.caps = FAR_CAP_WRITE | FAR_CAP_DURABLE | FAR_CAP_REMOTE;
 	MUST(!far_backend_new(&ops, &m->s, &facts, &conf.remote));
-	snprintf(spec, sizeof spec, "mem:%llu", (unsigned long long)m->bytes);
-	MUST(!far_open(spec, NULL, &conf.local, &err));
-	uint64_t kind = rnd(rng) % 4; /* ENOSPC is an error of writes alone */
-	snprintf(spec, sizeof spec, "fault:rate=%s,errno=%s,ops=%s,seed=%llu", kind ? "0.004" : "0", kind == 1 ? "ENOSPC" : "EIO",
-		 kind == 1 ? "write" : "read+write+flush", (unsigned long long)seed);
-	MUST(!far_layer_open(spec, conf.local, &conf.local, &err));
-	MUST(!far_region_open(&conf, &m->r, &err));
+	snprintf(spec, sizeof spec, m->dir[0] ? "file:%s/local?size=%llu" : "mem:%s%llu", m->dir, (unsigned long long)m->bytes);
+	must(far_open(spec, NULL, &conf.local, &err), &err);
+	must(far_layer_open(m->fault, conf.local, &conf.local, &err), &err);
+	snprintf(spec, sizeof spec, "%s/map", m->dir);
+	if (m->dir[0])
+		must(far_persist_open(spec, FAR_PERSIST_WRITABLE, &conf.persist, &err), &err);
+	must(far_region_open(&conf, &m->r, &err), &err);
 	m->face = far_region_backend(m->r);
+}
+
+static void region_close(struct storm *m)
+{
+	far_region_stop(m->r);
+	far_region_join(m->r);
+	far_chunkmap_check(m->r->map);
+	far_region_close(m->r);
+}
+
+/* Run the threads for a time; then nobody but the region's own works. */
+static void weather(struct storm *m, struct worker *w, uint64_t *rng, uint64_t time)
+{
+	m->end = false;
+	for (unsigned k = 0; k < THREADS; k++)
+		MUST(!far_thread_start(&w[k].t, "storm", work, &w[k]));
+	for (uint64_t until = far_now() + time; far_now() < until;) {
+		far_sleep_until(far_now() + (1 + rnd(rng) % 60) * FAR_MSEC, false);
+		store_restart(&m->s);
+	}
+	m->end = true;
+	for (unsigned k = 0; k < THREADS; k++)
+		far_thread_join(&w[k].t);
+}
+
+static void remove_files(struct storm *m)
+{
+	const char *names[] = { "local", "map" };
+	char path[50];
+
+	for (unsigned k = 0; m->dir[0] && k < 2; k++) {
+		snprintf(path, sizeof path, "%s/%s", m->dir, names[k]);
+		unlink(path);
+	}
+	if (m->dir[0])
+		rmdir(m->dir);
 }
 
 static void round_run(uint64_t seed)
 {
 	uint64_t rng = seed * 2654435761u + 1, errors = 0, ops = 0, flushes = 0;
 	char words[200];
-	struct far_mount_opts o = options(&rng, words, sizeof words);
 	struct storm *m = calloc(1, sizeof *m);
 	struct worker w[THREADS];
 	int e;
 
-	printf("# seed %llu: %s\n", (unsigned long long)seed, words);
-	fflush(stdout);
+	m->o = options(&rng, words, sizeof words);
 	m->bytes = ((1 << 20) + rnd(&rng) % (1 << 20)) & (rnd(&rng) % 2 ? ~(uint64_t)0xfff : ~(uint64_t)0);
 	m->ragged = rnd(&rng) % 2;
-	m->truth = malloc((size_t)m->bytes);
-	storm_open(m, seed, &o, &rng);
-	for (unsigned k = 0; k < THREADS; k++) {
+	if (rnd(&rng) % 2) {
+		strcpy(m->dir, "/tmp/farpage-storm-XXXXXX");
+		MUST(mkdtemp(m->dir));
+	}
+	uint64_t kind = rnd(&rng) % 4; /* ENOSPC is an error of writes alone */
+	snprintf(m->fault, sizeof m->fault, "fault:rate=%s,errno=%s,ops=%s,seed=%llu", kind ? "0.004" : "0",
+		 kind == 1 ? "ENOSPC" : "EIO", kind == 1 ? "write" : "read+write+flush", (unsigned long long)seed);
+	printf("# seed %llu: %s%s\n", (unsigned long long)seed, words, m->dir[0] ? ", map in a file" : "");
+	fflush(stdout);
+	store_open(m, seed, &rng);
+	region_open(m);
+	for (unsigned k = 0; k < THREADS; k++)
 		w[k] = (struct worker){ .m = m, .id = k, .seed = seed * 7919 + k + 1 };
-		MUST(!far_thread_start(&w[k].t, "storm", work, &w[k]));
-	}
-	for (uint64_t until = far_now() + ROUND; far_now() < until;) {
-		far_sleep_until(far_now() + (1 + rnd(&rng) % 60) * FAR_MSEC, false);
+	weather(m, w, &rng, ROUND / 2);
+	if (m->dir[0]) {
+		region_close(m);
 		store_restart(&m->s);
+		region_open(m);
+		if (rnd(&rng) % 2)
+			read_all(m);
 	}
-	m->end = true;
-	for (unsigned k = 0; k < THREADS; k++) {
-		far_thread_join(&w[k].t);
-		errors += w[k].errors;
-		ops += w[k].ops;
-		flushes += w[k].flushes;
-	}
+	weather(m, w, &rng, ROUND / 2);
 	uint64_t until = far_now() + HANG;
 	while ((e = far_flush(m->face)))
 		MUST(e != -ETIMEDOUT && far_now() < until);
@@ -392,14 +452,17 @@ static void round_run(uint64_t seed)
 	store_restart(&m->s); /* nothing of that may depend on its memory */
 	read_all(m);
 	fenced(m, &w[0]);
-	far_region_stop(m->r);
-	far_region_join(m->r);
-	far_chunkmap_check(m->r->map);
-	far_region_close(m->r);
+	region_close(m);
+	for (unsigned k = 0; k < THREADS; k++) {
+		errors += w[k].errors;
+		ops += w[k].ops;
+		flushes += w[k].flushes;
+	}
 	printf("ok - storm, seed %llu: %llu operations in %d threads, %llu good flushes, %llu restarts, %llu calls failed\n",
 	       (unsigned long long)seed, (unsigned long long)ops, THREADS, (unsigned long long)flushes,
 	       (unsigned long long)m->s.restarts, (unsigned long long)errors);
 	fflush(stdout);
+	remove_files(m);
 	far_mutex_fini(&m->s.lock);
 	free(m->s.cache);
 	free(m->s.disk);

@@ -145,6 +145,12 @@ static int remote_origin(void *self, struct far_origin *out, unsigned flags)
 	return 0;
 }
 
+static void remote_counters(void *self, struct far_counters *c)
+{
+	c->reconnects += 3;
+	c->checksum_errors += 2;
+}
+
 /* It is killed and started again. */
 static inline void remote_restart(struct remote *s)
 {
@@ -196,7 +202,7 @@ static struct far_mount_opts quiet(void)
 static struct far_backend *remote_open(struct remote *s, uint64_t bytes)
 {
 	const struct far_ops ops = { FAR_OPS_INIT, .read = remote_read, .write = remote_write, .zero = remote_zero,
-				     .flush = remote_flush, .origin = remote_origin, .stop = remote_stop,
+				     .flush = remote_flush, .origin = remote_origin, .counters = remote_counters, .stop = remote_stop,
 				     .close = remote_close };
 	struct far_facts facts = FAR_FACTS_INIT;
 	struct far_backend *b;

@@ -547,7 +547,163 @@ static void reads_go_past_a_local_store_that_fails(void **state)
 	teardown(&f);
 }
 
+/* A disk that fills up under half-written chunks: they reach the remote all the same, and their rest can be read. */
+static void half_written_chunks_need_no_room(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+	char buf[512];
+
+	o.push_workers = 2;
+	o.push_interval_ms = 1000 * 1000;
+	o.chunk = 4 * CHUNK;
+	setup_how(&f, 64 * CHUNK, &o, OWN_LOCAL | FORGETS);
+	memset(buf, 'h', sizeof buf);
+	for (unsigned c = 0; c < 32; c += 4)
+		for (unsigned k = 0; k < 6; k++) /* more ranges than are pushed one by one while there is room */
+			assert_int_equal(far_write(f.face, c * CHUNK + k * 2048, buf, 512, 0), 0);
+	f.local.fail_writes = ENOSPC;
+	assert_int_equal(far_read(f.face, 40 * CHUNK, buf, 1, 0), 0); /* past it: it is known to be full now */
+	assert_true(status(&f).local_full);
+	/* The first reader of a part that is not here has the rest pushed. */
+	assert_int_equal(byte_at(&f, 1024), pattern(1024));
+	assert_int_equal(far_region_flush(f.r), 0);
+	for (unsigned c = 0; c < 32; c += 4)
+		for (unsigned k = 0; k < 6; k++) {
+			assert_int_equal(on_disk(&f, c * CHUNK + k * 2048), 'h');
+			assert_int_equal(byte_at(&f, c * CHUNK + k * 2048), 'h');
+			assert_int_equal(byte_at(&f, c * CHUNK + k * 2048 + 512), pattern(c * CHUNK + k * 2048 + 512));
+		}
+	teardown(&f);
+}
+
 /* ------------------------------------------------------------------------------------------------- pushing, status */
+
+static void half_written_chunks_are_pushed_as_they_are(void **state)
+{
+	const int workers[] = { 0, 2 };
+
+	for (size_t k = 0; k < FAR_ARRAY_LEN(workers); k++) {
+		struct far_mount_opts o = quiet();
+		struct fixture f;
+		unsigned char buf[CHUNK];
+		o.push_workers = workers[k];
+		o.push_interval_ms = 1000 * 1000;
+		setup_how(&f, 16 * CHUNK, &o, FORGETS);
+		assert_int_equal(far_write(f.face, 2 * CHUNK + 1000, "hello", 5, 0), 0);
+		assert_int_equal(far_write(f.face, 2 * CHUNK + 2048, f.s.data, 1024, 0), 0);
+		assert_int_equal(far_region_flush(f.r), 0);
+		assert_int_equal(f.s.reads, 0);
+		assert_int_equal(status(&f).dirty, 0);
+		for (unsigned b = 0; b < CHUNK; b++) {
+			buf[b] = pattern(2 * CHUNK + b);
+			if (b >= 1000 && b < 1005)
+				buf[b] = (unsigned char)"hello"[b - 1000];
+			else if (b >= 2048 && b < 3072)
+				buf[b] = pattern(b - 2048);
+			assert_int_equal(on_disk(&f, 2 * CHUNK + b), buf[b]);
+		}
+		/* It can be written and pushed again, and what is here need not be fetched. */
+		assert_int_equal(far_write(f.face, 2 * CHUNK + 1001, "E", 1, 0), 0);
+		assert_true(status(&f).dirty > 0);
+		assert_int_equal(far_region_flush(f.r), 0);
+		buf[1001] = 'E';
+		assert_int_equal(on_disk(&f, 2 * CHUNK + 1001), 'E');
+		assert_int_equal(byte_at(&f, 2 * CHUNK + 1001), 'E');
+		assert_int_equal(f.s.reads, 0);
+		/* Fetched, it is clean. */
+		unsigned char got[CHUNK];
+		assert_int_equal(far_read(f.face, 2 * CHUNK, got, CHUNK, 0), 0);
+		assert_memory_equal(got, buf, CHUNK);
+		assert_int_equal(f.s.reads, 1);
+		assert_int_equal(status(&f).dirty, 0);
+		assert_int_equal(status(&f).local, CHUNK);
+		unsigned writes = f.s.writes;
+		assert_int_equal(far_region_flush(f.r), 0);
+		assert_int_equal(f.s.writes, writes);
+		teardown(&f);
+	}
+}
+
+static void many_ranges_are_fetched_first(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+	char buf[512];
+
+	memset(buf, 'm', sizeof buf);
+	setup(&f, 16, &o);
+	for (unsigned k = 0; k < 5; k++)
+		assert_int_equal(far_write(f.face, 3 * CHUNK + k * 1024 % CHUNK + k / 4 * 512, buf, 512, 0), 0);
+	for (unsigned c = 5; c < 7; c++)
+		for (unsigned k = 0; k < 4; k++)
+			assert_int_equal(far_write(f.face, c * CHUNK + k * 1024, buf, 100 + (k > 1) * 412, 0), 0);
+	assert_int_equal(far_region_flush(f.r), 0);
+	assert_int_equal(f.s.reads, 0); /* four ranges at most */
+	teardown(&f);
+
+	o.chunk = 4 * CHUNK;
+	setup(&f, 16, &o);
+	for (unsigned k = 0; k < 8; k++)
+		assert_int_equal(far_write(f.face, k * 2048, buf, 512, 0), 0);
+	assert_int_equal(far_region_flush(f.r), 0);
+	assert_int_equal(f.s.reads, 1);
+	assert_int_equal(f.s.writes, 1);
+	for (unsigned k = 0; k < 8; k++)
+		assert_int_equal(on_disk(&f, k * 2048), 'm');
+	teardown(&f);
+}
+
+/* A write while the copy of the half-written chunk is on its way is neither lost nor taken for pushed. */
+static void a_half_written_chunk_is_written_while_it_is_pushed(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+	struct caller flush = { .f = &f };
+	char whole[CHUNK];
+
+	for (unsigned k = 0; k < 2; k++) {
+		o.push_workers = 1;
+		o.push_interval_ms = 1;
+		setup_how(&f, 16 * CHUNK, &o, FORGETS);
+		f.s.hold_writes = true;
+		assert_int_equal(far_write(f.face, 2 * CHUNK + 512, "old!", 4, 0), 0);
+		EVENTUALLY(f.s.held == 1);
+		assert_int_equal(far_write(f.face, 2 * CHUNK + 512, "new!", 4, 0), 0);
+		assert_int_equal(far_write(f.face, 2 * CHUNK + 3000, "more", 4, 0), 0);
+		if (k) { /* and it becomes whole by that */
+			memset(whole, 'w', sizeof whole);
+			assert_int_equal(far_write(f.face, 2 * CHUNK, whole, sizeof whole, 0), 0);
+		}
+		start(&flush, call_flush);
+		remote_release(&f.s);
+		far_thread_join(&flush.t);
+		assert_int_equal(flush.err, 0);
+		assert_int_equal(on_disk(&f, 2 * CHUNK + 512), k ? 'w' : 'n');
+		assert_int_equal(on_disk(&f, 2 * CHUNK + 3000), k ? 'w' : 'm');
+		assert_int_equal(on_disk(&f, 2 * CHUNK + 100), k ? 'w' : pattern(2 * CHUNK + 100));
+		teardown(&f);
+	}
+}
+
+static void a_restart_makes_half_written_chunks_dirty_again(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+
+	o.push_workers = 2;
+	o.push_interval_ms = 1;
+	setup_how(&f, 16 * CHUNK, &o, FORGETS);
+	assert_int_equal(far_write(f.face, 2 * CHUNK + 512, "half", 4, 0), 0);
+	assert_int_equal(far_write(f.face, 3 * CHUNK + 512, "both", 4, 0), 0);
+	EVENTUALLY(status(&f).dirty == 0);
+	assert_int_equal(byte_at(&f, 3 * CHUNK), pattern(3 * CHUNK)); /* this one is whole by now */
+	remote_restart(&f.s);
+	assert_int_equal(far_region_flush(f.r), 0);
+	assert_int_equal(on_disk(&f, 2 * CHUNK + 512), 'h');
+	assert_int_equal(on_disk(&f, 3 * CHUNK + 512), 'b');
+	teardown(&f);
+}
 
 static void long_runs_of_zeros_take_few_calls(void **state)
 {
@@ -588,17 +744,18 @@ static void the_age_of_dirty_bytes_is_known(void **state)
 	assert_true(status(&f).oldest_dirty_ms <= (far_now() - began) / FAR_MSEC);
 	EVENTUALLY(status(&f).errors > 0);
 	assert_true(status(&f).last_error_at > 1600000000000 && status(&f).last_error == ECONNRESET);
+	assert_true(status(&f).reconnects == 3 && status(&f).checksum_errors == 2 && !status(&f).persistent);
 	f.s.fail_writes = 0;
 	EVENTUALLY(status(&f).dirty == 0);
 	assert_int_equal(status(&f).oldest_dirty_ms, 0);
 	EVENTUALLY(status(&f).push_rate > 0);
 	/* Always something dirty, none of it for long. */
-	uint64_t until = far_now() + FAR_SEC, worst = 0;
+	uint64_t until = far_now() + 2 * FAR_SEC, worst = 0;
 	for (unsigned n = 0; far_now() < until; n++) {
 		fill(&f, n % 64, (char)n);
 		worst = far_max(worst, status(&f).oldest_dirty_ms);
 	}
-	assert_true(worst < 900);
+	assert_true(worst < 1800);
 	teardown(&f);
 }
 
@@ -614,12 +771,13 @@ static void writers_are_slowed_smoothly(void **state)
 
 	memset(buf, 3, sizeof buf);
 	o.push_workers = 4;
-	o.dirty_max = 2 << 20;
+	o.dirty_max = 4 << 20;
 	assert_int_equal(far_open("mem:64M", NULL, &conf.local, &err), 0);
 	assert_int_equal(far_open("mem:64M", NULL, &conf.remote, &err), 0);
-	assert_int_equal(far_layer_open("delay:rtt=20ms,rate=8M", conf.remote, &conf.remote, &err), 0);
+	assert_int_equal(far_layer_open("delay:rtt=20ms,rate=2M", conf.remote, &conf.remote, &err), 0);
 	assert_int_equal(far_region_open(&conf, &r, &err), 0);
-	/* 6 MiB at 8 MB/s behind a budget of 2 MiB: half a second of waiting, in many small pieces. */
+	/* 6 MiB at 2 MB/s behind a budget of 4 MiB: a second of waiting, in pieces. Who waited until all was pushed would
+	 * stand still for two. */
 	for (uint64_t off = 0, last = far_now(); off < 6 << 20; off += sizeof buf) {
 		assert_int_equal(far_write(far_region_backend(r), off, buf, sizeof buf, 0), 0);
 		uint64_t now = far_now();
@@ -627,7 +785,7 @@ static void writers_are_slowed_smoothly(void **state)
 		last = now;
 	}
 	print_message("longest stop of a writer: %llu ms\n", (unsigned long long)(worst / FAR_MSEC));
-	assert_true(worst < 400 * FAR_MSEC);
+	assert_true(worst < FAR_SEC);
 	far_region_close(r);
 }
 
@@ -652,6 +810,11 @@ int main(void)
 		cmocka_unit_test(an_unreadable_dirty_chunk_is_reported),
 		cmocka_unit_test(a_full_local_store_recovers),
 		cmocka_unit_test(reads_go_past_a_local_store_that_fails),
+		cmocka_unit_test(half_written_chunks_need_no_room),
+		cmocka_unit_test(half_written_chunks_are_pushed_as_they_are),
+		cmocka_unit_test(many_ranges_are_fetched_first),
+		cmocka_unit_test(a_half_written_chunk_is_written_while_it_is_pushed),
+		cmocka_unit_test(a_restart_makes_half_written_chunks_dirty_again),
 		cmocka_unit_test(long_runs_of_zeros_take_few_calls),
 		cmocka_unit_test(the_age_of_dirty_bytes_is_known),
 		cmocka_unit_test(writers_are_slowed_smoothly),

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import threading
 import time
 
 from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
@@ -66,6 +68,131 @@ def all_local(w, *args):
     equal(m.p.wait(30), 0, 'exit code: ' + m.err())
 
 
+class Link:
+    """A port that leads to a server and can be cut."""
+
+    def __init__(self, uri):
+        self.to = int(uri.split(':')[2].split('/')[0])
+        self.server = socket.create_server(('127.0.0.1', 0))
+        self.uri = 'grpc://127.0.0.1:%d' % self.server.getsockname()[1]
+        self.up, self.socks, self.lock = True, [], threading.Lock()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            a = self.server.accept()[0]
+            with self.lock:
+                if not self.up:
+                    a.close()
+                    continue
+                b = socket.create_connection(('127.0.0.1', self.to))
+                self.socks += [a, b]
+            for x, y in ((a, b), (b, a)):
+                threading.Thread(target=self.carry, args=(x, y), daemon=True).start()
+
+    @staticmethod
+    def carry(x, y):
+        try:
+            while True:
+                data = x.recv(65536)
+                if not data:
+                    break
+                y.sendall(data)
+        except OSError:
+            pass
+        for s in (x, y):
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def cut(self):
+        with self.lock:
+            self.up = False
+            for s in self.socks:
+                try:
+                    s.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+            self.socks = []
+
+    def mend(self):
+        with self.lock:
+            self.up = True
+
+
+def short_lease(w):
+    need_fuse()
+    data = w.file('a', SIZE)
+    w.file('b', 0)
+    w.file('c', 0)
+    s = w.start('serve', 'file:a', '--listen', 'grpc://127.0.0.1:0', '--lease', '1s')
+    uri = s.line().split()[1]
+    return data, uri, Link(uri)
+
+
+def a_cut_off_writer_comes_back_too_late(w):
+    """While the link is cut its lease ends and somebody else writes and leaves: nothing of the first may follow."""
+    data, uri, link = short_lease(w)
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    w.run('wait', 'b', '--timeout', '30s', code=0)
+    link.cut()
+    put(w, 'b', 100000, b'too late')
+    wait_for(lambda: w.status('b')['lease'] == 'unsure', 'the outage to be seen')
+    n = w.mount(uri, 'c', '--mode', 'direct')  # it waits for the lease to end
+    put(w, 'c', 2000000, b'in time')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    link.mend()
+    wait_for(lambda: w.status('b')['lease'] == 'fenced', 'the first to know')
+    equal(get(w, 'b', 100000, 8), b'too late', 'what is here')
+    try:
+        put(w, 'b', 0, b'x')
+        raise AssertionError('written')
+    except OSError as e:
+        equal(e.errno, 116, 'errno')
+    equal(m.end(), 3, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(data, 2000000, b'in time'), 'the remote')
+
+
+def a_cut_off_writer_comes_back_in_time(w):
+    data, uri, link = short_lease(w)
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    w.run('wait', 'b', '--timeout', '30s', code=0)
+    want = data
+    for k in range(3):
+        link.cut()
+        put(w, 'b', 500000 * k, b'cut %d' % k)
+        want = patched(want, 500000 * k, b'cut %d' % k)
+        wait_for(lambda: w.status('b')['lease'] == 'unsure', 'the outage to be seen')
+        equal(w.read('b'), want, 'what is local')
+        link.mend()
+        w.run('flush', 'b', '--timeout', '30s', code=0)
+        equal(w.read('a'), want, 'the remote')
+    true(w.status('b')['reconnects'] > 0, 'no reconnects are counted')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
+def an_offline_start_that_comes_too_late(w):
+    data, uri, link = short_lease(w)
+    all_local(w, link.uri, 'b', *OFFLINE)
+    link.cut()
+    m = w.mount(link.uri, 'b', *OFFLINE, '--push-interval', '10ms')
+    put(w, 'b', 100000, b'offline')
+    n = w.mount(uri, 'c', '--mode', 'direct')
+    put(w, 'c', 2000000, b'meanwhile')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    link.mend()
+    wait_for(lambda: w.status('b')['lease'] == 'fenced', 'it to know')
+    has(m.err(), 'somebody else')
+    equal(m.end(), 3, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(data, 2000000, b'meanwhile'), 'the remote')
+    p = w.run('mount', uri, 'b', *OFFLINE, code=1)
+    has(p.err, 'unsaved')
+    m = w.mount(uri, 'b', *OFFLINE, '--discard-clean', '--force')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(w.read('a'), patched(patched(data, 2000000, b'meanwhile'), 100000, b'offline'), 'the remote')
+
+
 def a_killed_mount_goes_on(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *OFFLINE, '--push-workers', '0')
@@ -103,6 +230,22 @@ def it_begins_offline(w):
     wait_for(lambda: w.read('a') == want, 'what was written to be on the remote')
     wait_for(lambda: w.status('b')['lease'] == 'held', 'the lease')
     equal(m.end(), 0, 'exit code: ' + m.err())
+
+
+def a_silent_remote_holds_nothing_up(w):
+    data, s, uri = world(w)
+    all_local(w, uri, 'b', *OFFLINE)
+    s.p.send_signal(signal.SIGSTOP)  # it takes connections and never says a word
+    for end in ('stop', 'now'):
+        began = time.monotonic()
+        m = w.mount(uri, 'b', *OFFLINE)
+        true(time.monotonic() - began < 10, 'the start took %.1f s' % (time.monotonic() - began))
+        equal(w.read('b'), data, 'what is local')
+        began = time.monotonic()
+        w.run('stop', 'b', *(['--now'] if end == 'now' else []), code=0)
+        true(time.monotonic() - began < 3, 'the end took %.1f s' % (time.monotonic() - began))
+        m.p.wait(0.1)  # and the local store is free
+    s.p.send_signal(signal.SIGCONT)
 
 
 def offline_what_is_absent_fails_at_the_deadline(w):
@@ -276,7 +419,8 @@ def take_over_fences_the_first(w):
     n = w.mount(uri, 'c', '--mode', 'managed', '--take-over')
     put(w, 'c', 0, b'the new owner')
     wait_for(lambda: w.status('b')['lease'] == 'fenced', 'the first to know')
-    has(m.err(), 'taken', 'copy --dirty file:cache.img')
+    wait_for(lambda: 'copy --dirty file:cache.img' in m.err(), 'the message')
+    has(m.err(), 'taken')
     has(w.run('status', 'b', code=0).out, 'FENCED')
     try:
         put(w, 'b', 0, b'late')
@@ -342,6 +486,37 @@ def readers_follow(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def two_followers_share_a_local_store(w):
+    data, s, uri = world(w)
+    w.file('c', 0)
+    w.file('d', 0)
+    m = w.mount(uri, 'b', '--mode', 'managed')
+    n = [w.mount(uri, x, *KEPT, '--read-only', '--follow', '200ms') for x in ('c', 'd')]
+    want = data
+    for k in range(5):
+        want = patched(want, 400000 * k, b'shared %d' % k)
+        put(w, 'b', 400000 * k, b'shared %d' % k)
+        for x in ('c', 'd'):
+            wait_for(lambda: w.read(x) == want, 'the change in ' + x)
+    equal(n[1].end(), 0, 'exit code: ' + n[1].err())
+    want = patched(want, 0, b'alone')
+    put(w, 'b', 0, b'alone')
+    wait_for(lambda: w.read('c') == want, 'the change in c')
+    n[1] = w.mount(uri, 'd', *KEPT, '--read-only', '--follow', '200ms')  # once more, after the first was alone
+    equal(w.read('d'), want, 'd')
+    for x in n:
+        equal(x.end(), 0, 'exit code: ' + x.err())
+    w.run('check', 'file:cache.img', code=0)
+    put(w, 'b', 3000000, b'away')
+    want = patched(want, 3000000, b'away')
+    x = w.mount(uri, 'c', *KEPT, '--read-only', '--pull-workers', '0')  # only what has changed is forgotten
+    wait_for(lambda: w.status('c')['follow'] == 'following', 'it to catch up')
+    equal(w.status('c')['local'], SIZE - 65536, 'local')
+    equal(w.read('c'), want, 'content')
+    equal(x.end(), 0, 'exit code: ' + x.err())
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
 def a_follower_loses_and_finds_the_writer(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *KEPT, '--read-only', '--follow', '200ms')
@@ -366,6 +541,12 @@ def a_follower_loses_and_finds_the_writer(w):
     wait_for(lambda: w.status('b')['follow'] == 'following', 'the peer')
     equal(w.read('b'), patched(data, 1234567, b'later'), 'content')
     equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(s.end(), 0, 'server')
+    m = w.mount(uri, 'b', *KEPT, '--read-only', '--follow', 'never')  # offline
+    s = serve_again(w, uri)
+    wait_for(lambda: w.status('b')['follow'] == 'frozen', 'the peer')
+    equal(w.read('b'), patched(data, 1234567, b'later'), 'content')
+    equal(m.end(), 0, 'exit code: ' + m.err())
 
 
 def without_a_list_of_changes_it_is_frozen(w):
@@ -384,7 +565,7 @@ def without_a_list_of_changes_it_is_frozen(w):
 def unsaved_bytes_outlive_every_end(w):
     data, s, uri = world(w)
     want = data
-    for k, end in enumerate(('TERM', 'now', 'twice', 'umount', 'lazy')):
+    for k, end in enumerate(('TERM', 'now', 'twice', 'umount', 'lazy', 'abort')):
         m = w.mount(uri, 'b', *OFFLINE, '--push-workers', '0', '--deadline', '1s')
         w.run('wait', 'b', '--timeout', '30s', code=0)
         new = b'end %d' % k
@@ -403,6 +584,17 @@ def unsaved_bytes_outlive_every_end(w):
                      'the orderly end to begin')
             m.p.send_signal(signal.SIGTERM)
             equal(m.p.wait(30), 130, 'exit code: ' + m.err())
+        elif end == 'abort':
+            dev = os.stat(w.path('b')).st_dev
+            path = '/sys/fs/fuse/connections/%d/abort' % os.minor(dev)
+            if not os.access(path, os.W_OK):
+                s.p.send_signal(signal.SIGCONT)
+                equal(m.end(), 0, 'exit code: ' + m.err())
+                continue
+            with open(path, 'w') as f:
+                f.write('1')
+            equal(m.p.wait(30), 3, 'exit code: ' + m.err())
+            unmount(w)
         else:
             lazy = end == 'lazy'
             subprocess.run(['umount'] + ['-l'] * lazy + [w.path('b')] if os.geteuid() == 0 else
@@ -509,6 +701,35 @@ def a_map_needs_its_store(w):
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def the_units_commands_work(w):
+    """What systemd would run of dist/farpage@.service."""
+    data, s, uri = world(w)
+    unit = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..', 'dist', 'farpage@.service.in')
+    env = {'SOURCE': uri, 'TARGET': w.path('b'), 'OPTIONS': ' '.join(OFFLINE)}
+
+    def run(key, code):
+        with open(unit) as f:
+            line = next(x for x in f if x.startswith(key + '='))
+        words = line.strip().split('=', 1)[1].split()
+        true(words[0] == '@bindir@/farpage', line)
+        args = []
+        for word in words[1:]:  # $X is split into words, ${X} is not
+            if word.startswith('$') and not word.startswith('${'):
+                args += env[word[1:]].split()
+            else:
+                args.append(re.sub(r'\$\{(\w+)\}', lambda m: env[m.group(1)], word))
+        return w.run(*args, code=code)
+    run('ExecStart', 0)
+    try:
+        equal(w.read('b'), data, 'content')
+        pid = w.status('b')['pid']
+        put(w, 'b', 0, b'unit')
+    finally:
+        run('ExecStop', 0)
+    wait_for(lambda: not os.path.exists('/proc/%d' % pid), 'its end')
+    equal(w.read('a'), patched(data, 0, b'unit'), 'the remote')
+
+
 def status_is_what_its_page_says(w):
     data, s, uri = world(w)
     m = w.mount(uri, 'b', *KEPT)
@@ -528,4 +749,5 @@ def status_is_what_its_page_says(w):
 
 
 main([v for k, v in list(globals().items()) if callable(v) and getattr(v, '__module__', '') == '__main__'
-      and v not in (unmount, kill, put, get, patched, world, serve_again, all_local)])
+      and v not in (unmount, kill, put, get, patched, world, serve_again, all_local, short_lease,
+                    Link)])

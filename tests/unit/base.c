@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include "base/base.h"
 #include "base/clock.h"
+#include "base/hash.h"
 #include "base/io.h"
 #include "base/pool.h"
 #include "base/thread.h"
@@ -16,6 +17,7 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include <cmocka.h>
 
@@ -222,6 +224,28 @@ static void holes_are_made_and_found(void **state)
 	close(p[1]);
 }
 
+/* Whatever way the CPU takes, what is stored and sent is the same: the published values of XXH3. */
+static void hashes(void **state)
+{
+	static const uint8_t empty[FAR_HASH128] = { 0x99, 0xaa, 0x06, 0xd3, 0x01, 0x47, 0x98, 0xd8,
+						    0x60, 0x01, 0xc3, 0x24, 0x46, 0x8d, 0x49, 0x7f };
+	uint8_t out[FAR_HASH128], *buf = malloc(100000);
+
+	far_hash128(out, NULL, 0, 0);
+	assert_memory_equal(out, empty, sizeof out);
+	assert_true(far_hash64("", 0) == 0x2d06800538d394c2);
+	for (size_t i = 0; i < 100000; i++)
+		buf[i] = (uint8_t)(i * 7 + i / 251);
+	for (size_t n = 1; n <= 100000; n = n * 3 + 1) {
+		XXH128_canonical_t c;
+		XXH128_canonicalFromHash(&c, XXH3_128bits_withSeed(buf, n, 12345));
+		far_hash128(out, buf, n, 12345);
+		assert_memory_equal(out, c.digest, sizeof out);
+		assert_true(far_hash64(buf, n) == XXH3_64bits(buf, n));
+	}
+	free(buf);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -235,6 +259,7 @@ int main(void)
 		cmocka_unit_test(zeros_are_seen_at_any_place),
 		cmocka_unit_test(files_are_moved_in_full),
 		cmocka_unit_test(holes_are_made_and_found),
+		cmocka_unit_test(hashes),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

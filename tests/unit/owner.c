@@ -653,6 +653,31 @@ static void test_read_only(void **state)
 	assert_int_equal(lease(o, A, "a", 0, &l), -EROFS);
 	far_owner_origin(o, &now);
 	assert_string_equal(now.identity, far_facts(b)->identity);
+
+	/* Another process serves the same file for writing: who reads here is told. */
+	struct far_backend *wb = open_file("ro");
+	struct far_owner *wo = owner_new(wb, 0);
+	struct far_origin there, again;
+	struct far_extent x[2];
+	bool all;
+	size_t n;
+	assert_int_equal(far_owner_watch(o, now.instance, now.change, x, 2, &n, &all, &again), 0);
+	assert_true(!all && n == 0);
+	far_sleep_until(far_now() + 20 * FAR_MSEC, false); /* the kernel's time of change is as coarse as its tick */
+	write_and_flush(wb, wo, 0, 'n', &there);
+	assert_int_equal(far_owner_watch(o, again.instance, again.change, x, 2, &n, &all, &now), 0);
+	assert_true(!all && n == 1 && x[0].off == 0 && x[0].len == SIZE);
+	if (attributes())
+		assert_true(now.version == there.version);
+	uint64_t start = far_now(); /* until it has been quiet for a while it is told again */
+	do {
+		assert_int_equal(far_owner_watch(o, now.instance, now.change, x, 2, &n, &all, &now), 0);
+		assert_true(!all && far_now() - start < 10 * FAR_SEC);
+		far_sleep_until(far_now() + 50 * FAR_MSEC, false);
+	} while (n);
+	assert_true(far_now() - start >= FAR_SEC);
+	far_owner_free(wo);
+	far_close(wb);
 	far_owner_free(o);
 	far_close(b);
 }

@@ -5,8 +5,9 @@
  * exchange, and every bad thing. Whatever was acknowledged is on the server in the end, every read gives what was
  * acknowledged last, every call ends by its deadline, and with the retry layer no call fails.
  *
- * cuts [direct] [read-only] [managed]: which clients; direct alone without arguments. With them each message has many
- * single bits flipped. FAR_SEED and FAR_ONLY=FAULT,MESSAGE repeat one scene.
+ * cuts [direct] [read-only] [managed] [plain]: which clients; direct and plain without arguments. With them each message
+ * has many single bits flipped. plain: a peer without sessions and checksums, so no bits are flipped, and what has landed
+ * late is put right by the next flush. FAR_SEED and FAR_ONLY=FAULT,MESSAGE repeat one scene.
  */
 #define _GNU_SOURCE
 #include "peer.h"
@@ -24,8 +25,8 @@
 #define CALL (6 * FAR_SEC)  /* a call's deadline */
 #define SLACK (4 * FAR_SEC) /* of a loaded machine */
 
-enum mode { DIRECT, READ_ONLY, MANAGED };
-static const char *const mode_names[] = { "direct", "read-only", "managed" };
+enum mode { DIRECT, READ_ONLY, MANAGED, PLAIN, MODES };
+static const char *const mode_names[MODES] = { "direct", "read-only", "managed", "plain" };
 
 struct scene {
 	enum mode mode;
@@ -103,7 +104,8 @@ static int scene_open(struct scene *s)
 	o.deadline_ms = 2000;
 	o.read_only = s->mode == READ_ONLY;
 	o.demand_connections = o.bulk_connections = 1;
-	snprintf(uri, sizeof uri, "grpc://127.0.0.1:%d?silence=350ms&timeout=3s", s->proxy.port);
+	snprintf(uri, sizeof uri, "grpc://127.0.0.1:%d?silence=350ms&timeout=3s%s", s->proxy.port,
+		 s->mode == PLAIN ? "&size=64K" : "");
 	int r = far_open(uri, &o, &b, &err);
 	if (r)
 		return r;
@@ -248,8 +250,10 @@ static void scene_play(struct scene *s)
 
 	s->rng = s->seed;
 	snprintf(uri, sizeof uri, "mem:%d", SIZE);
-	if (far_open(uri, NULL, &s->store, NULL) || far_server_new(NULL, &s->server, NULL) ||
-	    far_server_export(s->server, "disk", s->store, NULL) ||
+	int r = far_open(uri, NULL, &s->store, NULL) || far_server_new(NULL, &s->server, NULL);
+	if (!r && s->mode == PLAIN)
+		far_server_plain(s->server);
+	if (r || far_server_export(s->server, "disk", s->store, NULL) ||
 	    far_server_listen(s->server, "grpc://127.0.0.1:0", &bound, NULL) ||
 	    !proxy_start(&s->proxy, atoi(strrchr(bound, ':') + 1))) {
 		scene_fail(s, "set-up", -EIO);
@@ -261,10 +265,12 @@ static void scene_play(struct scene *s)
 	proxy_set(&s->proxy, s->fault, s->at, s->seed);
 	CALL_OK(s, "open", AGAIN(scene_open(s)));
 	if (!s->fail[0])
-		(s->mode == DIRECT ? scene_writer : s->mode == MANAGED ? scene_managed : scene_reader)(s);
+		(s->mode == READ_ONLY ? scene_reader : s->mode == MANAGED ? scene_managed : scene_writer)(s);
 	s->messages = proxy_messages(&s->proxy, &s->done);
 	if (s->fault == PROXY_HOLD && s->done && !s->fail[0])
 		scene_after_hold(s);
+	if (s->mode == PLAIN)
+		CALL_OK(s, "flush", far_flush(s->far));
 	scene_compare(s);
 	if (s->region)
 		far_region_close(s->region);
@@ -300,7 +306,9 @@ static void *theatre_run(void *arg)
 		s->seed = t->seed = t->seed * 1664525 + 1013904223;
 		if (t->fault == PROXY_FLIP && ++t->flip < t->flips)
 			;
-		else if (++t->fault == PROXY_FAULTS) {
+		else if (++t->fault == PROXY_FLIP && t->mode == PLAIN)
+			t->fault++;
+		else if (t->fault == PROXY_FAULTS) {
 			t->flip = 0;
 			t->fault = PROXY_CUT;
 			t->at++;
@@ -373,21 +381,30 @@ static void test_managed(void **state)
 	play_all(MANAGED);
 }
 
+static void test_plain(void **state)
+{
+	play_all(PLAIN);
+}
+
 int main(int argc, char **argv)
 {
-	struct CMUnitTest tests[3], all[3] = { cmocka_unit_test(test_direct), cmocka_unit_test(test_read_only),
-					       cmocka_unit_test(test_managed) };
+	struct CMUnitTest tests[MODES], all[MODES] = { cmocka_unit_test(test_direct), cmocka_unit_test(test_read_only),
+						       cmocka_unit_test(test_managed), cmocka_unit_test(test_plain) };
 	size_t n = 0;
 
 	signal(SIGPIPE, SIG_IGN);
 	far_log_set_level(getenv("FAR_DEBUG") ? FAR_LOG_DEBUG : FAR_LOG_ERROR);
-	for (int i = 1; i < argc; i++)
-		for (int m = 0; m < 3; m++)
-			if (!strcmp(argv[i], mode_names[m]))
+	for (int m = 0; m < MODES; m++)
+		for (int i = 1; i < argc; i++)
+			if (!strcmp(argv[i], mode_names[m])) {
 				tests[n++] = all[m];
-	if (n)
+				break;
+			}
+	if (n) {
 		play_flips = 24;
-	else
+	} else {
 		tests[n++] = all[DIRECT];
+		tests[n++] = all[PLAIN];
+	}
 	return _cmocka_run_group_tests("cuts", tests, n, NULL, NULL);
 }

@@ -339,6 +339,17 @@ static void test_replies(void **state)
 	far_grpc_encode_flushed(&o, &f);
 	assert_int_equal(far_grpc_decode_flushed(buf, o.n, &f2), 0);
 	assert_true(f2.checked && f2.instance == 11 && f2.revision == 12);
+	struct far_grpc_written d = { .sum = sum, .flushed = true, .instance = 3, .revision = 4 }, d2;
+	o.n = 0;
+	far_grpc_encode_written(&o, &d);
+	assert_int_equal(far_grpc_decode_written(buf, o.n, &d2), 0);
+	assert_true(d2.checked && d2.flushed && d2.instance == 3 && d2.revision == 4);
+	assert_memory_equal(d2.sum, sum, sizeof sum);
+	for (size_t bit = 0; bit < o.n * 8; bit++) {
+		buf[bit / 8] ^= (uint8_t)(1 << bit % 8);
+		assert_true(far_grpc_decode_written(buf, o.n, &d2) || !d2.checked);
+		buf[bit / 8] ^= (uint8_t)(1 << bit % 8);
+	}
 	o.n = 0;
 	far_grpc_encode_sum_reply(&o, sum);
 	assert_int_equal(far_grpc_decode_sum_reply(buf, o.n, &back), 0);

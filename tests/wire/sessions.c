@@ -368,6 +368,8 @@ static void flip(struct rig *g, struct peer **p, enum far_grpc_method method, co
 		 size_t len, uint8_t after)
 {
 	uint8_t *want = malloc(SIZE);
+	bool flushes = method == FAR_M_WRITE && off == 70000;
+	unsigned lost = 0;
 
 	for (size_t bit = 0; bit < o->n * 8; bit++) {
 		if (bit % 2048 == 0) { /* its streams do not last for ever */
@@ -382,10 +384,17 @@ static void flip(struct rig *g, struct peer **p, enum far_grpc_method method, co
 		memset(want, 0x55, SIZE);
 		if (s->status == 0)
 			memset(want + off, after, len);
+		/* A flush that was asked for is answered for. */
+		struct far_grpc_written w = { .flushed = false };
+		if (s->status == 0 && method == FAR_M_WRITE)
+			assert_int_equal(far_grpc_decode_written(s->data + 5, s->data_n - 5, &w), 0);
+		lost += flushes && s->status == 0 && !w.flushed;
 		if (memcmp(want, g->slow.mem, SIZE))
 			fail_msg("method %d, bit %zu: status %d, and something else was done", (int)method, bit, s->status);
 	}
 	free(want);
+	if (flushes) /* the flag's tag and value: the client can tell, by the answer */
+		assert_true(lost > 0 && lost < 32);
 }
 
 static void test_flipped_bits(void **state)
@@ -398,6 +407,7 @@ static void test_flipped_bits(void **state)
 	memset(data, 0xab, sizeof data);
 	for (int k = 0; k < 3; k++) {
 		uint64_t off = (uint64_t[]){ 20, 4096, 70000 }[k];
+		r.flush = k == 2;
 		r.off = (int64_t)off;
 		far_grpc_sum_data(sum, NAME, strlen(NAME), off, data, sizeof data);
 		struct far_pb_out o = build(&m, FAR_M_WRITE, r);

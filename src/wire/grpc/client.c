@@ -230,6 +230,13 @@ static int client_check_plain_write(const struct client_op *op)
 	return r ? r : n == op->len ? 0 : -EPROTO;
 }
 
+static bool client_check_flushed(const struct client_op *op)
+{
+	struct far_grpc_written w;
+
+	return far_grpc_decode_written(op->reply, op->reply_n, &w) == 0 && w.checked && w.flushed;
+}
+
 static int client_check(struct far_client *c, struct client_op *op, struct client_call *k)
 {
 	bool sums = far_client_flag(&c->sums), had = false;
@@ -245,6 +252,8 @@ static int client_check(struct far_client *c, struct client_op *op, struct clien
 			return client_check_plain_write(op);
 		if (far_grpc_decode_sum_reply(op->reply, op->reply_n, &sum))
 			return -EPROTO;
+		if (sums && op->m == FAR_M_WRITE && (op->flags & FAR_FLUSH) && !client_check_flushed(op))
+			return -EBADMSG;
 		return !sums || (sum && !memcmp(sum, k->sum, FAR_GRPC_SUM)) ? 0 : -EBADMSG;
 	default: {
 		int r = op->region ? far_grpc_check(op->reply, op->reply_n, &had) : 0;
@@ -274,7 +283,7 @@ static enum client_fate client_fate(struct far_client *c, struct client_op *op, 
 		return CLIENT_LOST;
 	if (r == -ECANCELED || r == -ENOTCONN)
 		return CLIENT_FENCED;
-	if (!far_client_flag(&c->sums))
+	if (!far_client_flag(&c->sums) || r == -EREMOTEIO)
 		return CLIENT_DONE;
 	/* A peer of ours names its errors, and does not refuse what was checked before it was sent. */
 	if (!call->errno_name[0] || r == -ENOENT || r == -EINVAL || r == -EOPNOTSUPP)
@@ -451,7 +460,7 @@ static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned
 }
 
 static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t off, const void *src, uint64_t len,
-			 unsigned flags)
+			 unsigned flags, uint64_t *told_by)
 {
 	uint8_t reply[64];
 	struct client_op op = { .m = m, .off = off, .src = src, .len = len, .flags = flags, .reply = reply,
@@ -464,17 +473,19 @@ static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t 
 	r = client_ordered(c, &op, true);
 	bool lost = m == FAR_M_WRITE && (op.fate == CLIENT_LOST || op.fate == CLIENT_GARBLED);
 	int p = far_plain_end(c, off, src, len, lost && r ? 1 : r, entered);
+	if (told_by)
+		*told_by = op.told_by;
 	return r ? r : p;
 }
 
 static int client_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
-	return client_change(self, FAR_M_ZERO, off, NULL, len, flags);
+	return client_change(self, FAR_M_ZERO, off, NULL, len, flags, NULL);
 }
 
 static int client_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
-	return client_change(self, FAR_M_DISCARD, off, NULL, len, flags);
+	return client_change(self, FAR_M_DISCARD, off, NULL, len, flags, NULL);
 }
 
 /* A peer that tells no instance: a Sync on each connection that was written on proves that the process that has the bytes
@@ -503,6 +514,21 @@ static int client_flush_plain(struct far_client *c)
 	return client_error(r || done ? r : client_ask(c, &op));
 }
 
+/* What is behind the peer is another one than when its connections were greeted: greet anew. */
+static void client_regreet(struct far_client *c, uint64_t instance)
+{
+	struct far_channel *up[FAR_LANES * FAR_LANES_MAX];
+	size_t n = far_lanes_up(&c->lanes, up, FAR_ARRAY_LEN(up));
+
+	for (size_t i = 0; i < n; i++) {
+		if (c->lanes.once)
+			far_channel_tag(up[i], instance);
+		else
+			far_channel_retire(up[i]);
+		far_channel_put(up[i]);
+	}
+}
+
 static int client_flush(void *self)
 {
 	struct far_client *c = self;
@@ -519,17 +545,27 @@ static int client_flush(void *self)
 	if (r || !op.region || !far_client_flag(&c->sessions))
 		return r;
 	r = far_grpc_decode_flushed(reply, op.reply_n, &f);
-	return r ? r : far_hello_flushed(c, &f, changes);
+	if (r)
+		return r;
+	if (f.instance != op.told_by)
+		client_regreet(c, f.instance);
+	return far_hello_flushed(c, &f, changes);
 }
 
 static int client_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
 	struct far_client *c = self;
 	/* The plain service has no flush in a write; nor is it known whom an unreached peer will turn out to be. */
-	bool after = (flags & FAR_FLUSH) && !far_client_flag(&c->sessions);
+	bool sessions = far_client_flag(&c->sessions), flush = flags & FAR_FLUSH;
+	uint64_t told_by, changes = flush ? far_hello_changes(c) : 0;
 
-	int r = client_change(c, FAR_M_WRITE, off, buf, len, after ? flags & ~(unsigned)FAR_FLUSH : flags);
-	return r || !after ? r : client_flush(c);
+	int r = client_change(c, FAR_M_WRITE, off, buf, len, sessions ? flags : flags & ~(unsigned)FAR_FLUSH, &told_by);
+	if (r || !flush)
+		return r;
+	if (!sessions)
+		return client_flush(c);
+	struct far_grpc_flushed f = { .instance = told_by };
+	return far_hello_flushed(c, &f, changes + 1);
 }
 
 static int client_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
@@ -582,6 +618,8 @@ static int client_lease(void *self, struct far_lease *l)
 	struct far_grpc_lease a;
 	struct client_op op = { .m = FAR_M_LEASE, .lease = l, .reply = reply, .reply_cap = sizeof reply };
 
+	if (!c->writable)
+		return -EROFS;
 	if (far_client_kind(c) != FAR_CLIENT_UNKNOWN && !far_client_flag(&c->sessions))
 		return -EOPNOTSUPP;
 	int r = client_ordered(c, &op, false);
@@ -597,9 +635,9 @@ static int client_lease(void *self, struct far_lease *l)
 	l->left_ms = a.left_ms;
 	l->gone = a.gone;
 	memcpy(l->other, a.other, sizeof l->other);
-	r = far_hello_note(c, &a.export, &op.seen);
-	if (r == 0 && a.answer == FAR_GRPC_GRANTED)
+	if (a.answer == FAR_GRPC_GRANTED) /* before the new epoch is noted: changes that run are not fenced by it */
 		far_hello_leased(c, l->release ? 0 : a.export.epoch);
+	r = far_hello_note(c, &a.export, &op.seen);
 	far_hello_origin(c, &l->origin);
 	return r ? r : (unsigned)a.answer < FAR_ARRAY_LEN(codes) ? codes[a.answer] : -EPROTO;
 }

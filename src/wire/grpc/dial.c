@@ -75,14 +75,13 @@ static int dial_contact(struct far_client *c, uint64_t deadline, struct far_erro
 	int r = 0;
 
 	for (int i = 0; i < DIAL_TRIES; i++) {
-		struct far_channel *channel;
+		struct far_channel *channel = NULL;
 		if (err)
 			err->code = 0;
 		r = far_lanes_pick(&c->lanes, FAR_LANE_DEMAND, deadline, &channel, err);
 		if (r == 0 && c->lanes.once)
 			r = far_hello_greet(c, channel, deadline, err);
-		if (r == 0)
-			far_channel_put(channel);
+		far_channel_put(channel);
 		if (r != -EBADMSG)
 			break;
 	}

@@ -29,7 +29,25 @@
 #define LANES_QUIET (2 * FAR_SEC)
 #define LANES_PATIENCE (5 * FAR_SEC)
 
-static int lanes_dial(struct far_lanes *l, uint64_t deadline, struct far_channel **out, struct far_error *err)
+/* The first words on a connection that nobody else sees yet but far_lanes_stop(). */
+static int lanes_greet(struct far_lanes *l, struct far_lanes_slot *s, struct far_channel *channel, uint64_t deadline,
+		       struct far_error *err)
+{
+	if (!l->greet)
+		return 0;
+	far_mutex_lock(&l->lock);
+	bool stopped = l->stopped;
+	s->greeted = channel;
+	far_mutex_unlock(&l->lock);
+	int r = stopped ? -ESHUTDOWN : l->greet(l->opaque, channel, deadline, err);
+	far_mutex_lock(&l->lock);
+	s->greeted = NULL;
+	far_mutex_unlock(&l->lock);
+	return r;
+}
+
+static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t deadline, struct far_channel **out,
+		      struct far_error *err)
 {
 	struct far_net_addr a = { .host = l->host, .port = l->port, .path = l->path };
 	struct far_conn conn = { 0 };
@@ -42,7 +60,7 @@ static int lanes_dial(struct far_lanes *l, uint64_t deadline, struct far_channel
 	if (r)
 		return far_error_set(err, -r, "cannot use the connection to %s: %s", l->where, far_strerror(r));
 	far_channel_keep_alive(*out, l->quiet, l->patience, LANES_PINGS);
-	r = l->greet ? l->greet(l->opaque, *out, deadline, err) : 0;
+	r = lanes_greet(l, s, *out, deadline, err);
 	if (r) {
 		far_channel_kill(*out, r);
 		far_channel_put(*out);
@@ -116,7 +134,7 @@ static int lanes_fill(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 	s->dialling = true;
 	l->dialling++;
 	far_mutex_unlock(&l->lock);
-	int r = lanes_dial(l, deadline, &channel, err);
+	int r = lanes_dial(l, s, deadline, &channel, err);
 	far_mutex_lock(&l->lock);
 	s->dialling = false;
 	l->dialling--;
@@ -253,13 +271,21 @@ void far_lanes_count(struct far_lanes *l, uint64_t *connects, uint64_t *reconnec
 void far_lanes_stop(struct far_lanes *l)
 {
 	uint64_t one = 1;
-	struct far_channel *up[FAR_LANES * FAR_LANES_MAX];
+	struct far_channel *up[2 * FAR_LANES * FAR_LANES_MAX];
+	size_t n = 0;
 
 	far_mutex_lock(&l->lock);
 	l->stopped = true;
+	for (unsigned i = 0; i < FAR_LANES * FAR_LANES_MAX; i++) {
+		struct far_channel *greeted = l->slots[i / FAR_LANES_MAX][i % FAR_LANES_MAX].greeted;
+		if (greeted) {
+			far_channel_get(greeted);
+			up[n++] = greeted;
+		}
+	}
 	far_cond_broadcast(&l->cond);
 	far_mutex_unlock(&l->lock);
-	size_t n = far_lanes_up(l, up, FAR_ARRAY_LEN(up));
+	n += far_lanes_up(l, up + n, FAR_ARRAY_LEN(up) - n);
 	ssize_t w = write(l->cancel, &one, sizeof one);
 	(void)w;
 	for (size_t i = 0; i < n; i++) {

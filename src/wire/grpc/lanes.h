@@ -13,6 +13,7 @@ enum { FAR_LANE_DEMAND, FAR_LANE_BULK, FAR_LANES };
 struct far_lanes_slot {
 	struct far_channel *channel;
 	bool dialling;
+	struct far_channel *greeted; /* the connection that is being made, while the first words are said on it */
 };
 
 struct far_lanes {

@@ -2,8 +2,9 @@
  * Copyright the farpage authors */
 #include "wire/grpc/proto.h"
 
+#include "base/hash.h"
+
 #include <string.h>
-#include <xxhash.h>
 
 #define PROTO_CHECK 99
 
@@ -30,16 +31,13 @@ enum far_grpc_method far_grpc_method_of(const char *path, size_t len)
 
 static uint64_t proto_seed(const char *export, size_t n, uint64_t off)
 {
-	return off ^ XXH3_64bits(n ? export : "", n);
+	return off ^ far_hash64(export, n);
 }
 
 void far_grpc_sum_data(uint8_t out[FAR_GRPC_SUM], const char *export, size_t export_n, uint64_t off, const void *data,
 		       size_t len)
 {
-	XXH128_canonical_t c;
-
-	XXH128_canonicalFromHash(&c, XXH3_128bits_withSeed(data, len, proto_seed(export, export_n, off)));
-	memcpy(out, c.digest, FAR_GRPC_SUM);
+	far_hash128(out, data, len, proto_seed(export, export_n, off));
 }
 
 void far_grpc_sum_span(uint8_t out[FAR_GRPC_SUM], const char *export, size_t export_n, uint64_t off, uint64_t len)
@@ -53,7 +51,7 @@ void far_grpc_sum_span(uint8_t out[FAR_GRPC_SUM], const char *export, size_t exp
 
 void far_grpc_put_check(struct far_pb_out *o)
 {
-	far_pb_put_fixed(o, PROTO_CHECK, o->n <= o->cap ? XXH3_64bits(o->p, o->n) : 0);
+	far_pb_put_fixed(o, PROTO_CHECK, o->n <= o->cap ? far_hash64(o->p, o->n) : 0);
 }
 
 int far_grpc_check(const uint8_t *p, size_t n, bool *had)
@@ -66,7 +64,7 @@ int far_grpc_check(const uint8_t *p, size_t n, bool *had)
 	*had = false;
 	while ((r = far_pb_next(&in, &f)) > 0) {
 		if (f.num == PROTO_CHECK && f.wire == FAR_PB_I64 && f.value) {
-			if (in.p != in.end || f.value != XXH3_64bits(p, (size_t)(at - p)))
+			if (in.p != in.end || f.value != far_hash64(p, (size_t)(at - p)))
 				return -EBADMSG;
 			*had = true;
 		}
@@ -428,6 +426,37 @@ int far_grpc_decode_sum_reply(const uint8_t *p, size_t n, const uint8_t **sum)
 		if (f.len != FAR_GRPC_SUM)
 			return -EPROTO;
 		*sum = f.data;
+	}
+	return r;
+}
+
+void far_grpc_encode_written(struct far_pb_out *o, const struct far_grpc_written *w)
+{
+	far_grpc_encode_sum_reply(o, w->sum);
+	far_pb_put_uint(o, 2, w->flushed);
+	far_pb_put_uint(o, 3, w->instance);
+	far_pb_put_uint(o, 4, w->revision);
+	far_grpc_put_check(o);
+}
+
+int far_grpc_decode_written(const uint8_t *p, size_t n, struct far_grpc_written *w)
+{
+	struct far_pb_in in = { p, p + n };
+	struct far_pb_field f;
+
+	*w = (struct far_grpc_written){ 0 };
+	int r = far_grpc_check(p, n, &w->checked);
+	if (r == 0)
+		r = far_grpc_decode_sum_reply(p, n, &w->sum);
+	if (r)
+		return r;
+	while ((r = far_pb_next(&in, &f)) > 0) {
+		if (f.wire == FAR_PB_VARINT && f.num == 2)
+			w->flushed = f.value != 0;
+		else if (f.wire == FAR_PB_VARINT && f.num == 3)
+			w->instance = f.value;
+		else if (f.wire == FAR_PB_VARINT && f.num == 4)
+			w->revision = f.value;
 	}
 	return r;
 }

@@ -97,7 +97,16 @@ void far_grpc_encode_extent(struct far_pb_out *o, const struct far_extent *x);  
 int far_grpc_decode_extents(const uint8_t *p, size_t n, uint64_t off, uint64_t len, struct far_extent *out, size_t max,
 			    size_t *count);
 
-/* WriteReply, ZeroReply, DiscardReply. */
+/* WriteReply of a Write with flush: with its check. */
+struct far_grpc_written {
+	const uint8_t *sum; /* NULL: none; decoded it points into the message */
+	bool flushed, checked;
+	uint64_t instance, revision;
+};
+void far_grpc_encode_written(struct far_pb_out *o, const struct far_grpc_written *w);
+int far_grpc_decode_written(const uint8_t *p, size_t n, struct far_grpc_written *w); /* 0, -EPROTO, -EBADMSG */
+
+/* WriteReply without flush, ZeroReply, DiscardReply. */
 void far_grpc_encode_sum_reply(struct far_pb_out *o, const uint8_t *sum); /* NULL: none */
 /* 0 or -EPROTO; *sum points into p, NULL: there is none. */
 int far_grpc_decode_sum_reply(const uint8_t *p, size_t n, const uint8_t **sum);

@@ -392,6 +392,20 @@ static bool service_pull(struct far_request *r, const struct far_export *e, unsi
 	return true;
 }
 
+/* The flush in a write is answered for, too: a flipped bit could have taken it out of the request. */
+static bool service_written(struct far_request *r, const struct far_origin *now)
+{
+	struct far_grpc_written w = { .sum = r->msg.sum, .flushed = true, .instance = now->instance, .revision = now->version };
+	struct far_reply *reply = service_reply(r, 0);
+
+	if (reply) {
+		struct far_pb_out o = service_head(reply);
+		far_grpc_encode_written(&o, &w);
+		service_frame(reply, &o, 0);
+	}
+	return true;
+}
+
 /* The checksum of a change, if it has one, before anything is done. False: it does not fit, refused. */
 static bool service_verify(struct far_request *r)
 {
@@ -401,7 +415,7 @@ static bool service_verify(struct far_request *r)
 	if (!m->sum || r->verified)
 		return true;
 	if (r->method == FAR_M_WRITE)
-		far_grpc_sum_data(sum, m->export, m->export_n, (uint64_t)m->off, m->data_n ? m->data : (const uint8_t *)"", m->data_n);
+		far_grpc_sum_data(sum, m->export, m->export_n, (uint64_t)m->off, m->data, m->data_n);
 	else
 		far_grpc_sum_span(sum, m->export, m->export_n, (uint64_t)m->off, m->len);
 	r->verified = !memcmp(sum, m->sum, sizeof sum);
@@ -434,7 +448,9 @@ static bool service_write(struct far_request *r, const struct far_export *e, uns
 	struct far_origin now;
 	if (err == 0 && m->flush)
 		err = far_owner_flush(e->owner, &now);
-	return err ? service_error(r, err, "write") : service_done(r, m->sum);
+	if (err)
+		return service_error(r, err, "write");
+	return m->flush ? service_written(r, &now) : service_done(r, m->sum);
 }
 
 static bool service_span(struct far_request *r, const struct far_export *e, unsigned flags)
