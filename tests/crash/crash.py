@@ -462,6 +462,10 @@ def one(setting, rng, can, base, deadline):
         for line in traceback.format_exc().splitlines():
             print('# ' + line)
         say('%s %s rtt %s %s' % (setting.durable, ' '.join(setting.mount), setting.rtt, setting.how))
+        try:
+            say(w.run('status', w.file, '--json', timeout=20).out.replace('\n', '\n# '))
+        except Exception:
+            pass
         for r in w.running:
             say('%s: exit %s, err: %s' % (' '.join(r.p.args[1:]), r.p.poll(), r.err()[-2000:].replace('\n', '\n#   ')))
         print('not ok %d - %s: %s' % (base + n, setting.name, setting.rounds[max(n, 1) - 1]), flush=True)

@@ -142,7 +142,9 @@ class Disk:
             os.close(fd)
         wait_for(lambda: subprocess.run(['umount', self.dir], stderr=subprocess.DEVNULL).returncode == 0,
                  'an unmount of the disk that lost power', 20)
-        tell(['mount', self.device, self.dir])
+        # The device may still be answering for the old one.
+        wait_for(lambda: subprocess.run(['mount', self.device, self.dir], stderr=subprocess.DEVNULL).returncode == 0,
+                 'a mount of %s after the power cut' % self.device, 20)
 
 
 class Link:
