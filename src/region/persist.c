@@ -72,33 +72,16 @@ static void turn_give(struct far_persist *p) FAR_EXCLUDES(p->lock)
 
 /* ------------------------------------------------------------------------------------------------------ the bits */
 
-static bool bit_get(_Atomic uint64_t *bits, uint64_t i)
-{
-	return atomic_load_explicit(&bits[i / 64], memory_order_seq_cst) >> (i % 64) & 1;
-}
-
-static bool bit_set(_Atomic uint64_t *bits, uint64_t i) /* false: it was */
-{
-	uint64_t bit = (uint64_t)1 << (i % 64);
-	return !bit_get(bits, i) && !(atomic_fetch_or_explicit(&bits[i / 64], bit, memory_order_seq_cst) & bit);
-}
-
-static bool bit_clear(_Atomic uint64_t *bits, uint64_t i) /* false: it was */
-{
-	uint64_t bit = (uint64_t)1 << (i % 64);
-	return bit_get(bits, i) && (atomic_fetch_and_explicit(&bits[i / 64], ~bit, memory_order_seq_cst) & bit);
-}
-
 static bool persist_idle(const struct far_persist *p)
 {
 	return !p || !p->r || p->passive;
 }
 
-static void fresh_set(struct far_persist *p, uint64_t i)
+void far_persist_set_fresh(struct far_persist *p, uint64_t i)
 {
 	_Atomic bool *fresh = &p->seg[i / FARMAP_CHUNKS].fresh;
 
-	bit_set(p->fresh_bits, i);
+	farmap_bit_set(p->fresh_bits, i);
 	if (!atomic_load_explicit(fresh, memory_order_seq_cst))
 		atomic_store_explicit(fresh, true, memory_order_seq_cst);
 }
@@ -108,7 +91,7 @@ void far_persist_fresh(struct far_persist *p, uint64_t i, uint64_t n)
 	if (persist_idle(p))
 		return;
 	for (uint64_t k = i; k < i + n; k++)
-		fresh_set(p, k);
+		far_persist_set_fresh(p, k);
 	if (!atomic_load_explicit(&p->unsynced, memory_order_seq_cst))
 		atomic_store_explicit(&p->unsynced, true, memory_order_seq_cst);
 }
@@ -122,7 +105,7 @@ void far_persist_sum(struct far_persist *p, uint64_t i, const void *buf, size_t 
 	 * again with it. */
 	__atomic_store_n(&p->sums[i].lo, sum.lo, __ATOMIC_RELAXED);
 	__atomic_store_n(&p->sums[i].hi, sum.hi, __ATOMIC_RELAXED);
-	bit_set(p->sums_dirty, i / FARMAP_SUMS);
+	farmap_bit_set(p->sums_dirty, i / FARMAP_SUMS);
 }
 
 bool far_persist_any_unverified(struct far_persist *p)
@@ -135,7 +118,7 @@ bool far_persist_is_unverified(struct far_persist *p, uint64_t i, uint64_t n)
 	if (!far_persist_any_unverified(p))
 		return false;
 	for (uint64_t k = i; k < i + n; k++)
-		if (bit_get(p->unverified, k))
+		if (farmap_bit(p->unverified, k))
 			return true;
 	return false;
 }
@@ -165,7 +148,7 @@ void far_persist_verified(struct far_persist *p, uint64_t i, uint64_t n)
 	if (!far_persist_any_unverified(p))
 		return;
 	for (uint64_t k = i; k < i + n; k++)
-		if (bit_clear(p->unverified, k))
+		if (farmap_bit_clear(p->unverified, k))
 			atomic_fetch_sub_explicit(&p->unverified_n, 1, memory_order_acq_rel);
 }
 
@@ -258,297 +241,11 @@ int far_persist_forget(struct far_persist *p, const uint64_t *chunks, size_t n)
 	return err;
 }
 
-/* ------------------------------------------------------------------------------------------------------ a commit */
-
-enum commit_what { COMMIT_DIRTY, COMMIT_ALL };
-
-struct commit {
-	struct far_persist *p;
-	enum commit_what what;
-	struct commit_chunk {
-		uint64_t chunk;
-		enum far_chunk state; /* before the local store was flushed */
-		bool unstable;        /* read after it */
-	} *list;
-	size_t n, room;
-	uint8_t *partials; /* the new table */
-	size_t partials_n, partials_room;
-	uint64_t *partial_ids; /* chunks in it, sorted */
-	size_t partial_ids_n, partial_ids_room;
-	bool any_partial;
-	int err;
-};
-
-static bool commit_grow(struct commit *c, void *array, size_t *room, size_t need, size_t each)
-{
-	void **a = array;
-
-	if (need <= *room)
-		return true;
-	size_t more = far_max(need, *room * 2 + 64);
-	void *bigger = realloc(*a, more * each);
-	if (!bigger) {
-		c->err = -ENOMEM;
-		return false;
-	}
-	*a = bigger;
-	*room = more;
-	return true;
-}
-
-static void commit_partial(struct commit *c, const struct far_partial *e)
-{
-	size_t len = farmap_put_partial(NULL, e);
-
-	if (c->err || !commit_grow(c, &c->partials, &c->partials_room, c->partials_n + len, 1) ||
-	    !commit_grow(c, &c->partial_ids, &c->partial_ids_room, c->partial_ids_n + 1, sizeof *c->partial_ids))
-		return;
-	farmap_put_partial(c->partials + c->partials_n, e);
-	c->partials_n += len;
-	c->partial_ids[c->partial_ids_n++] = e->chunk;
-}
-
-static void commit_partial_cb(void *opaque, const struct far_partial *e)
-{
-	commit_partial(opaque, e);
-}
-
-static int commit_by_id(const void *a, const void *b)
-{
-	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-	return x < y ? -1 : x > y;
-}
-
-static bool commit_has_partial(const struct commit *c, uint64_t i)
-{
-	return c->partial_ids_n && bsearch(&i, c->partial_ids, c->partial_ids_n, sizeof i, commit_by_id);
-}
-
-/* The half-written chunks of now; and those of the old table that are whole by now but still PARTIAL in their page, for the
- * time between the two writes. */
-static void commit_partials(struct commit *c)
-{
-	struct far_persist *p = c->p;
-	struct far_partial *e;
-	size_t at = 0, live;
-	int err;
-
-	far_chunkmap_each_partial(p->r->map, commit_partial_cb, c);
-	if (c->err)
-		return;
-	if (c->partial_ids_n)
-		qsort(c->partial_ids, c->partial_ids_n, sizeof *c->partial_ids, commit_by_id);
-	live = c->partial_ids_n;
-	while (!c->err && (e = farmap_get_partial(p, &at, &err))) {
-		bool live_too = live && bsearch(&e->chunk, c->partial_ids, live, sizeof e->chunk, commit_by_id);
-		if (!live_too && farmap_kind(&p->seg[e->chunk / FARMAP_CHUNKS], e->chunk % FARMAP_CHUNKS) == FAR_PERSIST_PARTIAL) {
-			far_partial_add(e, 0, e->len);
-			commit_partial(c, e);
-		}
-		free(e);
-	}
-	c->partial_ids_n = live;
-}
-
-/* Take the fresh bits. */
-static void commit_collect(struct commit *c)
-{
-	struct far_persist *p = c->p;
-
-	for (uint64_t s = 0; s < p->segments; s++) {
-		if (!atomic_load_explicit(&p->seg[s].fresh, memory_order_seq_cst))
-			continue;
-		atomic_store_explicit(&p->seg[s].fresh, false, memory_order_seq_cst);
-		uint64_t end = far_min(far_div_up(p->chunks, 64), (s + 1) * (FARMAP_CHUNKS / 64));
-		for (uint64_t w = s * (FARMAP_CHUNKS / 64); w < end; w++) {
-			uint64_t bits = atomic_load_explicit(&p->fresh_bits[w], memory_order_relaxed);
-			if (bits)
-				bits = atomic_exchange_explicit(&p->fresh_bits[w], 0, memory_order_seq_cst);
-			for (; bits; bits &= bits - 1) {
-				uint64_t i = w * 64 + (uint64_t)__builtin_ctzll(bits);
-				if (c->err || !commit_grow(c, &c->list, &c->room, c->n + 1, sizeof *c->list)) {
-					far_persist_fresh(p, i, 1);
-					continue;
-				}
-				enum far_chunk state = far_chunkmap_state(p->r->map, i);
-				c->any_partial |= state == FAR_PARTIAL || state == FAR_FETCHING_PARTIAL ||
-						 state == FAR_PUSHING_PARTIAL || state == FAR_FILLING;
-				c->list[c->n++] = (struct commit_chunk){ i, state, far_push_unstable(p->r, i) };
-			}
-		}
-	}
-}
-
-/* Look at it again next time; it has no news for the local store. */
-static void commit_again(struct commit *c, uint64_t i)
-{
-	fresh_set(c->p, i);
-}
-
-/* Take the mark of chunk i's group away if nothing in it may be newer than what was flushed. */
-static bool commit_unmark(struct commit *c, uint64_t i)
-{
-	struct far_persist *p = c->p;
-	uint64_t g = i / FARMAP_GROUP, first = g * FARMAP_GROUP, end = far_min(first + FARMAP_GROUP, p->chunks);
-	struct farmap_segment *s = &p->seg[g / FARMAP_GROUPS];
-	uint64_t bit = (uint64_t)1 << (g % FARMAP_GROUPS);
-	bool quiet = true;
-
-	atomic_fetch_and_explicit(&s->durable, ~bit, memory_order_seq_cst);
-	for (uint64_t k = first; quiet && k < end; k++)
-		quiet = far_chunkmap_is_quiet(p->r->map, k) && !bit_get(p->fresh_bits, k) && !far_push_unstable(p->r, k);
-	if (quiet) {
-		s->marks &= ~bit;
-		s->ahead = true;
-	} else if (s->marks & bit) {
-		atomic_fetch_or_explicit(&s->durable, bit, memory_order_seq_cst);
-	}
-	return quiet;
-}
-
-/* It became clean without anybody having had all of its bytes in hand: half-written ones that were pushed as they were. */
-static int commit_sum(struct far_persist *p, uint64_t i)
-{
-	size_t len = (size_t)farmap_len(p, i);
-	char *buf;
-
-	if (__atomic_load_n(&p->sums[i].lo, __ATOMIC_RELAXED) | __atomic_load_n(&p->sums[i].hi, __ATOMIC_RELAXED))
-		return 0;
-	if (!(buf = far_buf_get(len)))
-		return -ENOMEM;
-	int err = far_read(p->r->local, i << p->r->shift, buf, len, 0);
-	if (!err)
-		far_persist_sum(p, i, buf, len);
-	far_buf_put(buf, len);
-	return err;
-}
-
-static void commit_clean(struct commit *c, uint64_t i)
-{
-	struct far_persist *p = c->p;
-	struct farmap_segment *s = &p->seg[i / FARMAP_CHUNKS];
-	unsigned k = i % FARMAP_CHUNKS;
-	int err = 0;
-
-	/* Checked after the checksum: what changes from here on comes again. */
-	bool summed = far_chunkmap_state(p->r->map, i) == FAR_CLEAN && !commit_sum(p, i);
-	if (bit_get(p->fresh_bits, i) || far_chunkmap_state(p->r->map, i) != FAR_CLEAN || !summed)
-		return;
-	if (far_push_unstable(p->r, i)) {
-		/* The remote may yet forget it: it stays what it is, DIRTY or marked. */
-		commit_again(c, i);
-	} else if (farmap_kind(s, k) != FAR_PERSIST_CLEAN) {
-		err = farmap_set_kind(s, k, FAR_PERSIST_CLEAN);
-	}
-	if (!err && farmap_marked(s, k) && !far_push_unstable(p->r, i))
-		commit_unmark(c, i);
-	c->err = c->err ? c->err : err;
-}
-
-/* What is to be said of the fresh ones, now that the local store is flushed. */
-static void commit_decide(struct commit *c)
-{
-	struct far_persist *p = c->p;
-
-	for (size_t n = 0; n < c->n; n++) {
-		uint64_t i = c->list[n].chunk;
-		struct farmap_segment *s = &p->seg[i / FARMAP_CHUNKS];
-		enum far_persist_kind kind = farmap_kind(s, i % FARMAP_CHUNKS);
-		int err = 0;
-
-		switch (c->list[n].state) {
-		case FAR_CLEAN:
-			/* What was written and pushed already counts like dirty: a flush of the remote has yet to cover it. */
-			if (c->list[n].unstable && (kind == FAR_PERSIST_ABSENT || kind == FAR_PERSIST_PARTIAL))
-				err = farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_DIRTY);
-			if (c->what == COMMIT_ALL)
-				commit_clean(c, i);
-			else
-				commit_again(c, i);
-			break;
-		case FAR_DIRTY:
-		case FAR_PUSHING:
-		case FAR_REDIRTY:
-			if (kind != FAR_PERSIST_DIRTY && !(kind == FAR_PERSIST_CLEAN && farmap_marked(s, i % FARMAP_CHUNKS)))
-				err = farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_DIRTY);
-			break;
-		case FAR_PARTIAL:
-		case FAR_FETCHING_PARTIAL:
-		case FAR_PUSHING_PARTIAL:
-			if (!commit_has_partial(c, i))
-				commit_again(c, i);
-			else if (kind != FAR_PERSIST_PARTIAL)
-				err = farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_PARTIAL);
-			break;
-		case FAR_FILLING: /* what was written before is still told by its entry */
-			if (kind == FAR_PERSIST_ABSENT && commit_has_partial(c, i))
-				err = farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_PARTIAL);
-			commit_again(c, i);
-			break;
-		case FAR_ABSENT:
-		case FAR_FETCHING:
-		case FAR_EVICTING:
-			break;
-		}
-		if (err)
-			commit_again(c, i);
-		c->err = c->err ? c->err : err;
-	}
-}
-
-/* Groups may be marked in which nothing was written, so nothing brings them up again: look at all once nothing is dirty. */
-static void commit_unmark_all(struct commit *c)
-{
-	struct far_persist *p = c->p;
-
-	if (far_chunkmap_dirty(p->r->map))
-		return;
-	for (uint64_t s = 0; s < p->segments; s++)
-		for (uint64_t marks = p->seg[s].marks; marks; marks &= marks - 1)
-			commit_unmark(c, (s * FARMAP_GROUPS + (uint64_t)__builtin_ctzll(marks)) * FARMAP_GROUP);
-}
-
-/* New checksums, before the pages that call their chunks clean. */
-static int commit_sums(struct commit *c)
-{
-	struct far_persist *p = c->p;
-	bool any = false;
-	int err = 0;
-
-	for (uint64_t w = 0; !err && w < p->chunks / FARMAP_SUMS / 64 + 1; w++)
-		for (uint64_t bits = atomic_load(&p->sums_dirty[w]); !err && bits; bits &= bits - 1) {
-			uint64_t page = w * 64 + (uint64_t)__builtin_ctzll(bits);
-			bit_clear(p->sums_dirty, page);
-			any = true;
-			err = farmap_write_sums(p, page);
-			if (err)
-				bit_set(p->sums_dirty, page);
-		}
-	return err || !any ? err : farmap_sync(p);
-}
-
-static int commit_pages(struct commit *c)
-{
-	struct far_persist *p = c->p;
-	bool any = false;
-	int err = 0;
-
-	for (uint64_t s = 0; !err && s < p->segments; s++)
-		if (p->seg[s].ahead) {
-			err = farmap_write_segment(p, s);
-			any = true;
-		}
-	if (!err && any)
-		err = farmap_sync(p);
-	if (err && any) /* which of them got there is unknown */
-		for (uint64_t s = 0; s < p->segments; s++)
-			p->seg[s].ahead |= !p->seg[s].synced;
-	return err;
-}
+/* ------------------------------------------------------------------------------------------------------- flushes */
 
 /* Flush the local store, if anything was written since the last time; one at a time, for who finds nothing to flush must
  * know that the flush before has ended well. */
-static int persist_flush_local(struct far_persist *p)
+int far_persist_flush_local(struct far_persist *p)
 {
 	int err = 0;
 
@@ -569,114 +266,6 @@ static int persist_flush_local(struct far_persist *p)
 	far_mutex_unlock(&p->lock);
 	return err;
 }
-
-/* PARTIAL in a page needs its entry in the table: so that goes first. */
-static int commit_table(struct commit *c)
-{
-	if (!c->any_partial)
-		return 0;
-	int err = farmap_write_partials(c->p, c->partials, c->partials_n);
-	if (!err) {
-		free(c->p->partials);
-		c->p->partials = c->partials;
-		c->partials = NULL;
-	}
-	return err;
-}
-
-/* With the turn. */
-static int commit_run(struct far_persist *p, enum commit_what what)
-{
-	struct commit c = { .p = p, .what = what };
-
-	commit_partials(&c);
-	if (!c.err)
-		commit_collect(&c);
-	int err = c.err ? c.err : persist_flush_local(p);
-	if (!err)
-		err = commit_table(&c);
-	if (!err) {
-		commit_decide(&c);
-		err = c.err;
-	}
-	if (!err && what == COMMIT_ALL) {
-		commit_unmark_all(&c);
-		err = commit_sums(&c);
-	}
-	if (!err)
-		err = commit_pages(&c);
-	if (err)
-		for (size_t n = 0; n < c.n; n++)
-			far_persist_fresh(p, c.list[n].chunk, 1);
-	free(c.list);
-	free(c.partials);
-	free(c.partial_ids);
-	return err;
-}
-
-/* Whether each chunk of the group could be given the kind that it has, now that nobody writes any more. */
-static bool commit_exact_group(struct far_persist *p, uint64_t first, uint64_t end)
-{
-	for (uint64_t i = first; i < end; i++) {
-		struct farmap_segment *s = &p->seg[i / FARMAP_CHUNKS];
-		enum far_persist_kind kind = farmap_kind(s, i % FARMAP_CHUNKS);
-		bool dirty = false;
-
-		switch (far_chunkmap_state(p->r->map, i)) {
-		case FAR_DIRTY:
-		case FAR_PUSHING:
-		case FAR_REDIRTY:
-			dirty = true;
-			break;
-		case FAR_CLEAN:
-			dirty = far_push_unstable(p->r, i);
-			if (!dirty && bit_get(p->fresh_bits, i))
-				return false;
-			break;
-		case FAR_PARTIAL:
-		case FAR_FETCHING_PARTIAL:
-		case FAR_PUSHING_PARTIAL:
-			if (kind != FAR_PERSIST_PARTIAL)
-				return false;
-			break;
-		default:
-			if (kind != FAR_PERSIST_ABSENT)
-				return false;
-		}
-		if (dirty && farmap_set_kind(s, i % FARMAP_CHUNKS, FAR_PERSIST_DIRTY))
-			return false;
-	}
-	return true;
-}
-
-/* At the end, after a commit, with the turn: marks go. Else the next mount would push whole groups, perhaps over what
- * somebody else has written by then. */
-static int commit_exact(struct far_persist *p)
-{
-	struct commit c = { .p = p };
-	bool any = false;
-	int err = 0;
-
-	for (uint64_t g = 0; !err && g < far_div_up(p->chunks, FARMAP_GROUP); g++) {
-		struct farmap_segment *s = &p->seg[g / FARMAP_GROUPS];
-		uint64_t bit = (uint64_t)1 << (g % FARMAP_GROUPS), first = g * FARMAP_GROUP;
-		uint64_t end = far_min(first + FARMAP_GROUP, p->chunks);
-		if (!(s->marks & bit))
-			continue;
-		s->ahead = any = true;
-		if (!commit_exact_group(p, first, end))
-			continue;
-		atomic_fetch_and_explicit(&s->durable, ~bit, memory_order_seq_cst);
-		s->marks &= ~bit;
-		for (uint64_t page = first / FARMAP_SUMS; !err && page <= (end - 1) / FARMAP_SUMS; page++)
-			if (bit_clear(p->sums_dirty, page))
-				err = farmap_write_sums(p, page);
-	}
-	if (!err && any)
-		err = farmap_sync(p);
-	return err ? err : commit_pages(&c);
-}
-
 /* A commit that began after we came does our work as well. */
 int far_persist_commit(struct far_persist *p)
 {
@@ -695,7 +284,7 @@ int far_persist_commit(struct far_persist *p)
 	far_mutex_unlock(&p->lock);
 	if (done)
 		return 0;
-	err = commit_run(p, COMMIT_DIRTY);
+	err = far_commit_run(p, FAR_COMMIT_DIRTY);
 	far_mutex_lock(&p->lock);
 	p->turn = false;
 	if (!err)
@@ -742,7 +331,7 @@ static void persist_sync_locked(struct far_persist *p) FAR_REQUIRES(p->lock)
 	uint64_t covers = p->sync_want;
 
 	far_mutex_unlock(&p->lock);
-	int err = persist_flush_local(p);
+	int err = far_persist_flush_local(p);
 	far_mutex_lock(&p->lock);
 	p->sync_tried = covers;
 	p->sync_error = err;
@@ -765,7 +354,7 @@ static void *persist_thread(void *arg)
 			far_mutex_unlock(&p->lock);
 			turn_take(p);
 			uint64_t began = far_now();
-			int err = commit_run(p, COMMIT_ALL);
+			int err = far_commit_run(p, FAR_COMMIT_ALL);
 			uint64_t took = far_now() - began;
 			turn_give(p);
 			if (err && !told)
@@ -928,9 +517,9 @@ void far_persist_end(struct far_persist *p)
 	int err = 0;
 	if (!p->passive) {
 		turn_take(p);
-		err = commit_run(p, COMMIT_ALL);
+		err = far_commit_run(p, FAR_COMMIT_ALL);
 		if (!err)
-			err = commit_exact(p);
+			err = far_commit_exact(p);
 		p->info.clean = true;
 		if (!err)
 			err = farmap_write_header(p);

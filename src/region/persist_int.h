@@ -93,6 +93,24 @@ static inline bool farmap_marked(const struct farmap_segment *s, unsigned k)
 	return s->marks >> (k / FARMAP_GROUP) & 1;
 }
 
+/* The bits a chunk. */
+static inline bool farmap_bit(_Atomic uint64_t *bits, uint64_t i)
+{
+	return atomic_load_explicit(&bits[i / 64], memory_order_seq_cst) >> (i % 64) & 1;
+}
+
+static inline bool farmap_bit_set(_Atomic uint64_t *bits, uint64_t i) /* false: it was */
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+	return !farmap_bit(bits, i) && !(atomic_fetch_or_explicit(&bits[i / 64], bit, memory_order_seq_cst) & bit);
+}
+
+static inline bool farmap_bit_clear(_Atomic uint64_t *bits, uint64_t i) /* false: it was */
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+	return farmap_bit(bits, i) && (atomic_fetch_and_explicit(&bits[i / 64], ~bit, memory_order_seq_cst) & bit);
+}
+
 /* farmap.c. All that write need the turn, or that nobody else can be there. 0 or -errno. */
 int farmap_set_kind(struct farmap_segment *s, unsigned k, enum far_persist_kind kind); /* -ENOMEM */
 int farmap_create(struct far_persist *p, uint64_t bytes, uint64_t chunk);
@@ -112,6 +130,17 @@ struct far_partial;
 size_t farmap_put_partial(uint8_t *out, const struct far_partial *e);
 /* The entry at *at, moved on. NULL at the end, or when the table is not well formed: *err. free() it. */
 struct far_partial *farmap_get_partial(const struct far_persist *p, size_t *at, int *err);
+
+/* commit.c, with the turn. Bring the file up to what is known: of dirty chunks alone, or of all. 0 or -errno: then it is
+ * tried again with the next. */
+enum far_commit { FAR_COMMIT_DIRTY, FAR_COMMIT_ALL };
+int far_commit_run(struct far_persist *p, enum far_commit what);
+/* At the end, after a commit of all: marks go, each chunk is called what it is. */
+int far_commit_exact(struct far_persist *p);
+
+/* persist.c, for commit.c. */
+void far_persist_set_fresh(struct far_persist *p, uint64_t i); /* of the file's business alone: nothing is unsynced */
+int far_persist_flush_local(struct far_persist *p);
 
 /* persist.c, for the rest of the region. p may be NULL everywhere: nothing happens, 0. */
 
