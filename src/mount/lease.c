@@ -27,6 +27,7 @@
 #include "base/clock.h"
 #include "base/thread.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -43,9 +44,9 @@ struct far_leaser {
 	struct far_leaser_conf c;
 	char writer[40];
 	char holder[128];
-	bool offline;
+	bool offline; /* at the start */
 	/* of the thread that tries */
-	bool known;        /* the remote was found to be the right one */
+	_Atomic bool known; /* the remote was found to be the right one */
 	bool none;         /* the peer knows no leases, or none is wanted */
 	bool granted;      /* in this process */
 	bool told_busy, told_away;
@@ -404,6 +405,11 @@ int far_leaser_start(struct far_leaser *l)
 	if (l->known ? l->none : !l->c.writable)
 		return 0;
 	return far_thread_start(&l->thread, "far-lease", leaser_main, l);
+}
+
+bool far_leaser_found(struct far_leaser *l)
+{
+	return atomic_load(&l->known);
 }
 
 bool far_leaser_offline(const struct far_leaser *l)
