@@ -226,6 +226,8 @@ static int push_range(struct far_region *r, uint64_t base, uint64_t from, uint64
 	if (!err) {
 		atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
 		err = far_write(r->remote, base + from, buf, len, flags);
+		if (err == -EREMOTEIO)
+			err = 0; /* done, see flush.c */
 		atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
 		if (err)
 			far_push_refused(r, err);

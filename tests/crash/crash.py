@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the farpage authors
-"""crash.py FARPAGE WORKER [ROUNDS] [--seed N] [--seconds N] [--only NAME]: kill the mount, the server, the link or the power
-under load, start again, and compare every sector with what fsync had promised (worker.c says how).
+"""crash.py FARPAGE WORKER [ROUNDS] [--seed N] [--seconds N]: kill the mount, the server, the link or the power under
+load, start again, and compare every sector with what fsync had promised (worker.c says how).
 
 A setting (where fsync's promise lies, evictions, a round trip ...) lives for some rounds; then the mount is stopped in
 order and the server's own file is compared as well. FARPAGE in the environment replaces the first argument."""
@@ -33,8 +33,9 @@ class Setting:
 
 # The short run: each round names what is struck.
 SHORT = [
-    Setting('plain', ['mount', 'server', 'both', 'mount'], rtt='5ms'),
-    Setting('durable local', ['mount', 'both', 'offline', 'server'], durable='local', mount=('--push-interval', '30ms')),
+    Setting('plain', ['mount', 'server', 'both', 'mount twice'], rtt='5ms'),
+    Setting('durable local', ['mount', 'both', 'offline', 'server'], durable='local',
+            mount=('--push-interval', '30ms')),
     Setting('evicting', ['mount', 'lost', 'both', 'server'], mount=('--local-max', '2M', '--push-interval', '50ms')),
     Setting('power, durable local', ['power here', 'power there', 'power on both'], durable='local', disk=True,
             mount=('--push-interval', '20ms')),
@@ -46,7 +47,7 @@ SHORT = [
 
 def random_setting(rng):
     durable = rng.choice(['remote', 'local'])
-    kinds = ['mount', 'server', 'both', 'mount', 'server twice']
+    kinds = ['mount', 'server', 'both', 'mount', 'server twice', 'mount twice']
     disk, link = rng.random() < 0.4, rng.random() < 0.3
     mount = ['--push-interval', rng.choice(['10ms', '50ms', '300ms', '1s'])]
     if rng.random() < 0.4:
@@ -118,7 +119,7 @@ class Crash(Rig):
         self.server = self.start('serve', 'file:there/remote.img', '--listen', listen, *more)
         self.port = port_of(self.server.line().split()[1])
 
-    def start_mount(self, *more, seconds=40):
+    def start_mount(self, *more, seconds=40, wait=True):
         """Who comes with another id waits until the lease of the one before has run out."""
         port = self.link.here if self.link else self.port
         args = ['mount', 'grpc://127.0.0.1:%d' % port, 'm', '--mode', 'managed', '--local', 'file:here/cache.img',
@@ -126,6 +127,8 @@ class Crash(Rig):
         end = time.monotonic() + seconds * SLOW
         while True:
             self.m = self.start(*args)
+            if not wait:
+                return
             try:
                 self.file = self.m.line()
                 return
@@ -147,12 +150,17 @@ class Crash(Rig):
         was = self.counters()
         threads = self.rng.choice([1, 2, 4, 4, 8])
         self.out = open(self.path('worker.out'), 'w+')
-        self.worker = subprocess.Popen([WORKER, 'load', 'ledger', self.file, str(threads), str(self.rng.getrandbits(40)),
-                                        self.s.how], cwd=self.dir, stdout=self.out, stderr=subprocess.STDOUT)
+        self.worker = subprocess.Popen([WORKER, 'load', 'ledger', self.file, str(threads),
+                                        str(self.rng.getrandbits(40)), self.s.how], cwd=self.dir, stdout=self.out,
+                                       stderr=subprocess.STDOUT)
         self.alive()
         wait_for(lambda: self.alive() and self.counters()['writes'] > was['writes'] + 50, 'writes', 60)
         wait_for(lambda: self.alive() and self.counters()['flushes'] >= was['flushes'] + flushes, 'a flush', 60)
         self.was = was
+
+    def flushes(self, what, more=2):
+        n = self.counters()['flushes'] + more
+        wait_for(lambda: self.alive() and self.counters()['flushes'] >= n, 'flushes ' + what, 90)
 
     def alive(self):
         """Nothing that was not killed may have ended."""
@@ -232,10 +240,7 @@ class Crash(Rig):
                  'a flush that succeeds', 90)
 
     def strike(self, what):
-        {'mount': self.r_mount, 'server': self.r_server, 'server twice': self.r_server_twice, 'both': self.r_both,
-         'lost': self.r_lost, 'offline': self.r_offline, 'power here': self.r_power_here,
-         'power there': self.r_power_there, 'power there and mount': self.r_power_there_and_mount,
-         'power on both': self.r_power_on_both, 'the dead write': self.r_the_dead_write, 'link': self.r_link}[what]()
+        getattr(self, 'r_' + what.replace(' ', '_'))()
 
     def r_mount(self):
         self.load()
@@ -245,14 +250,27 @@ class Crash(Rig):
         self.start_mount()
         self.compare()
 
+    def r_mount_twice(self):
+        """It dies again while it finds its feet."""
+        self.load()
+        self.soon()
+        self.kill_mount()
+        self.clean_up()
+        for _ in range(2):
+            self.start_mount(wait=False)
+            time.sleep(self.rng.random() * 0.25 * SLOW)
+            self.kill_mount()
+            self.clear_mount()
+        self.start_mount()
+        self.compare()
+
     def r_server(self, errors_ok=False):
         self.load()
         self.soon()
         self.kill_server()
         self.soon(0.2)
         self.start_server()
-        n = self.counters()
-        wait_for(lambda: self.alive() and self.counters()['flushes'] >= n['flushes'] + 2, 'flushes with the new server', 90)
+        self.flushes('with the new server')
         self.unload(stop=True, errors_ok=errors_ok)
         self.compare()
 
@@ -334,8 +352,7 @@ class Crash(Rig):
         self.kill_server()
         self.disks['there'].cut()
         self.start_server()
-        n = self.counters()
-        wait_for(lambda: self.alive() and self.counters()['flushes'] >= n['flushes'] + 2, 'flushes with the new server', 90)
+        self.flushes('with the new server')
         self.unload(stop=True, errors_ok=False)
         self.compare()
 
@@ -391,8 +408,7 @@ class Crash(Rig):
             self.soon(1)
             self.link.up()
             self.soon()
-        n = self.counters()
-        wait_for(lambda: self.alive() and self.counters()['flushes'] >= n['flushes'] + 2, 'flushes with the new link', 90)
+        self.flushes('with the new link')
         self.unload(stop=True, errors_ok=False)
         self.compare()
 
@@ -434,8 +450,8 @@ def one(setting, rng, can, base, deadline):
                 t = w.totals
                 say('%s (%s%s, rtt %s, %s): %d kills, %d writes, %d flushes, %d reads, %d failed; %d sectors that were '
                     'written and not flushed came older' % (
-                        setting.name, setting.durable, ''.join(' ' + x for x in setting.mount), setting.rtt, setting.how,
-                        w.kills, t['writes'], t['flushes'], t['reads'],
+                        setting.name, setting.durable, ''.join(' ' + x for x in setting.mount), setting.rtt,
+                        setting.how, w.kills, t['writes'], t['flushes'], t['reads'],
                         t['failed_writes'] + t['failed_flushes'] + t['failed_reads'], w.lost))
             if what:
                 print('ok %d - %s: %s (%.1f s)' % (base + n, setting.name, what, time.monotonic() - began), flush=True)
@@ -446,6 +462,10 @@ def one(setting, rng, can, base, deadline):
         for line in traceback.format_exc().splitlines():
             print('# ' + line)
         say('%s %s rtt %s %s' % (setting.durable, ' '.join(setting.mount), setting.rtt, setting.how))
+        try:
+            say(w.run('status', w.file, '--json', timeout=20).out.replace('\n', '\n# '))
+        except Exception:
+            pass
         for r in w.running:
             say('%s: exit %s, err: %s' % (' '.join(r.p.args[1:]), r.p.poll(), r.err()[-2000:].replace('\n', '\n#   ')))
         print('not ok %d - %s: %s' % (base + n, setting.name, setting.rounds[max(n, 1) - 1]), flush=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the farpage authors
-"""databases.py FARPAGE [KILLS] [--seed N] [--seconds N] [--only NAME]: databases on a managed mount whose mount, server and
-link die. What the database said was committed is there afterwards: here, and on the server once all is pushed.
+"""databases.py FARPAGE [KILLS] [--seed N] [--seconds N] [--only NAME]: databases on a managed mount whose mount, server
+and link die. What the database said was committed is there afterwards: here, and on the server once all is pushed.
 
   sqlite on the file   the region is the database, its journal is a file beside it
   sqlite in ext4       in a file system made in the region, on a loop device
@@ -19,8 +19,7 @@ import sys
 import time
 import traceback
 
-import rig
-from rig import (SLOW, Link, Rig, Skip, clear, detach, ends_on_sigterm, loops_of, mounts_under, need_fuse, need_root,
+from rig import (SLOW, Disk, Link, Rig, Skip, detach, ends_on_sigterm, loops_of, mounts_under, need_fuse, need_root,
                  options_of, port_of, say, tell, true, wait_for)
 
 SQLITE = '''
@@ -96,8 +95,8 @@ class SqliteOnFile(Sqlite):
 
     def prepare(self):
         w = self.w
-        self.make(w.path('remote.img'))
-        self.sql(w.path('remote.img'), 'CREATE TABLE pad(v); INSERT INTO pad VALUES(zeroblob(%d)); DROP TABLE pad'
+        self.make(w.path('there/remote.img'))
+        self.sql(w.path('there/remote.img'), 'CREATE TABLE pad(v); INSERT INTO pad VALUES(zeroblob(%d)); DROP TABLE pad'
                  % (self.mib << 20))
         os.mkdir(w.path('db'))
         open(w.path('db/app.db'), 'w').close()
@@ -121,8 +120,8 @@ class SqliteOnFile(Sqlite):
 
     def verify_copy(self, image):
         shutil.copyfile(image, self.w.path('copy.db'))
-        shutil.copyfile(self.w.path('db/app.db-journal'), self.w.path('copy.db-journal')) if os.path.exists(
-            self.w.path('db/app.db-journal')) else None
+        if os.path.exists(self.w.path('db/app.db-journal')):
+            shutil.copyfile(self.w.path('db/app.db-journal'), self.w.path('copy.db-journal'))
         self.verify(self.w.path('copy.db'), 'on the server')
         for name in ('copy.db', 'copy.db-journal'):
             if os.path.exists(self.w.path(name)):
@@ -135,7 +134,7 @@ class InExt4:
     def prepare_fs(self):
         need_root()
         w = self.w
-        with open(w.path('remote.img'), 'wb') as f:
+        with open(w.path('there/remote.img'), 'wb') as f:
             f.truncate(self.mib << 20)
         for d in ('m', 'fs', 'copyfs'):
             os.mkdir(w.path(d))
@@ -257,9 +256,9 @@ class Postgres(InExt4):
         tell(self.as_user(self.bin + 'initdb', '-D', fs + '/pg', '-N', '--wal-segsize=4', '-A', 'trust', '-E', 'UTF8',
                           '--locale=C.UTF-8'), 120 * SLOW, env=self.env, cwd=self.run_dir)
         with open(fs + '/pg/postgresql.conf', 'a') as f:
-            f.write("\nlisten_addresses = ''\nunix_socket_directories = '%s'\nshared_buffers = 16MB\nmax_wal_size = 64MB\n"
-                    'min_wal_size = 16MB\nsynchronous_commit = on\nfsync = on\nmax_connections = 30\n'
-                    'autovacuum = off\nlogging_collector = off\n' % self.run_dir)
+            f.write("\nlisten_addresses = ''\nunix_socket_directories = '%s'\nshared_buffers = 16MB\n"
+                    'max_wal_size = 64MB\nmin_wal_size = 16MB\nsynchronous_commit = on\nfsync = on\n'
+                    'max_connections = 30\nautovacuum = off\nlogging_collector = off\n' % self.run_dir)
         tell(['sync', '-f', fs], 120 * SLOW)
 
     def begin(self):
@@ -299,8 +298,8 @@ class Postgres(InExt4):
             self.outs[c] = self.w.path('insert.%d.out' % c)
             out = open(self.outs[c], 'w')
             self.running.append(subprocess.Popen(
-                self.as_user('stdbuf', '-oL', self.bin + 'psql', '-X', '-v', 'ON_ERROR_STOP=1', '-f', script), env=self.env,
-                cwd=self.run_dir, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT))
+                self.as_user('stdbuf', '-oL', self.bin + 'psql', '-X', '-v', 'ON_ERROR_STOP=1', '-f', script),
+                env=self.env, cwd=self.run_dir, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT))
             out.close()
         self.bench_out = open(self.w.path('pgbench.out'), 'w+')
         self.running.append(subprocess.Popen(
@@ -308,7 +307,7 @@ class Postgres(InExt4):
             cwd=self.run_dir, stdin=subprocess.DEVNULL, stdout=self.bench_out, stderr=self.bench_out))
 
     def acknowledged(self, c):
-        """How many of this run's rows psql has said INSERT 0 1 for. A row that was cut off in the file does not count."""
+        """How many of this run's rows psql has said INSERT 0 1 for. A line that was cut off does not count."""
         if not self.outs[c]:
             return 0
         with open(self.outs[c], errors='replace') as f:
@@ -325,8 +324,8 @@ class Postgres(InExt4):
                 with open(self.outs[0]) as f:
                     out = f.read()[-500:]
                 self.bench_out.seek(0)
-                return 'a client of PostgreSQL ended with %s: %s %s %s' % (p.returncode, out, self.bench_out.read()[-1000:],
-                                                                         self.tail())
+                return 'a client of PostgreSQL ended with %s: %s %s %s' % (
+                    p.returncode, out, self.bench_out.read()[-1000:], self.tail())
         return None
 
     def family(self):
@@ -388,14 +387,15 @@ class Postgres(InExt4):
         for c in range(self.CLIENTS):
             want = self.rows[c] + self.acknowledged(c)
             self.outs[c] = None
-            count, most = [int(x) for x in self.psql('SELECT count(DISTINCT n), coalesce(max(n), 0) FROM noted WHERE client = %d'
-                                                     % c).split('|')]
+            out = self.psql('SELECT count(DISTINCT n), coalesce(max(n), 0) FROM noted WHERE client = %d' % c)
+            count, most = [int(x) for x in out.split('|')]
             true(count == most, '%s: client %d: %d rows, the last is %d' % (where, c, count, most))
-            true(want <= most <= want + 1, '%s: client %d: committed were %d rows, there are %d' % (where, c, want, most))
+            true(want <= most <= want + 1,
+                 '%s: client %d: committed were %d rows, there are %d' % (where, c, want, most))
             self.rows[c] = most
         a, t, b, h, n = [int(x) for x in self.psql(
-            'SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM pgbench_tellers), '
-            '(SELECT sum(bbalance) FROM pgbench_branches), coalesce(sum(delta), 0), count(*) FROM pgbench_history').split('|')]
+            'SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM pgbench_tellers), (SELECT '
+            'sum(bbalance) FROM pgbench_branches), coalesce(sum(delta), 0), count(*) FROM pgbench_history').split('|')]
         true(a == t == b == h, '%s: the sums of pgbench differ: %d %d %d %d' % (where, a, t, b, h))
         true(n >= self.logged, '%s: pgbench saw %d commits, there are %d' % (where, self.logged, n))
 
@@ -429,11 +429,17 @@ class Bench(Rig):
         super().__init__()
         self.durable, self.rng, self.can = durable, rng, can
         self.app = kind(self)
-        self.server = self.m = self.link = self.port = None
+        self.server = self.m = self.link = self.port = self.disk = None
         self.kills = 0
 
     def begin(self):
+        if os.geteuid() == 0:
+            self.disk = Disk(self, 'there', 2 * self.app.mib + 48)
+        else:
+            os.mkdir(self.path('there'))
         self.app.prepare()
+        if self.disk:
+            tell(['sync', '-f', self.disk.dir])
         self.start_server()
         self.link = Link(self, self.port)
         self.start_mount()
@@ -453,14 +459,16 @@ class Bench(Rig):
 
     def start_server(self):
         more = ['--lease', '2s'] if '--lease' in self.can['serve'] else []
-        self.server = self.start('serve', 'file:remote.img', '--listen', 'grpc://127.0.0.1:%d' % (self.port or 0), *more)
+        self.server = self.start('serve', 'file:there/remote.img', '--listen',
+                                 'grpc://127.0.0.1:%d' % (self.port or 0), *more)
         self.port = port_of(self.server.line().split()[1])
 
     def start_mount(self):
         end = time.monotonic() + 40 * SLOW
         while True:
             self.m = self.start('mount', 'grpc://127.0.0.1:%d' % self.link.here, self.target, '--mode', 'managed',
-                                '--local', 'file:cache.img', '--durable', self.durable, '--quiet', '--push-interval', '100ms')
+                                '--local', 'file:cache.img', '--durable', self.durable, '--quiet',
+                                '--push-interval', '100ms')
             try:
                 self.file = self.m.line()
                 return
@@ -506,6 +514,11 @@ class Bench(Rig):
         self.server = None
         self.kills += 1
 
+    def power(self):
+        """The server's host loses it: what was not flushed there is gone."""
+        if self.disk:
+            self.disk.cut()
+
     def strike(self, what):
         self.app.go()
         self.commits(15, 'at first')
@@ -513,17 +526,21 @@ class Bench(Rig):
         if what == 'mount':
             self.kill_mount()
             if self.durable == 'remote' and not isinstance(self.app, Postgres):
-                self.app.verify_copy(self.path('remote.img'))
+                self.app.verify_copy(self.path('there/remote.img'))
             self.start_mount()
             self.app.back()
-        elif what == 'both':
+        elif what in ('both', 'power there and mount'):
             self.kill_server()
             self.kill_mount()
+            if what != 'both':
+                self.power()
             self.start_server()
             self.start_mount()
             self.app.back()
-        elif what == 'server':
+        elif what in ('server', 'power there'):
             self.kill_server()
+            if what != 'server':
+                self.power()
             self.soon()
             self.start_server()
             self.commits(15, 'with the new server')
@@ -547,7 +564,7 @@ class Bench(Rig):
             self.commits(15, 'with the new link')
         else:
             raise KeyError(what)
-        if what in ('server', 'link', 'offline'):
+        if what in ('server', 'power there', 'link', 'offline'):
             self.app.kill() if isinstance(self.app, Sqlite) else self.app.stop_clients()
             self.app.verify(*self.here())
 
@@ -564,7 +581,7 @@ class Bench(Rig):
         self.m = None
         true(self.server.end() == 0, 'the server: ' + self.server.err())
         self.server = None
-        self.app.verify_copy(self.path('remote.img'))
+        self.app.verify_copy(self.path('there/remote.img'))
 
 
 def one(name, kind, durable, strikes, rng, can, base, deadline):
@@ -579,7 +596,7 @@ def one(name, kind, durable, strikes, rng, can, base, deadline):
         except Skip as e:
             print('ok %d - %s # SKIP %s' % (base + 1, label, e), flush=True)
             return 1, True
-        for i, what in enumerate(strikes):
+        for what in strikes:
             n += 1
             if not w.persisted and durable == 'local' and what not in ('server', 'link'):
                 print('ok %d - %s: %s # SKIP the chunk map is in memory' % (base + n, label, what), flush=True)
@@ -589,8 +606,6 @@ def one(name, kind, durable, strikes, rng, can, base, deadline):
             began = time.monotonic()
             if time.monotonic() > deadline:
                 break
-            if i + 1 < len(strikes) and what in ('server', 'link', 'offline', 'mount', 'both'):
-                continue
         n += 1
         w.finish()
         print('ok %d - %s: all is on the server, %d commits' % (base + n, label, w.app.committed()), flush=True)
@@ -607,10 +622,10 @@ def one(name, kind, durable, strikes, rng, can, base, deadline):
 
 
 SHORT = [
-    (SqliteOnFile, 'remote', ['mount', 'server', 'link', 'both', 'mount']),
-    (SqliteInExt4, 'remote', ['mount', 'server', 'link', 'both', 'mount']),
-    (SqliteInExt4, 'local', ['link', 'offline']),
-    (Postgres, 'remote', ['mount', 'server', 'link', 'both', 'mount']),
+    (SqliteOnFile, 'remote', ['mount', 'server', 'link', 'power there and mount', 'power there']),
+    (SqliteInExt4, 'remote', ['mount', 'power there', 'link', 'both', 'power there and mount']),
+    (SqliteInExt4, 'local', ['link', 'offline', 'power there']),
+    (Postgres, 'remote', ['mount', 'server', 'link', 'power there and mount', 'power there']),
 ]
 
 
@@ -636,13 +651,14 @@ def main():
     deadline = began + args.seconds
     n, kills, good, k = 0, 0, True, 0
     plan = [s for s in SHORT if args.only in s[0].name]
-    total = max(len(s[2]) for s in plan) if args.kills <= 5 else args.kills
-    while good and time.monotonic() < deadline and (k < len(plan) or kills < args.kills) and (total > 5 or k < len(plan)):
+    # KILLS up to 5: the plan once.
+    while good and time.monotonic() < deadline and (k < len(plan) or 5 < args.kills > kills):
         rng = random.Random('%d %d' % (seed, k))
         kind, durable, strikes = plan[k % len(plan)]
         if k >= len(plan):
             durable = rng.choice(['remote', 'remote', 'local'])
-            kinds = ['mount', 'mount', 'server', 'link', 'both'] + (['offline'] if durable == 'local' else [])
+            kinds = ['mount', 'mount', 'server', 'link', 'both', 'power there', 'power there and mount']
+            kinds += ['offline'] * 2 if durable == 'local' else []
             strikes = [rng.choice(kinds) for _ in range(6)]
         ran, good = one(kind.name, kind, durable, strikes, rng, can, n, deadline)
         kills += ran - 1

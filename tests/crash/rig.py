@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the farpage authors
-"""What the crash tests share: a world that is cleaned up whatever happens, a disk that loses power, a link that fails."""
+"""What the crash tests share: a world that is always cleaned up, a disk that loses power, a link that fails."""
 import fcntl
 import os
 import signal
@@ -26,8 +26,8 @@ def say(text):
 
 def tell(argv, timeout=30, check=True, **more):
     """Run a command of the system; its output. A failure names it."""
-    p = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-                       errors='replace', **more)
+    p = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                       timeout=timeout, errors='replace', **more)
     if check and p.returncode:
         raise AssertionError('%s: exit %d: %s' % (' '.join(argv), p.returncode, p.stdout.strip()))
     return p.stdout
@@ -101,6 +101,7 @@ class Rig(World):
         r.p.kill()
         r.p.wait(30)
         self.forget(r)
+        true('Sanitizer' not in r.err() and 'runtime error' not in r.err(), r.err())
 
     def close(self):
         for link in self.links:
@@ -141,13 +142,15 @@ class Disk:
             os.close(fd)
         wait_for(lambda: subprocess.run(['umount', self.dir], stderr=subprocess.DEVNULL).returncode == 0,
                  'an unmount of the disk that lost power', 20)
-        tell(['mount', self.device, self.dir])
+        # The device may still be answering for the old one.
+        wait_for(lambda: subprocess.run(['mount', self.device, self.dir], stderr=subprocess.DEVNULL).returncode == 0,
+                 'a mount of %s after the power cut' % self.device, 20)
 
 
 class Link:
     """A TCP proxy. `state` is what happens to bytes and to new connections: 'up', 'silent' (nothing is carried, nobody
-    is told) or 'cut' (connections end, new ones are refused). With hold() what clients have sent is kept back while their
-    ends may die; release() delivers it to the server then: the writes of the dead."""
+    is told) or 'cut' (connections end, new ones are refused). With hold() what clients have sent is kept back while
+    they may die; release() delivers it to the server then: the writes of the dead."""
 
     def __init__(self, w, port):
         self.port, self.state, self.delay = port, 'up', 0.0

@@ -5,7 +5,8 @@
  *
  *   worker init LEDGER FILE SECTORS SEED     make both; some 64 KiB pieces of FILE are zeros (version 0), the rest is
  *                                            version 1
- *   worker load LEDGER FILE THREADS SEED HOW write until SIGTERM or until the file is gone; HOW: direct, buffered, mixed
+ *   worker load LEDGER FILE THREADS SEED HOW write until SIGTERM or until the file is gone; HOW: direct, buffered or
+ *                                            mixed
  *   worker check LEDGER FILE [offline]       compare
  *   worker flush LEDGER FILE                 fsync it
  *   worker settle LEDGER                     what the last check saw has been flushed since
@@ -20,8 +21,8 @@
  *   zeroed     the newest version that was a punched hole: zeros do not tell their version
  *   seen       what the last check found
  *
- * A sector tells all about itself (seed of the run, offset, version, a sum over the rest), so what is found in it is one
- * version as a whole, or torn, or foreign. Right is a version v with acked <= v <= issued.
+ * A sector tells all about itself (seed of the run, offset, version, a sum over the rest), so what is found in it is
+ * one version as a whole, or torn, or foreign. Right is a version v with acked <= v <= issued.
  */
 #define _GNU_SOURCE
 #include <errno.h>
