@@ -354,6 +354,10 @@ static int leaser_first(struct far_leaser *l, struct far_error *err)
 	struct far_lease a;
 	int r = l->c.offline && l->c.may_be_offline ? -ENOTCONN : leaser_try(l, &a, &e);
 
+	if (r == -EBUSY && a.gone && !e.code && l->c.alone) {
+		l->c.take_over = true;
+		r = leaser_try(l, &a, &e);
+	}
 	if (r == -EBUSY && a.gone && !e.code)
 		r = leaser_wait(l, &a, &e);
 	if (r == -ESTALE && !e.code && l->known) { /* the lease's answer: forget clean chunks if that was asked for, once */

@@ -395,6 +395,23 @@ def a_second_writer_is_refused(w):
         equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def a_file_here_has_one_writer(w):
+    need_fuse()
+    data = w.file('a', SIZE)
+    w.file('b', 0)
+    w.file('c', 0)
+    m = w.mount('file:a', 'b', '--mode', 'managed')
+    p = w.run('mount', 'file:a', 'c', '--mode', 'managed', code=1)
+    has(p.err, 'another mount', '--read-only')
+    message(p.err)
+    n = w.mount('file:a', 'c', '--mode', 'managed', '--read-only')
+    equal(w.read('c'), data, 'beside the writer')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    kill(w, m)
+    m = w.mount('file:a', 'c', '--mode', 'managed')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
 def a_dead_writers_lease_is_waited_for(w):
     need_fuse()
     w.file('a', SIZE)
