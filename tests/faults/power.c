@@ -12,7 +12,8 @@
  *    byte by byte: in a half-written chunk some of its bytes are here and some only on the remote;
  *  - then a flush brings just that to the remote, and what is read after an eviction is still that.
  *
- * power SEED [SCENARIO]: suite `long` runs them all, with reorderings.
+ * power SEED [SCENARIO]: suite `long` runs them all, with reorderings, disks that fail while the work is done, and a second
+ * power cut while a mount is busy with what the first one left.
  */
 #define _GNU_SOURCE
 #include "record.h"
@@ -77,7 +78,7 @@ struct power {
 	char local[100], map[100];
 	struct rig_remote remote;
 	unsigned char *remote_base;
-	struct record rec;
+	struct record rec, *now; /* all of the work; what is being recorded */
 	struct oracle o;
 	struct far_region *r;
 	struct far_backend *face;
@@ -193,13 +194,15 @@ static size_t oracle_flush(struct oracle *o)
 static void remote_wrote(void *opaque, uint64_t off, const void *buf, size_t len)
 {
 	struct power *p = opaque;
-	record_wrote(&p->rec, REMOTE, off, buf, len);
+	if (p->now)
+		record_wrote(p->now, REMOTE, off, buf, len);
 }
 
 static void remote_flushed(void *opaque)
 {
 	struct power *p = opaque;
-	record_synced(&p->rec, REMOTE);
+	if (p->now)
+		record_synced(p->now, REMOTE);
 }
 
 static int power_before(void *opaque, struct inject_io *io)
@@ -401,7 +404,8 @@ struct look {
 	struct record_cut *c;
 	unsigned lo[SECTORS], hi[SECTORS]; /* states that may be there */
 	unsigned char seen[SECTORS][RECORD_SECTOR];
-	unsigned n;
+	const unsigned char (*exact)[RECORD_SECTOR]; /* a flush of the mount before the last cut promised just this */
+	unsigned n, twice;
 	char when[160];
 };
 
@@ -462,6 +466,9 @@ static void look_read(struct look *l, bool first)
 			size_t n = (size_t)far_min(RECORD_SECTOR, len - at);
 			const struct history *h = &p->o.h[s];
 			unsigned v = l->lo[s], old = 0;
+			if (first && l->exact && memcmp(buf + at, l->exact[s], n))
+				fail_msg("%s, and again: sector %llu is not what the flush after the first cut promised", l->when,
+					 (unsigned long long)s);
 			if (!first) {
 				if (memcmp(buf + at, l->seen[s], n))
 					fail_msg("%s: sector %llu is not what it was before", l->when, (unsigned long long)s);
@@ -494,15 +501,15 @@ static void look_remote(struct look *l)
 	}
 }
 
-/* The power comes back. */
-static void look_open(struct look *l, struct record_cut *c, enum record_how local, enum record_how map, bool remote_kept)
+/* The files and the remote as a cut leaves them. */
+static void look_put(struct look *l, struct record_cut *c, enum record_how local, enum record_how map, bool remote_kept)
 {
 	static const char *const hows[] = { "none", "all", "sectors", "pages", "all but one", "only one" };
 	struct power *p = l->p;
-	struct far_mount_opts o = rig_quiet();
 
-	snprintf(l->when, sizeof l->when, "%s, seed %llu, entry %zu of %zu (unsynced: local %s, map %s; remote %s)", p->s->name,
-		 (unsigned long long)p->seed, c->at, p->rec.n, hows[local], hows[map], remote_kept ? "kept" : "lost");
+	snprintf(l->when, sizeof l->when, "%s, seed %llu, entry %zu of %zu (unsynced: local %s, map %s; remote %s)%s", p->s->name,
+		 (unsigned long long)p->seed, c->at, c->r->n, hows[local], hows[map], remote_kept ? "kept" : "lost",
+		 c->r == &p->rec ? "" : " of a second power cut");
 	inject_watch(l->when, 0, 30);
 	record_cut_choose(c, LOCAL, local, &p->random);
 	record_cut_choose(c, MAP, map, &p->random);
@@ -511,17 +518,68 @@ static void look_open(struct look *l, struct record_cut *c, enum record_how loca
 	record_cut_store(c, MAP, p->map);
 	record_cut_copy(c, REMOTE, p->remote.data, BYTES);
 	p->remote.instance += !remote_kept;
+}
+
+/* The power comes back: everything is looked at, and brought to the remote. */
+static void look_mount(struct look *l)
+{
+	struct power *p = l->p;
+	struct far_mount_opts o = rig_quiet();
+
 	o.durable = p->s->durable;
 	power_open(p, &o, l->when);
 	look_read(l, true);
 	int e = o.durable == FAR_DURABLE_LOCAL ? far_region_push(p->r) : far_region_flush(p->r);
 	if (e)
 		fail_msg("%s: the flush fails: %s", l->when, far_strerror(e));
+	if (p->now && o.durable == FAR_DURABLE_REMOTE)
+		record_note(p->now, NOTE_FLUSHED);
 	look_remote(l);
 	assert_int_equal(far_region_evict(p->r, 0, BYTES), 0);
 	look_read(l, false);
 	far_region_close(p->r);
 	l->n++;
+}
+
+static void look_open(struct look *l, struct record_cut *c, enum record_how local, enum record_how map, bool remote_kept)
+{
+	look_put(l, c, local, map, remote_kept);
+	look_mount(l);
+}
+
+/* The power goes out again, while all that is done. */
+static void look_twice(struct look *l, struct record_cut *c)
+{
+	struct power *p = l->p;
+	struct record again = { .path = { p->local, p->map }, .base_n = { [REMOTE] = BYTES } };
+	unsigned char *remote = malloc(BYTES), (*exact)[RECORD_SECTOR] = malloc(sizeof l->seen);
+	const struct record_entry *e;
+	struct record_cut d;
+
+	look_put(l, c, (enum record_how)pick(p, RECORD_HOWS), (enum record_how)pick(p, RECORD_HOWS), pick(p, 2));
+	memcpy(remote, p->remote.data, BYTES);
+	again.base[REMOTE] = remote;
+	again.after[LOCAL] = &c->image[LOCAL];
+	again.after[MAP] = &c->image[MAP];
+	p->now = &again;
+	record_start(&again, NULL, NULL);
+	look_mount(l);
+	record_stop(&again);
+	p->now = NULL;
+	memcpy(exact, l->seen, sizeof l->seen);
+	record_cut_begin(&d, &again);
+	while ((e = record_cut_step(&d))) {
+		if (e->kind == RECORD_NOTE)
+			l->exact = exact;
+		look_open(l, &d, RECORD_ALL, RECORD_ALL, pick(p, 2));
+		look_open(l, &d, (enum record_how)pick(p, RECORD_HOWS), (enum record_how)pick(p, RECORD_HOWS), pick(p, 2));
+		l->twice += 2;
+	}
+	l->exact = NULL;
+	record_cut_end(&d);
+	record_free(&again);
+	free(remote);
+	free(exact);
 }
 
 static void look_at(struct look *l, struct record_cut *c, bool reorder)
@@ -537,6 +595,8 @@ static void look_at(struct look *l, struct record_cut *c, bool reorder)
 		look_open(l, c, RECORD_ALL, RECORD_NONE, c->at % 2);
 	}
 	look_open(l, c, RECORD_SECTORS, RECORD_SECTORS, c->at / 3 % 2);
+	if (reorder && pick(l->p, 12) == 0)
+		look_twice(l, c);
 	for (unsigned k = 0; reorder && k < 6; k++)
 		look_open(l, c, (enum record_how)pick(l->p, RECORD_HOWS), (enum record_how)pick(l->p, RECORD_HOWS), pick(l->p, 2));
 }
@@ -550,8 +610,7 @@ static void look_everywhere(struct power *p, bool reorder)
 
 	l->p = p;
 	l->c = &c;
-	p->remote.wrote = NULL;
-	p->remote.flushed = NULL;
+	p->now = NULL;
 	record_cut_begin(&c, &p->rec);
 	while ((e = record_cut_step(&c))) {
 		kinds[e->kind]++;
@@ -564,8 +623,9 @@ static void look_everywhere(struct power *p, bool reorder)
 		}
 		look_at(l, &c, reorder);
 	}
-	print_message("%s: %zu writes, %zu holes, %zu syncs, %zu notes, %u failures: %u power cuts\n", p->s->name, kinds[RECORD_WRITE],
-		      kinds[RECORD_ZERO], kinds[RECORD_SYNC], kinds[RECORD_NOTE], p->failed, l->n);
+	print_message("%s: %zu writes, %zu holes, %zu syncs, %zu notes, %u failures: %u power cuts, %u of them in a mount after one\n",
+		      p->s->name, kinds[RECORD_WRITE],
+		      kinds[RECORD_ZERO], kinds[RECORD_SYNC], kinds[RECORD_NOTE], p->failed, l->n, l->twice);
 	inject_watch("", 0, 0);
 	record_cut_end(&c);
 	free(l);
@@ -591,6 +651,7 @@ static void power_run(const struct scenario *s, uint64_t seed, bool reorder)
 	p->remote.wrote = remote_wrote;
 	p->remote.flushed = remote_flushed;
 	p->remote.opaque = p;
+	p->now = &p->rec;
 	record_start(&p->rec, power_before, &p->rec);
 	power_work(p);
 	record_stop(&p->rec);

@@ -147,7 +147,11 @@ static void image_index(struct record_image *m, const struct record *r, unsigned
 	for (size_t i = 0; i < r->n; i++)
 		if (r->e[i].kind == RECORD_WRITE && r->e[i].file == file)
 			room += (size_t)(r->e[i].len / RECORD_SECTOR + 2);
+	const struct record_image *after = r->after[file];
+	room += after ? after->n : 0;
 	m->sector = malloc((room + 1) * sizeof *m->sector);
+	for (size_t i = 0; after && i < after->n; i++)
+		m->sector[m->n++] = after->sector[i];
 	for (size_t i = 0; i < r->n; i++) {
 		const struct record_entry *e = &r->e[i];
 		if (e->kind == RECORD_WRITE && e->file == file && e->len)
@@ -169,8 +173,10 @@ static void image_index(struct record_image *m, const struct record *r, unsigned
 		if (at < r->base_n[file])
 			memcpy(m->old + i * RECORD_SECTOR, r->base[file] + at, (size_t)far_min(RECORD_SECTOR, r->base_n[file] - at));
 	}
+	for (size_t i = 0; after && i < after->n; i++)
+		memcpy(m->old + image_find(m, after->sector[i]) * RECORD_SECTOR, after->out + i * RECORD_SECTOR, RECORD_SECTOR);
 	memcpy(m->now, m->old, n * RECORD_SECTOR);
-	m->old_size = m->now_size = r->base[file] ? r->base_n[file] : 0;
+	m->old_size = m->now_size = after ? after->out_size : r->base[file] ? r->base_n[file] : 0;
 }
 
 void record_cut_begin(struct record_cut *c, struct record *r)

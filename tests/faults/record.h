@@ -29,11 +29,13 @@ struct record_entry {
 	unsigned char *data; /* WRITE */
 };
 
+struct record_image;
 struct record {
 	struct far_mutex lock;
 	const char *path[RECORD_FILES];          /* NULL: a file that only the test knows, see record_wrote() */
 	const unsigned char *base[RECORD_FILES]; /* content at the beginning, base_n bytes, durable; NULL: no file yet */
 	uint64_t base_n[RECORD_FILES];
+	const struct record_image *after[RECORD_FILES]; /* instead: as it was chosen there, see record_cut_choose() */
 	struct record_entry *e;
 	size_t n, room;
 };
