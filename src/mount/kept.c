@@ -170,7 +170,8 @@ static enum kept_verdict kept_compare(const struct far_persist_info *i, const ch
 	if (o->epoch < i->origin.epoch || o->version < i->origin.version)
 		return KEPT_OLDER;
 	if (far_kept_ours(i))
-		return o->epoch == i->origin.epoch ? i->fenced ? KEPT_FENCED : KEPT_FITS : KEPT_NEWER;
+		/* The same number may have been counted by others, after an old copy was put back and changed. */
+		return o->epoch == i->origin.epoch && strcmp(o->writer, i->id) == 0 ? i->fenced ? KEPT_FENCED : KEPT_FITS : KEPT_NEWER;
 	if (o->epoch != i->origin.epoch || o->version != i->origin.version)
 		return KEPT_NEWER;
 	/* A peer that keeps no record has neither; what it counts itself holds as long as it runs. */

@@ -131,7 +131,8 @@ static void leaser_claim(struct far_leaser *l, struct far_lease *a)
 	}
 }
 
-/* What is local was filled while somebody else owned the region: it fits only if nothing at all has happened since. */
+/* What is local was filled while somebody else owned the region: it fits only if nothing at all has happened since. (And
+ * where we claim an epoch, another one in the answer means that somebody was there meanwhile.) */
 static bool leaser_moved(const struct far_leaser *l, const struct far_lease *a)
 {
 	const struct far_kept *k = l->c.kept;
@@ -152,7 +153,7 @@ static int leaser_ask(struct far_leaser *l, struct far_lease *a)
 	uint64_t claimed = a->epoch;
 	int r = far_lease(l->c.remote, a);
 	a->epoch = claimed;
-	if (!r && leaser_moved(l, a)) {
+	if (!r && (leaser_moved(l, a) || (claimed && !a->take_over && a->origin.epoch != claimed))) {
 		struct far_lease back = *a;
 		back.release = true;
 		back.epoch = a->origin.epoch;
@@ -353,6 +354,10 @@ static int leaser_first(struct far_leaser *l, struct far_error *err)
 	struct far_lease a;
 	int r = l->c.offline && l->c.may_be_offline ? -ENOTCONN : leaser_try(l, &a, &e);
 
+	if (r == -EBUSY && a.gone && !e.code && l->c.alone) {
+		l->c.take_over = true;
+		r = leaser_try(l, &a, &e);
+	}
 	if (r == -EBUSY && a.gone && !e.code)
 		r = leaser_wait(l, &a, &e);
 	if (r == -ESTALE && !e.code && l->known) { /* the lease's answer: forget clean chunks if that was asked for, once */

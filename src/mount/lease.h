@@ -17,6 +17,7 @@ struct far_leaser_conf {
 	const char *target;          /* shown to others as where it is mounted */
 	bool writable;               /* a lease is wanted */
 	bool take_over;
+	bool alone;                  /* a store on this host that is locked for us: who had the lease is dead */
 	bool may_be_offline;         /* there is a local copy to begin with */
 	bool offline;                /* it is known to be: do not ask now */
 	uint64_t deadline;           /* ns: how long a dead holder is waited for */

@@ -44,6 +44,7 @@ struct far_mnt {
 	char *source;
 	uint64_t bytes;
 	bool writable;
+	bool alone;                   /* the remote is a store here, locked for us */
 	bool aside;                   /* another mount keeps the local store: see aside.h */
 	struct far_kept kept;         /* what is local, and whether it belongs to this remote */
 	struct far_backend *below;    /* the stack under the gate: for questions that must not wait for it */
@@ -261,7 +262,7 @@ static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 {
 	struct far_leaser_conf lc = {
 		.remote = m->below, .gate = m->gate, .kept = &m->kept, .target = conf->target, .writable = m->writable,
-		.take_over = m->o.take_over, .may_be_offline = mnt_has_map(m), .offline = conf->offline, .deadline = m->o.deadline_ms * FAR_MSEC,
+		.take_over = m->o.take_over, .alone = m->alone, .may_be_offline = mnt_has_map(m), .offline = conf->offline, .deadline = m->o.deadline_ms * FAR_MSEC,
 		.heard = mnt_heard_cb, .fenced = mnt_fenced_cb, .opaque = m,
 	};
 	struct far_origin o;
@@ -395,10 +396,15 @@ static int mnt_guard(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 
 	if (!conf->network && m->mode == FAR_MODE_MANAGED && m->writable && !(far_facts(m->remote)->caps & FAR_CAP_REMOTE)) {
 		e = far_owned_new(m->remote, &outer);
-		if (!e)
+		if (!e) {
 			m->remote = outer;
-		else if (e != -EOPNOTSUPP) /* without a record it has no owner: then it is on its own */
+			m->alone = true;
+		} else if (e == -EBUSY) {
+			return far_error_set(err, EBUSY, "cannot mount %.200s for writing: another mount or server of farpage on this host "
+					     "has it. End that one, or use --read-only", m->source);
+		} else if (e != -EOPNOTSUPP) { /* without a record it has no owner: then it is on its own */
 			return far_error_set(err, -e, "cannot find out who may write to %s: %s", m->source, far_strerror(e));
+		}
 	}
 	m->below = m->remote;
 	if (!conf->network)
