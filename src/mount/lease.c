@@ -83,6 +83,17 @@ static void leaser_admit(struct far_leaser *l, uint64_t until)
 		far_admit_open(l->c.gate, until);
 }
 
+/* The remote refuses us: is it another one, or another's? From any thread that calls it. */
+static void leaser_doubt_cb(void *opaque)
+{
+	struct far_leaser *l = opaque;
+
+	far_mutex_lock(&l->lock);
+	l->next = 0;
+	far_cond_broadcast(&l->wake);
+	far_mutex_unlock(&l->lock);
+}
+
 /* ------------------------------------------------------------------------------------------------ questions */
 
 /* A peer of the plain service has no more than a number for its connection. */
@@ -217,6 +228,11 @@ static void leaser_fence(struct far_leaser *l, const struct far_origin *o, const
 static bool leaser_lost(struct far_leaser *l, int r, const struct far_lease *a)
 {
 	const struct far_kept *k = l->c.kept;
+	struct far_origin known;
+
+	far_leaser_origin(l, &known);
+	if (known.identity[0] && a->origin.identity[0] && strcmp(known.identity, a->origin.identity) != 0)
+		return false; /* a stranger at its address */
 	uint64_t ours = l->granted ? a->epoch : k->p && far_kept_ours(far_persist_info(k->p)) ?
 			far_persist_info(k->p)->origin.epoch : 0;
 
@@ -391,6 +407,8 @@ int far_leaser_open(const struct far_leaser_conf *conf, struct far_leaser **out,
 	far_mutex_lock(&l->lock);
 	l->origin = (struct far_origin)FAR_ORIGIN_INIT;
 	far_mutex_unlock(&l->lock);
+	if (l->c.gate)
+		far_admit_on_doubt(l->c.gate, leaser_doubt_cb, l);
 	int r = leaser_writer(l);
 	if (r)
 		far_error_set(err, -r, "cannot make up a name for this writer: %s", far_strerror(r));
@@ -475,6 +493,8 @@ void far_leaser_close(struct far_leaser *l)
 		return;
 	far_leaser_stop(l);
 	far_thread_join(&l->thread);
+	if (l->c.gate)
+		far_admit_on_doubt(l->c.gate, NULL, NULL);
 	far_cond_fini(&l->wake);
 	far_mutex_fini(&l->lock);
 	free(l);
