@@ -277,7 +277,7 @@ static void leaser_step(struct far_leaser *l)
 	struct far_error e = { 0 };
 	struct far_origin o;
 	struct far_lease a;
-	bool was_away = l->backoff != LEASER_BACKOFF || (l->offline && !l->known);
+	bool began = l->offline && !l->known, was_away = began || l->backoff != LEASER_BACKOFF;
 	int r = leaser_try(l, &a, &e);
 
 	if (r) {
@@ -287,7 +287,7 @@ static void leaser_step(struct far_leaser *l)
 	l->backoff = LEASER_BACKOFF;
 	l->told_busy = l->told_away = false;
 	if (was_away)
-		far_log(FAR_LOG_INFO, "%s is in reach again", l->c.kept->source);
+		far_log(began ? FAR_LOG_WARNING : FAR_LOG_INFO, "%s is in reach again", l->c.kept->source);
 	far_leaser_origin(l, &o);
 	l->c.heard(l->c.opaque, &o);
 }
