@@ -101,8 +101,11 @@ static int child_find(char *out, size_t n, struct far_error *err)
 	char dir[PATH_MAX];
 	Dl_info info;
 
-	if (!dladdr((void *)(uintptr_t)far_version, &info) || !info.dli_fname || !realpath(info.dli_fname, dir))
-		snprintf(dir, sizeof dir, ".");
+	if (!dladdr((void *)(uintptr_t)far_version, &info) || !info.dli_fname)
+		snprintf(dir, sizeof dir, "./");
+	else if (!realpath(info.dli_fname, dir))
+		return far_error_set(err, errno, "cannot look for farpage-serve beside %s: %s", info.dli_fname,
+				     far_strerror(errno));
 	char *slash = strrchr(dir, '/');
 	if (slash)
 		*slash = 0;
@@ -272,12 +275,13 @@ static int child_start(struct far_mount *m, const char *uri, const char *target,
 	char exe[PATH_MAX + 64];
 	int life[2] = { -1, -1 }, back[2] = { -1, -1 };
 	int errors = memfd_create("farpage-serve-errors", MFD_CLOEXEC);
-	int r = child_find(exe, sizeof exe, err);
+	int r = errors < 0 ? far_error_set(err, errno, "cannot mount on %s: %s", target, far_strerror(errno))
+			   : child_find(exe, sizeof exe, err);
 
 	if (r)
 		goto out;
 	/* High numbers, so that putting them on 3 and 4 cannot overwrite one of them. */
-	r = errors < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, life) ||
+	r = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, life) ||
 	    (m->backend && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, back));
 	for (int *fd = life; !r && fd <= life + 1; fd++) {
 		int high = fcntl(*fd, F_DUPFD_CLOEXEC, 10);

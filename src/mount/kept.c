@@ -170,7 +170,8 @@ static enum kept_verdict kept_compare(const struct far_persist_info *i, const ch
 	if (o->epoch < i->origin.epoch || o->version < i->origin.version)
 		return KEPT_OLDER;
 	if (far_kept_ours(i))
-		return o->epoch == i->origin.epoch ? i->fenced ? KEPT_FENCED : KEPT_FITS : KEPT_NEWER;
+		/* The same number may have been counted by others, after an old copy was put back and changed. */
+		return o->epoch == i->origin.epoch && strcmp(o->writer, i->id) == 0 ? i->fenced ? KEPT_FENCED : KEPT_FITS : KEPT_NEWER;
 	if (o->epoch != i->origin.epoch || o->version != i->origin.version)
 		return KEPT_NEWER;
 	/* A peer that keeps no record has neither; what it counts itself holds as long as it runs. */
@@ -185,12 +186,13 @@ static int kept_say(const struct far_kept *k, enum kept_verdict v, const struct 
 {
 	const struct far_persist_info *i = far_persist_info(k->p);
 	uint64_t dirty = far_kept_dirty(i);
-	char why[200], out[260], size[24];
+	const char *cannot = k->open ? "" : "cannot mount ";
+	char why[240], out[260] = "", size[24];
 
 	switch (v) {
 	case KEPT_SIZE:
-		return far_error_set(err, EINVAL, "cannot mount %.120s: it has %" PRIu64 " bytes, and what is kept in %.120s is of a "
-				     "region of %" PRIu64 ". Choose another --local", k->source, f->bytes,
+		return far_error_set(err, EINVAL, "%s%.120s: it has %" PRIu64 " bytes, and what is kept in %.120s is of a "
+				     "region of %" PRIu64 ". Choose another --local", cannot, k->source, f->bytes,
 				     far_persist_path(k->p), i->bytes);
 	case KEPT_OTHER:
 		snprintf(why, sizeof why, "is of another region (%.100s)", i->source);
@@ -203,16 +205,23 @@ static int kept_say(const struct far_kept *k, enum kept_verdict v, const struct 
 		snprintf(why, sizeof why, "is out of date: another mount took the region over");
 		break;
 	default:
+		if (o && o->epoch == i->origin.epoch && o->version == i->origin.version) {
+			snprintf(why, sizeof why, "may be out of date: what was written there since it was filled cannot be told%s",
+				 o->instance == i->origin.instance ? "" : ", its server was restarted");
+			break;
+		}
 		snprintf(why, sizeof why, "is out of date: somebody else has written there since (epoch %" PRIu64 ", known here: %"
 			 PRIu64 ")", o ? o->epoch : 0, i->origin.epoch);
 	}
-	if (dirty)
-		snprintf(out, sizeof out, "Up to %s are unsaved there: save them with 'farpage copy --dirty', or push them over what is "
+	if (k->open)
+		;
+	else if (dirty)
+		snprintf(out, sizeof out, ". Up to %s are unsaved there: save them with 'farpage copy --dirty', or push them over what is "
 			 "there now with --discard-clean --force", far_format_size(size, sizeof size, dirty));
 	else
-		snprintf(out, sizeof out, "Nothing is unsaved there: forget it with --discard-clean, or choose another --local");
-	return far_error_set(err, ESTALE, "cannot mount %.100s: what is kept in %.80s %s. %s", k->source,
-			     far_persist_path(k->p), why, out);
+		snprintf(out, sizeof out, ". Nothing is unsaved there: forget it with --discard-clean, or choose another --local");
+	return far_error_set(err, ESTALE, "%s%.100s: what is kept in %.80s %s%s", cannot, k->source, far_persist_path(k->p), why,
+			     out);
 }
 
 static int kept_apply(struct far_kept *k, enum kept_verdict v, const struct far_facts *f, const struct far_origin *o,

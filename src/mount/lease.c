@@ -27,6 +27,7 @@
 #include "base/clock.h"
 #include "base/thread.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -43,9 +44,9 @@ struct far_leaser {
 	struct far_leaser_conf c;
 	char writer[40];
 	char holder[128];
-	bool offline;
+	bool offline; /* at the start */
 	/* of the thread that tries */
-	bool known;        /* the remote was found to be the right one */
+	_Atomic bool known; /* the remote was found to be the right one */
 	bool none;         /* the peer knows no leases, or none is wanted */
 	bool granted;      /* in this process */
 	bool told_busy, told_away;
@@ -130,7 +131,8 @@ static void leaser_claim(struct far_leaser *l, struct far_lease *a)
 	}
 }
 
-/* What is local was filled while somebody else owned the region: it fits only if nothing at all has happened since. */
+/* What is local was filled while somebody else owned the region: it fits only if nothing at all has happened since. (And
+ * where we claim an epoch, another one in the answer means that somebody was there meanwhile.) */
 static bool leaser_moved(const struct far_leaser *l, const struct far_lease *a)
 {
 	const struct far_kept *k = l->c.kept;
@@ -151,7 +153,7 @@ static int leaser_ask(struct far_leaser *l, struct far_lease *a)
 	uint64_t claimed = a->epoch;
 	int r = far_lease(l->c.remote, a);
 	a->epoch = claimed;
-	if (!r && leaser_moved(l, a)) {
+	if (!r && (leaser_moved(l, a) || (claimed && !a->take_over && a->origin.epoch != claimed))) {
 		struct far_lease back = *a;
 		back.release = true;
 		back.epoch = a->origin.epoch;
@@ -352,6 +354,10 @@ static int leaser_first(struct far_leaser *l, struct far_error *err)
 	struct far_lease a;
 	int r = l->c.offline && l->c.may_be_offline ? -ENOTCONN : leaser_try(l, &a, &e);
 
+	if (r == -EBUSY && a.gone && !e.code && l->c.alone) {
+		l->c.take_over = true;
+		r = leaser_try(l, &a, &e);
+	}
 	if (r == -EBUSY && a.gone && !e.code)
 		r = leaser_wait(l, &a, &e);
 	if (r == -ESTALE && !e.code && l->known) { /* the lease's answer: forget clean chunks if that was asked for, once */
@@ -404,6 +410,11 @@ int far_leaser_start(struct far_leaser *l)
 	if (l->known ? l->none : !l->c.writable)
 		return 0;
 	return far_thread_start(&l->thread, "far-lease", leaser_main, l);
+}
+
+bool far_leaser_found(struct far_leaser *l)
+{
+	return atomic_load(&l->known);
 }
 
 bool far_leaser_offline(const struct far_leaser *l)

@@ -17,6 +17,7 @@ struct far_leaser_conf {
 	const char *target;          /* shown to others as where it is mounted */
 	bool writable;               /* a lease is wanted */
 	bool take_over;
+	bool alone;                  /* a store on this host that is locked for us: who had the lease is dead */
 	bool may_be_offline;         /* there is a local copy to begin with */
 	bool offline;                /* it is known to be: do not ask now */
 	uint64_t deadline;           /* ns: how long a dead holder is waited for */
@@ -30,7 +31,8 @@ struct far_leaser_conf {
 /* Ask once, and wait for a dead holder. 0; then far_leaser_offline() says whether the remote was reached. -EBUSY,
  * -ESTALE ... with the sentence. */
 int far_leaser_open(const struct far_leaser_conf *conf, struct far_leaser **out, struct far_error *err);
-bool far_leaser_offline(const struct far_leaser *l); /* before far_leaser_start() */
+bool far_leaser_offline(const struct far_leaser *l); /* at the start */
+bool far_leaser_found(struct far_leaser *l); /* the remote was reached and is the right one */
 void far_leaser_origin(struct far_leaser *l, struct far_origin *o); /* the newest that is known; all 0: nothing is */
 enum far_lease_state far_leaser_state(struct far_leaser *l);
 /* A read-only mount that began offline asks by itself: 0, or -errno with a sentence if that is for good. */

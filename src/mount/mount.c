@@ -44,10 +44,12 @@ struct far_mnt {
 	char *source;
 	uint64_t bytes;
 	bool writable;
+	bool alone;                   /* the remote is a store here, locked for us */
 	bool aside;                   /* another mount keeps the local store: see aside.h */
 	struct far_kept kept;         /* what is local, and whether it belongs to this remote */
 	struct far_backend *below;    /* the stack under the gate: for questions that must not wait for it */
 	struct far_admit *gate;       /* NULL: none */
+	struct far_origin heard;      /* the last that the map was told; of the thread of the leaser or follower */
 	struct far_leaser *leaser;    /* NULL: a store on this host that is not managed */
 	struct far_follower *follower; /* NULL: writable */
 	struct far_backend *remote;   /* direct: the whole stack; managed: owned by the region */
@@ -216,14 +218,24 @@ static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, s
 
 /* ------------------------------------------------------------------------------------- whose region it is */
 
-/* From the thread of lease.c or follow.c: what is known of the remote now. */
-static void mnt_heard_cb(void *opaque, const struct far_origin *o)
+static void mnt_tell_map(struct far_mnt *m, const struct far_origin *o)
 {
-	struct far_mnt *m = opaque;
 	int e = m->region ? far_region_remember(m->region, NULL, o, false) : 0;
 
 	if (e)
 		far_log(FAR_LOG_WARNING, "the chunk map %s cannot be written: %s", far_persist_path(m->kept.p), far_strerror(e));
+}
+
+/* From the thread of lease.c or follow.c: what is known of the remote now. */
+static void mnt_heard_cb(void *opaque, const struct far_origin *o)
+{
+	struct far_mnt *m = opaque;
+	/* Who holds the lease needs no more than this; for the others each change counts. */
+	if (m->writable && o->epoch == m->heard.epoch && o->version == m->heard.version &&
+	    strcmp(o->identity, m->heard.identity) == 0)
+		return;
+	m->heard = *o;
+	mnt_tell_map(m, o);
 }
 
 static void mnt_fenced_cb(void *opaque, const struct far_origin *o, const char *why)
@@ -250,7 +262,7 @@ static int mnt_claim(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 {
 	struct far_leaser_conf lc = {
 		.remote = m->below, .gate = m->gate, .kept = &m->kept, .target = conf->target, .writable = m->writable,
-		.take_over = m->o.take_over, .may_be_offline = mnt_has_map(m), .offline = conf->offline, .deadline = m->o.deadline_ms * FAR_MSEC,
+		.take_over = m->o.take_over, .alone = m->alone, .may_be_offline = mnt_has_map(m), .offline = conf->offline, .deadline = m->o.deadline_ms * FAR_MSEC,
 		.heard = mnt_heard_cb, .fenced = mnt_fenced_cb, .opaque = m,
 	};
 	struct far_origin o;
@@ -384,10 +396,15 @@ static int mnt_guard(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 
 	if (!conf->network && m->mode == FAR_MODE_MANAGED && m->writable && !(far_facts(m->remote)->caps & FAR_CAP_REMOTE)) {
 		e = far_owned_new(m->remote, &outer);
-		if (!e)
+		if (!e) {
 			m->remote = outer;
-		else if (e != -EOPNOTSUPP) /* without a record it has no owner: then it is on its own */
+			m->alone = true;
+		} else if (e == -EBUSY) {
+			return far_error_set(err, EBUSY, "cannot mount %.200s for writing: another mount or server of farpage on this host "
+					     "has it. End that one, or use --read-only", m->source);
+		} else if (e != -EOPNOTSUPP) { /* without a record it has no owner: then it is on its own */
 			return far_error_set(err, -e, "cannot find out who may write to %s: %s", m->source, far_strerror(e));
+		}
 	}
 	m->below = m->remote;
 	if (!conf->network)
@@ -462,6 +479,8 @@ enum far_mode far_mnt_mode(const struct far_mnt *m)
 
 const char *far_mnt_why(const struct far_mnt *m)
 {
+	if (m->leaser && far_leaser_offline(m->leaser) && far_leaser_found(m->leaser))
+		return "managed (began offline)";
 	return m->why;
 }
 
@@ -557,7 +576,7 @@ static void mnt_remember(struct far_mnt *m)
 
 	if (m->region && m->kept.p && m->leaser && far_leaser_state(m->leaser) == FAR_LEASE_HELD &&
 	    far_origin(m->below, &o, FAR_NOWAIT) == 0)
-		mnt_heard_cb(m, &o);
+		mnt_tell_map(m, &o);
 }
 
 /* Nothing is pushed any more; the lease is another's to take. */

@@ -25,6 +25,7 @@
  *   PUSHING -----------> CLEAN | DIRTY      push_end
  *   REDIRTY -----------> DIRTY              push_end
  *   CLEAN -------------> EVICTING -> ABSENT evict_begin, evict_end
+ *   PARTIAL -----------> EVICTING -> ABSENT the same, if it has no news
  *
  * A word is 16 bits: state (4), pins (7), touched (1), news (4). News is how much was written here that the remote lacks,
  * in fifteenths of the chunk, rounded up: 0 when there is none, so that small writes far apart do not fill a budget that
@@ -34,7 +35,8 @@
  *     compare-and-swap that drops its pin. A push that read half of the copy finds REDIRTY, or DIRTY comes after it.
  *  2. Pins are held in CLEAN, DIRTY, PUSHING and REDIRTY (readers, writers), in the three PARTIALs (writers and readers
  *     of ranges that are here), and in FILLING only those taken before it began.
- *  3. A chunk in one of the PARTIALs, or in FILLING after FETCHING_PARTIAL, has one struct far_partial.
+ *  3. A chunk in one of the PARTIALs, in FILLING after FETCHING_PARTIAL or in EVICTING after PARTIAL, has one struct
+ *     far_partial.
  *  4. News is above 0 exactly where the remote lacks something: always in DIRTY, PUSHING, REDIRTY and PUSHING_PARTIAL, and
  *     in PARTIAL, FETCHING_PARTIAL and FILLING after it until the ranges that are here were pushed. `dirty` is the sum of
  *     it over all chunks.
@@ -565,18 +567,31 @@ bool far_chunkmap_evict_begin(struct far_chunkmap *m, uint64_t i)
 	while (state_of(w) == FAR_CLEAN && !(w & PIN_MASK))
 		if (cas(m, i, &w, (uint16_t)(with_state(w, FAR_EVICTING) & ~TOUCHED)))
 			return true;
-	return false;
+	if (state_of(w) != FAR_PARTIAL || news_of(w))
+		return false;
+	bool got = false;
+	far_mutex_lock(&m->lock);
+	w = load(m, i);
+	while (!got && state_of(w) == FAR_PARTIAL && !news_of(w) && !(w & PIN_MASK))
+		got = cas(m, i, &w, (uint16_t)(with_state(w, FAR_EVICTING) & ~TOUCHED));
+	far_mutex_unlock(&m->lock);
+	return got;
 }
 
 void far_chunkmap_evict_end(struct far_chunkmap *m, uint64_t i, bool ok)
 {
+	far_mutex_lock(&m->lock);
 	uint16_t w = load(m, i);
-
-	if (ok)
+	bool entry = *partial_at_locked(m, i) != NULL;
+	if (ok && entry)
+		partial_free_locked(m, i);
+	else if (ok)
 		count_local(m, i, false);
-	while (!cas(m, i, &w, with_state(w, ok ? FAR_ABSENT : FAR_CLEAN)))
+	while (!cas(m, i, &w, with_state(w, ok ? FAR_ABSENT : entry ? FAR_PARTIAL : FAR_CLEAN)))
 		;
-	changed_wake(m);
+	if (atomic_load(&m->waiters))
+		far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
 }
 
 /* ------------------------------------------------------------------------------------------------ the map's file */
@@ -643,7 +658,7 @@ void far_chunkmap_check(struct far_chunkmap *m)
 		FAR_ASSERT(!(w & PIN_MASK) || is_local(s) || entry);
 		if (is_partial(s))
 			FAR_ASSERT(entry);
-		else if (s != FAR_FILLING)
+		else if (s != FAR_FILLING && s != FAR_EVICTING)
 			FAR_ASSERT(!entry);
 		FAR_ASSERT((s != FAR_FETCHING && s != FAR_FETCHING_PARTIAL) || fetch_find_locked(m, i));
 		local += is_local(s) ? far_chunkmap_len(m, i) : 0;

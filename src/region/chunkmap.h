@@ -89,7 +89,7 @@ bool far_chunkmap_redirty(struct far_chunkmap *m, uint64_t i);
 bool far_chunkmap_has_news(struct far_chunkmap *m, uint64_t i);
 void far_chunkmap_each_dirty(struct far_chunkmap *m, void (*fn)(void *opaque, uint64_t i, enum far_chunk s), void *opaque);
 
-/* Evictors: begin succeeds on a clean chunk that nobody has pinned. */
+/* Evictors: begin succeeds on a clean chunk, or a half-written one without news, that nobody has pinned. */
 bool far_chunkmap_evict_begin(struct far_chunkmap *m, uint64_t i);
 void far_chunkmap_evict_end(struct far_chunkmap *m, uint64_t i, bool ok);
 /* Whether the chunk was used since this was last asked (second chance). */

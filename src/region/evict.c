@@ -6,7 +6,7 @@
  * together, so that whoever must write something down before a punch does it once for all of them. Nothing is waited
  * for while claims are held.
  *
- *   by hand, by budget   clean chunks that are not pinned by far_region_pin() and that the remote cannot forget
+ *   by hand, by budget   chunks without news that are not pinned by far_region_pin() and that the remote cannot forget
  *   unreadable           the same, pinned or not: it is fetched again
  *   refreshed            the same, pinned or not, and chunks on their way are waited for
  *
@@ -162,13 +162,15 @@ static bool refresh_one(struct far_region *r, struct evict_batch *b, uint64_t i)
 	switch (far_chunkmap_state(r->map, i)) {
 	case FAR_CLEAN:
 		return far_push_unstable(r, i) || evict_claim(r, b, i);
+	case FAR_PARTIAL: /* the rest of one with news is fetched later */
+		return far_chunkmap_has_news(r->map, i) || far_push_unstable(r, i) || evict_claim(r, b, i);
 	case FAR_FETCHING:
 	case FAR_FETCHING_PARTIAL:
 	case FAR_PUSHING_PARTIAL:
 	case FAR_FILLING:
 	case FAR_EVICTING:
 		return false;
-	default: /* absent; or written here: newer, and the rest of a half-written one is fetched later */
+	default: /* absent; or written here: newer */
 		return true;
 	}
 }
@@ -191,7 +193,8 @@ int far_region_refresh(struct far_region *r, uint64_t off, uint64_t len)
 				err = -ESHUTDOWN;
 			else if (far_now() >= far_deadline())
 				err = -ETIMEDOUT;
-			if (!err && far_chunkmap_state(r->map, i) == FAR_CLEAN) /* pinned by a reader: microseconds */
+			enum far_chunk s = far_chunkmap_state(r->map, i);
+			if (!err && (s == FAR_CLEAN || s == FAR_PARTIAL)) /* pinned by a reader: microseconds */
 				far_sleep_until(far_now() + 50 * FAR_USEC, false);
 		}
 		if (b.n == EVICT_BATCH)

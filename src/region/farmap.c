@@ -128,15 +128,21 @@ struct farmap_sum farmap_sum_of(const void *buf, size_t len)
 
 /* ------------------------------------------------------------------------------------------------------ writing */
 
+/* After a failure the kernel takes the pages for clean, and the next fdatasync says 0 without them. */
 int farmap_sync(struct far_persist *p)
 {
 	int err = far_io_fdatasync(p->fd);
 
-	if (err)
+	if (err) {
+		p->header_lost |= !p->header_synced;
+		for (uint64_t s = 0; s < p->segments; s++)
+			if (p->seg[s].seq && !p->seg[s].synced)
+				p->seg[s].lost = p->seg[s].ahead = true;
 		return err;
-	p->header_synced = true;
+	}
+	p->header_synced |= !p->header_lost;
 	for (uint64_t s = 0; s < p->segments; s++)
-		p->seg[s].synced = true;
+		p->seg[s].synced |= !p->seg[s].lost;
 	return 0;
 }
 
@@ -179,6 +185,7 @@ int farmap_write_header(struct far_persist *p)
 	h->sum = XXH3_64bits(h, offsetof(struct farmap_header, sum));
 	uint8_t slot = p->header_synced ? !p->header_slot : p->header_slot;
 	int err = far_io_pwrite(p->fd, slot * FARMAP_PAGE, &u, sizeof u, 0);
+	p->header_lost = err != 0; /* it may be there in part, and that part be enough */
 	if (!err) {
 		p->header_slot = slot;
 		p->header_synced = false;
@@ -209,7 +216,7 @@ int farmap_write_segment(struct far_persist *p, uint64_t s)
 	if (!err) {
 		g->slot = slot;
 		g->seq++;
-		g->synced = g->ahead = false;
+		g->synced = g->ahead = g->lost = false;
 	}
 	return err;
 }
@@ -268,6 +275,13 @@ int farmap_write_partials(struct far_persist *p, const void *data, size_t len)
 
 	if (len > FARMAP_PARTIALS_MAX)
 		return -ENOSPC;
+	if (p->header_lost) { /* it may point at what is written over next */
+		int e = farmap_write_header(p);
+		if (!e)
+			e = farmap_sync(p);
+		if (e)
+			return e;
+	}
 	/* The durable header points at the old one. */
 	p->blob = (struct farmap_blob){ old == base ? base + FARMAP_PARTIALS_MAX : base, len, farmap_sum_of(data, len) };
 	int err = len ? far_io_pwrite(p->fd, p->blob.off, data, len, 0) : 0;

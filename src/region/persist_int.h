@@ -35,6 +35,7 @@ struct farmap_segment {
 	uint64_t seq;           /* of the newest copy; 0: none was ever written */
 	uint8_t slot;           /* where that is */
 	bool synced;            /* it is durable: the next goes into the other slot */
+	bool lost;              /* a sync of it failed: only one that follows another write of it says anything */
 	bool ahead;             /* kinds or marks say more than the newest copy */
 	_Atomic bool fresh;     /* some of its chunks have their fresh bit set */
 };
@@ -55,7 +56,7 @@ struct far_persist {
 	struct far_persist_info info;
 	uint64_t header_seq;
 	uint8_t header_slot;
-	bool header_synced;
+	bool header_synced, header_lost; /* as in a segment */
 	uint64_t local_id; /* inode of the local store; 0: unknown */
 	uint64_t chunks, segments;
 	struct farmap_segment *seg;

@@ -399,6 +399,68 @@ static void mount_opens_or_says_no(void **state)
 	rig_remote_fini(&t.s);
 }
 
+/* ------------------------------------------------------------------------------------------- mounts through a child */
+
+struct child {
+	struct far_mount *m;
+	struct far_mount_opts o;
+	char target[100];
+};
+static const char *serve_exe;
+
+static int child_call(void *ctx, struct far_error *err)
+{
+	struct child *t = ctx;
+	return far_mount_open_uri("mem:1M", t->target, &t->o, &t->m, err);
+}
+
+static void child_after(void *ctx, int r)
+{
+	struct child *t = ctx;
+	struct far_status st = FAR_STATUS_INIT;
+
+	if (r) {
+		assert_null(t->m);
+		return;
+	}
+	int e = far_mount_status(t->m, &st);
+	assert_int_equal(e, 0);
+	assert_int_equal(st.bytes, 1 << 20);
+	assert_int_equal(far_mount_close(t->m), 0);
+	t->m = NULL;
+}
+
+/* The child is looked for beside the program. */
+static bool child_beside_us(char *link, size_t size)
+{
+	ssize_t n = readlink("/proc/self/exe", link, size - 20);
+
+	if (n <= 0 || !serve_exe)
+		return false;
+	link[n] = 0;
+	strcpy(strrchr(link, '/'), "/farpage-serve");
+	unlink(link);
+	return symlink(serve_exe, link) == 0;
+}
+
+static void child_mount_opens_or_says_no(void **state)
+{
+	struct child t = { .o = FAR_MOUNT_OPTS_INIT };
+	char link[600] = "";
+
+	if (access("/dev/fuse", R_OK | W_OK) || !child_beside_us(link, sizeof link)) {
+		print_message("skip: %s\n", *link ? "farpage-serve cannot be put beside the test" :
+						     "/dev/fuse cannot be used here, or no farpage-serve was named");
+		skip();
+	}
+	snprintf(t.target, sizeof t.target, "%s/child", tmp);
+	assert_int_equal(mkdir(t.target, 0700), 0);
+	t.o.mode = FAR_MODE_MANAGED;
+	rig_each_allocation(&(struct rig_case){ .what = "mount through a child", .call = child_call, .after = child_after, .ctx = &t,
+						.once = true });
+	unlink(link);
+}
+
 /* ---------------------------------------------------------------------------------------------------- control socket */
 
 struct controlling {
@@ -511,12 +573,14 @@ static int teardown(void **state)
 	return system(cmd);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+	serve_exe = argc > 1 ? argv[1] : NULL;
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(region_opens_or_says_no),        cmocka_unit_test(region_with_a_map_opens_or_says_no),
 		cmocka_unit_test(calls_lose_nothing),
 		cmocka_unit_test(calls_with_workers_lose_nothing), cmocka_unit_test(mount_opens_or_says_no),
+		cmocka_unit_test(child_mount_opens_or_says_no),
 		cmocka_unit_test(control_socket_says_no),
 	};
 	far_log_set_level(FAR_LOG_ERROR);

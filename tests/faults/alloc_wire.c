@@ -203,6 +203,16 @@ static void calls_make(struct calls *t)
 	calls_result("a discard", e);
 	calls_result("a flush", far_flush(t->far));
 	calls_result("extents", far_extents(t->far, 0, BYTES, x, 8, &n));
+	struct far_lease l = FAR_LEASE_INIT;
+	struct far_origin o = FAR_ORIGIN_INIT;
+	bool all;
+	l.writer = "alloc";
+	l.take_over = true; /* an answer that was lost may have been a grant */
+	calls_result("a lease", far_lease(t->far, &l));
+	l.release = true;
+	calls_result("giving it back", far_lease(t->far, &l));
+	calls_result("origin", far_origin(t->far, &o, 0));
+	calls_result("watch", far_watch(t->far, o.instance, 0, x, 8, &n, &all, &o));
 	for (unsigned k = 0; k < 2; k++) {
 		e = far_read(t->far, 99000, buf, sizeof buf, k ? FAR_BULK : 0);
 		if (!e)

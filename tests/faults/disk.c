@@ -368,7 +368,7 @@ static void rotten_chunks_are_fetched_again(void **state)
 	for (unsigned i = 0; i < 25; i++) { /* a bit of every second chunk */
 		off_t at = (off_t)(i * RIG_CHUNK + record_random(&random) % (i == 24 ? 1000 : RIG_CHUNK));
 		int fd = open(local, O_RDWR | O_CLOEXEC);
-		unsigned char c;
+		unsigned char c = 0;
 		assert_true(fd >= 0 && pread(fd, &c, 1, at) == 1);
 		c ^= (unsigned char)(1u << (record_random(&random) % 8));
 		assert_true(i % 2 || pwrite(fd, &c, 1, at) == 1);

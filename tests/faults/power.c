@@ -12,7 +12,8 @@
  *    byte by byte: in a half-written chunk some of its bytes are here and some only on the remote;
  *  - then a flush brings just that to the remote, and what is read after an eviction is still that.
  *
- * power SEED [SCENARIO]: suite `long` runs them all, with reorderings.
+ * power SEED [SCENARIO]: suite `long` runs them all, with reorderings, disks that fail while the work is done, and a second
+ * power cut while a mount is busy with what the first one left.
  */
 #define _GNU_SOURCE
 #include "record.h"
@@ -41,19 +42,24 @@ struct scenario {
 	bool alternate; /* durable changes with each restart */
 	int workers;
 	uint64_t local_max;
+	bool failing; /* the disk, now and then */
 };
 static const struct scenario scenarios[] = {
 	{ .name = "durable remote", .steps = 90, .restarts = 1, .settles = 2 },
 	{ .name = "durable local", .steps = 150, .restarts = 2, .settles = 3, .durable = FAR_DURABLE_LOCAL },
 	{ .name = "workers and evictions", .steps = 200, .restarts = 2, .settles = 3, .alternate = true, .workers = 2,
 	  .local_max = 9 * RIG_CHUNK },
+	{ .name = "failing disk", .steps = 200, .restarts = 3, .settles = 2, .failing = true },
+	{ .name = "failing disk, durable local", .steps = 200, .restarts = 3, .settles = 2, .durable = FAR_DURABLE_LOCAL,
+	  .workers = 2, .failing = true },
 };
 
 /* A sector's states: 0 is what the remote had, the others in order. */
 struct history {
 	unsigned char (*v)[RECORD_SECTOR];
 	unsigned n, room;
-	uint64_t ragged[8]; /* bit: this state was made by a write of a part */
+	unsigned sure;      /* state that it has at least; later ones are of writes that failed, wholly or in part */
+	uint64_t ragged[8]; /* bit: this state was made by a write of a part, or one that failed */
 };
 
 struct oracle {
@@ -72,11 +78,15 @@ struct power {
 	char local[100], map[100];
 	struct rig_remote remote;
 	unsigned char *remote_base;
-	struct record rec;
+	struct record rec, *now; /* all of the work; what is being recorded */
 	struct oracle o;
 	struct far_region *r;
 	struct far_backend *face;
 	enum far_durable durable;
+	/* the disk fails; under the hooks' lock */
+	bool failing, fail_next;
+	uint64_t fail_random;
+	unsigned failed;
 };
 
 static char tmp[64];
@@ -87,11 +97,6 @@ static uint64_t pick(struct power *p, uint64_t n)
 }
 
 /* ----------------------------------------------------------------------------------------------------------- oracle */
-
-static unsigned char *oracle_newest(struct oracle *o, uint64_t s)
-{
-	return o->h[s].v[o->h[s].n - 1];
-}
 
 static void oracle_init(struct oracle *o, const unsigned char *data)
 {
@@ -145,6 +150,33 @@ static size_t oracle_change(struct oracle *o, uint64_t off, const unsigned char 
 	return o->changes++;
 }
 
+/* How it ended. */
+static void oracle_changed(struct oracle *o, size_t id, uint64_t off, uint64_t len, int err)
+{
+	for (uint64_t s = o->change[id].first; s < o->change[id].first + o->change[id].n; s++) {
+		struct history *h = &o->h[s];
+		uint64_t at = s * RECORD_SECTOR;
+		bool whole = off <= at && far_min(at + RECORD_SECTOR, BYTES) <= off + len;
+		if (err)
+			h->ragged[(h->n - 1) / 64] |= (uint64_t)1 << ((h->n - 1) % 64);
+		else if (whole || h->sure == h->n - 2)
+			h->sure = h->n - 1;
+	}
+}
+
+/* The mount ended on a disk that failed: only flushes count. */
+static void oracle_forget(struct oracle *o, const unsigned *flushed)
+{
+	for (uint64_t s = 0; s < SECTORS; s++) {
+		struct history *h = &o->h[s];
+		if (h->sure != (flushed ? flushed[s] : 0)) {
+			h->sure = flushed ? flushed[s] : 0;
+			for (unsigned v = h->sure + 1; v < h->n; v++)
+				h->ragged[v / 64] |= (uint64_t)1 << (v % 64);
+		}
+	}
+}
+
 /* A flush begins: what it will have promised. Its number. */
 static size_t oracle_flush(struct oracle *o)
 {
@@ -153,7 +185,7 @@ static size_t oracle_flush(struct oracle *o)
 		o->flush = realloc(o->flush, o->flush_room * sizeof *o->flush);
 	}
 	for (uint64_t s = 0; s < SECTORS; s++)
-		o->flush[o->flushes][s] = o->h[s].n - 1;
+		o->flush[o->flushes][s] = o->h[s].sure;
 	return o->flushes++;
 }
 
@@ -162,13 +194,46 @@ static size_t oracle_flush(struct oracle *o)
 static void remote_wrote(void *opaque, uint64_t off, const void *buf, size_t len)
 {
 	struct power *p = opaque;
-	record_wrote(&p->rec, REMOTE, off, buf, len);
+	if (p->now)
+		record_wrote(p->now, REMOTE, off, buf, len);
 }
 
 static void remote_flushed(void *opaque)
 {
 	struct power *p = opaque;
-	record_synced(&p->rec, REMOTE);
+	if (p->now)
+		record_synced(p->now, REMOTE);
+}
+
+static int power_before(void *opaque, struct inject_io *io)
+{
+	struct power *p = far_container_of((struct record *)opaque, struct power, rec);
+	bool local = p->failing && inject_is(io->fd, p->local), map = p->failing && !local && inject_is(io->fd, p->map);
+	uint64_t dice = record_random(&p->fail_random) % 100;
+	int err = 0;
+
+	if (!local && !map)
+		return 0;
+	if (io->op == INJECT_PWRITE && p->fail_next) {
+		p->fail_next = false;
+		err = EIO;
+	} else if (io->op == INJECT_PWRITE && dice < 4 && io->len > 1) {
+		io->len /= 2; /* and the rest fails */
+		p->fail_next = true;
+	} else if ((io->op == INJECT_PWRITE && dice < 9) || (io->op == INJECT_PUNCH && dice < 10)) {
+		err = dice % 2 ? ENOSPC : EIO;
+	} else if (io->op == INJECT_SYNC && (map ? dice < 12 : p->durable == FAR_DURABLE_REMOTE && dice < 2)) {
+		err = EIO;
+		record_sync_failed(&p->rec, map ? MAP : LOCAL);
+	}
+	p->failed += err != 0;
+	return err;
+}
+
+static void power_result(struct power *p, const char *call, int e)
+{
+	if (e && (!p->failed || (e != -EIO && e != -ENOSPC)))
+		fail_msg("%s, seed %llu: %s says %s", p->s->name, (unsigned long long)p->seed, call, far_strerror(e));
 }
 
 /* Whether all of it is one hole, as a mount looks. */
@@ -239,26 +304,40 @@ static void power_write(struct power *p)
 	rig_fill(buf, off, (size_t)len, (unsigned)p->o.changes + 1);
 	size_t id = oracle_change(&p->o, off, zero ? NULL : buf, len);
 	record_note(&p->rec, NOTE_WRITE | id);
-	assert_int_equal(zero ? far_zero(p->face, off, len, 0) : far_write(p->face, off, buf, (size_t)len, 0), 0);
+	int e = zero ? far_zero(p->face, off, len, 0) : far_write(p->face, off, buf, (size_t)len, 0);
+	oracle_changed(&p->o, id, off, len, e);
+	power_result(p, "a write", e);
 }
 
-/* What the running region shows is always the newest. */
+/* What the running region shows is always the newest, or of writes that failed since. */
 static void power_read(struct power *p, uint64_t i)
 {
 	unsigned char buf[RIG_CHUNK];
 	uint64_t off = i * RIG_CHUNK, len = far_min(RIG_CHUNK, BYTES - off);
+	int e = far_read(p->face, off, buf, (size_t)len, 0);
 
-	assert_int_equal(far_read(p->face, off, buf, (size_t)len, 0), 0);
-	for (uint64_t k = 0; k < len; k += RECORD_SECTOR)
-		assert_memory_equal(buf + k, oracle_newest(&p->o, (off + k) / RECORD_SECTOR), far_min(RECORD_SECTOR, len - k));
+	power_result(p, "a read", e);
+	for (uint64_t k = 0; !e && k < len; k++) {
+		const struct history *h = &p->o.h[(off + k) / RECORD_SECTOR];
+		unsigned v = h->sure;
+		while (v < h->n && h->v[v][k % RECORD_SECTOR] != buf[k])
+			v++;
+		if (v == h->n)
+			fail_msg("%s, seed %llu: byte %llu is not what was written", p->s->name, (unsigned long long)p->seed,
+				 (unsigned long long)(off + k));
+	}
 }
 
 static void power_flush(struct power *p)
 {
 	size_t id = oracle_flush(&p->o);
+	int e = far_region_flush(p->r);
 
-	assert_int_equal(far_region_flush(p->r), 0);
-	record_note(&p->rec, NOTE_FLUSHED | id);
+	power_result(p, "a flush", e);
+	if (e)
+		p->o.flushes--;
+	else
+		record_note(&p->rec, NOTE_FLUSHED | id);
 }
 
 static unsigned power_syncs(struct power *p)
@@ -291,7 +370,9 @@ static void power_work(struct power *p)
 	for (unsigned part = 0; part <= s->restarts; part++) {
 		p->durable = s->alternate ? (part % 2 ? FAR_DURABLE_LOCAL : FAR_DURABLE_REMOTE) : s->durable;
 		o = power_opts(p);
+		p->failing = false;
 		power_open(p, &o, "at work");
+		p->failing = s->failing;
 		unsigned steps = s->steps / (s->restarts + 1);
 		for (unsigned k = 0; k < steps; k++) {
 			uint64_t what = pick(p, 10), i = hot[pick(p, FAR_ARRAY_LEN(hot))];
@@ -302,14 +383,18 @@ static void power_work(struct power *p)
 			else if (what == 7)
 				power_flush(p);
 			else if (what == 8)
-				assert_int_equal(far_region_evict(p->r, i * RIG_CHUNK, far_min(5 * RIG_CHUNK, BYTES - i * RIG_CHUNK)), 0);
+				power_result(p, "an eviction", far_region_evict(p->r, i * RIG_CHUNK,
+										far_min(5 * RIG_CHUNK, BYTES - i * RIG_CHUNK)));
 			else if (pick(p, 4) == 0)
-				assert_int_equal(far_region_evict(p->r, 0, BYTES), 0);
+				power_result(p, "an eviction", far_region_evict(p->r, 0, BYTES));
 			if (s->settles && (k + 1) % (steps / s->settles) == 0 && part < 2)
 				power_settle(p);
 		}
 		far_region_close(p->r);
+		if (p->failed)
+			oracle_forget(&p->o, p->o.flushes ? p->o.flush[p->o.flushes - 1] : NULL);
 	}
+	p->failing = false;
 }
 
 /* --------------------------------------------------------------------------------------------------------- looking */
@@ -319,7 +404,8 @@ struct look {
 	struct record_cut *c;
 	unsigned lo[SECTORS], hi[SECTORS]; /* states that may be there */
 	unsigned char seen[SECTORS][RECORD_SECTOR];
-	unsigned n;
+	const unsigned char (*exact)[RECORD_SECTOR]; /* a flush of the mount before the last cut promised just this */
+	unsigned n, twice;
 	char when[160];
 };
 
@@ -343,7 +429,8 @@ static bool look_torn(const struct look *l, uint64_t s, const unsigned char *buf
 /* What happened to a sector up to the cut, for people. */
 static void look_story(struct look *l, const struct record_cut *c, uint64_t s)
 {
-	static const char *const files[] = { "local", "map", "remote" }, *const kinds[] = { "write", "hole", "size", "sync" };
+	static const char *const files[] = { "local", "map", "remote" }, *const kinds[] = { "write", "hole", "size", "sync",
+											"failed sync" };
 	uint64_t chunk = s * RECORD_SECTOR / RIG_CHUNK;
 
 	for (size_t i = 0; i < c->at; i++) {
@@ -354,7 +441,7 @@ static void look_story(struct look *l, const struct record_cut *c, uint64_t s)
 			struct change *ch = &l->p->o.change[e->off & ~NOTE_WRITE];
 			if (ch->first <= s && s < ch->first + ch->n)
 				print_message("%zu: the program writes the sector\n", i);
-		} else if (e->kind == RECORD_SYNC || e->file == MAP) {
+		} else if (e->kind == RECORD_SYNC || e->kind == RECORD_FAILED || e->file == MAP) {
 			print_message("%zu: %s %s %llu+%llu\n", i, files[e->file], kinds[e->kind], (unsigned long long)e->off,
 				      (unsigned long long)e->len);
 		} else if (e->off / RIG_CHUNK <= chunk && chunk <= (e->off + e->len - (e->len != 0)) / RIG_CHUNK) {
@@ -379,6 +466,9 @@ static void look_read(struct look *l, bool first)
 			size_t n = (size_t)far_min(RECORD_SECTOR, len - at);
 			const struct history *h = &p->o.h[s];
 			unsigned v = l->lo[s], old = 0;
+			if (first && l->exact && memcmp(buf + at, l->exact[s], n))
+				fail_msg("%s, and again: sector %llu is not what the flush after the first cut promised", l->when,
+					 (unsigned long long)s);
 			if (!first) {
 				if (memcmp(buf + at, l->seen[s], n))
 					fail_msg("%s: sector %llu is not what it was before", l->when, (unsigned long long)s);
@@ -411,15 +501,15 @@ static void look_remote(struct look *l)
 	}
 }
 
-/* The power comes back. */
-static void look_open(struct look *l, struct record_cut *c, enum record_how local, enum record_how map, bool remote_kept)
+/* The files and the remote as a cut leaves them. */
+static void look_put(struct look *l, struct record_cut *c, enum record_how local, enum record_how map, bool remote_kept)
 {
 	static const char *const hows[] = { "none", "all", "sectors", "pages", "all but one", "only one" };
 	struct power *p = l->p;
-	struct far_mount_opts o = rig_quiet();
 
-	snprintf(l->when, sizeof l->when, "%s, seed %llu, entry %zu of %zu (unsynced: local %s, map %s; remote %s)", p->s->name,
-		 (unsigned long long)p->seed, c->at, p->rec.n, hows[local], hows[map], remote_kept ? "kept" : "lost");
+	snprintf(l->when, sizeof l->when, "%s, seed %llu, entry %zu of %zu (unsynced: local %s, map %s; remote %s)%s", p->s->name,
+		 (unsigned long long)p->seed, c->at, c->r->n, hows[local], hows[map], remote_kept ? "kept" : "lost",
+		 c->r == &p->rec ? "" : " of a second power cut");
 	inject_watch(l->when, 0, 30);
 	record_cut_choose(c, LOCAL, local, &p->random);
 	record_cut_choose(c, MAP, map, &p->random);
@@ -428,17 +518,68 @@ static void look_open(struct look *l, struct record_cut *c, enum record_how loca
 	record_cut_store(c, MAP, p->map);
 	record_cut_copy(c, REMOTE, p->remote.data, BYTES);
 	p->remote.instance += !remote_kept;
+}
+
+/* The power comes back: everything is looked at, and brought to the remote. */
+static void look_mount(struct look *l)
+{
+	struct power *p = l->p;
+	struct far_mount_opts o = rig_quiet();
+
 	o.durable = p->s->durable;
 	power_open(p, &o, l->when);
 	look_read(l, true);
 	int e = o.durable == FAR_DURABLE_LOCAL ? far_region_push(p->r) : far_region_flush(p->r);
 	if (e)
 		fail_msg("%s: the flush fails: %s", l->when, far_strerror(e));
+	if (p->now && o.durable == FAR_DURABLE_REMOTE)
+		record_note(p->now, NOTE_FLUSHED);
 	look_remote(l);
 	assert_int_equal(far_region_evict(p->r, 0, BYTES), 0);
 	look_read(l, false);
 	far_region_close(p->r);
 	l->n++;
+}
+
+static void look_open(struct look *l, struct record_cut *c, enum record_how local, enum record_how map, bool remote_kept)
+{
+	look_put(l, c, local, map, remote_kept);
+	look_mount(l);
+}
+
+/* The power goes out again, while all that is done. */
+static void look_twice(struct look *l, struct record_cut *c)
+{
+	struct power *p = l->p;
+	struct record again = { .path = { p->local, p->map }, .base_n = { [REMOTE] = BYTES } };
+	unsigned char *remote = malloc(BYTES), (*exact)[RECORD_SECTOR] = malloc(sizeof l->seen);
+	const struct record_entry *e;
+	struct record_cut d;
+
+	look_put(l, c, (enum record_how)pick(p, RECORD_HOWS), (enum record_how)pick(p, RECORD_HOWS), pick(p, 2));
+	memcpy(remote, p->remote.data, BYTES);
+	again.base[REMOTE] = remote;
+	again.after[LOCAL] = &c->image[LOCAL];
+	again.after[MAP] = &c->image[MAP];
+	p->now = &again;
+	record_start(&again, NULL, NULL);
+	look_mount(l);
+	record_stop(&again);
+	p->now = NULL;
+	memcpy(exact, l->seen, sizeof l->seen);
+	record_cut_begin(&d, &again);
+	while ((e = record_cut_step(&d))) {
+		if (e->kind == RECORD_NOTE)
+			l->exact = exact;
+		look_open(l, &d, RECORD_ALL, RECORD_ALL, pick(p, 2));
+		look_open(l, &d, (enum record_how)pick(p, RECORD_HOWS), (enum record_how)pick(p, RECORD_HOWS), pick(p, 2));
+		l->twice += 2;
+	}
+	l->exact = NULL;
+	record_cut_end(&d);
+	record_free(&again);
+	free(remote);
+	free(exact);
 }
 
 static void look_at(struct look *l, struct record_cut *c, bool reorder)
@@ -454,6 +595,8 @@ static void look_at(struct look *l, struct record_cut *c, bool reorder)
 		look_open(l, c, RECORD_ALL, RECORD_NONE, c->at % 2);
 	}
 	look_open(l, c, RECORD_SECTORS, RECORD_SECTORS, c->at / 3 % 2);
+	if (reorder && pick(l->p, 12) == 0)
+		look_twice(l, c);
 	for (unsigned k = 0; reorder && k < 6; k++)
 		look_open(l, c, (enum record_how)pick(l->p, RECORD_HOWS), (enum record_how)pick(l->p, RECORD_HOWS), pick(l->p, 2));
 }
@@ -463,12 +606,11 @@ static void look_everywhere(struct power *p, bool reorder)
 	struct look *l = calloc(1, sizeof *l);
 	const struct record_entry *e;
 	struct record_cut c;
-	size_t kinds[5] = { 0 };
+	size_t kinds[RECORD_NOTE + 1] = { 0 };
 
 	l->p = p;
 	l->c = &c;
-	p->remote.wrote = NULL;
-	p->remote.flushed = NULL;
+	p->now = NULL;
 	record_cut_begin(&c, &p->rec);
 	while ((e = record_cut_step(&c))) {
 		kinds[e->kind]++;
@@ -481,8 +623,9 @@ static void look_everywhere(struct power *p, bool reorder)
 		}
 		look_at(l, &c, reorder);
 	}
-	print_message("%s: %zu writes, %zu holes, %zu syncs, %zu notes: %u power cuts\n", p->s->name, kinds[RECORD_WRITE],
-		      kinds[RECORD_ZERO], kinds[RECORD_SYNC], kinds[RECORD_NOTE], l->n);
+	print_message("%s: %zu writes, %zu holes, %zu syncs, %zu notes, %u failures: %u power cuts, %u of them in a mount after one\n",
+		      p->s->name, kinds[RECORD_WRITE],
+		      kinds[RECORD_ZERO], kinds[RECORD_SYNC], kinds[RECORD_NOTE], p->failed, l->n, l->twice);
 	inject_watch("", 0, 0);
 	record_cut_end(&c);
 	free(l);
@@ -494,7 +637,7 @@ static void power_run(const struct scenario *s, uint64_t seed, bool reorder)
 
 	print_message("%s: seed %llu\n", s->name, (unsigned long long)seed);
 	p->s = s;
-	p->seed = p->random = seed;
+	p->seed = p->random = p->fail_random = seed;
 	snprintf(p->local, sizeof p->local, "%s/local", tmp);
 	snprintf(p->map, sizeof p->map, "%s/local.farmap", tmp);
 	rig_remote_init(&p->remote, BYTES);
@@ -508,7 +651,8 @@ static void power_run(const struct scenario *s, uint64_t seed, bool reorder)
 	p->remote.wrote = remote_wrote;
 	p->remote.flushed = remote_flushed;
 	p->remote.opaque = p;
-	record_start(&p->rec, NULL, NULL);
+	p->now = &p->rec;
+	record_start(&p->rec, power_before, &p->rec);
 	power_work(p);
 	record_stop(&p->rec);
 	look_everywhere(p, reorder);

@@ -52,6 +52,11 @@ void record_synced(struct record *r, unsigned file)
 	record_add(r, RECORD_SYNC, file, 0, 0, NULL);
 }
 
+void record_sync_failed(struct record *r, unsigned file)
+{
+	record_add(r, RECORD_FAILED, file, 0, 0, NULL);
+}
+
 void record_note(struct record *r, uint64_t note)
 {
 	record_add(r, RECORD_NOTE, 0, note, 0, NULL);
@@ -112,6 +117,8 @@ void record_free(struct record *r)
 
 /* ---------------------------------------------------------------------------------------------------------- cutting */
 
+#define RECORD_PAGE 4096u
+
 static int compare(const void *a, const void *b)
 {
 	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
@@ -140,7 +147,11 @@ static void image_index(struct record_image *m, const struct record *r, unsigned
 	for (size_t i = 0; i < r->n; i++)
 		if (r->e[i].kind == RECORD_WRITE && r->e[i].file == file)
 			room += (size_t)(r->e[i].len / RECORD_SECTOR + 2);
+	const struct record_image *after = r->after[file];
+	room += after ? after->n : 0;
 	m->sector = malloc((room + 1) * sizeof *m->sector);
+	for (size_t i = 0; after && i < after->n; i++)
+		m->sector[m->n++] = after->sector[i];
 	for (size_t i = 0; i < r->n; i++) {
 		const struct record_entry *e = &r->e[i];
 		if (e->kind == RECORD_WRITE && e->file == file && e->len)
@@ -162,8 +173,10 @@ static void image_index(struct record_image *m, const struct record *r, unsigned
 		if (at < r->base_n[file])
 			memcpy(m->old + i * RECORD_SECTOR, r->base[file] + at, (size_t)far_min(RECORD_SECTOR, r->base_n[file] - at));
 	}
+	for (size_t i = 0; after && i < after->n; i++)
+		memcpy(m->old + image_find(m, after->sector[i]) * RECORD_SECTOR, after->out + i * RECORD_SECTOR, RECORD_SECTOR);
 	memcpy(m->now, m->old, n * RECORD_SECTOR);
-	m->old_size = m->now_size = r->base[file] ? r->base_n[file] : 0;
+	m->old_size = m->now_size = after ? after->out_size : r->base[file] ? r->base_n[file] : 0;
 }
 
 void record_cut_begin(struct record_cut *c, struct record *r)
@@ -226,6 +239,39 @@ static uint64_t entry_size(const struct record_entry *e, uint64_t size)
 	return e->kind == RECORD_WRITE ? far_max(size, e->off + e->len) : size;
 }
 
+/* Whether one of the entries [from, to) since the sync is in this sector, or in its page. */
+static bool image_touched(const struct record_cut *c, const struct record_image *m, size_t i, size_t from, size_t to, bool page)
+{
+	uint64_t at = m->sector[i] * RECORD_SECTOR, end = at + RECORD_SECTOR;
+
+	if (page) {
+		at -= at % RECORD_PAGE;
+		end = at + RECORD_PAGE;
+	}
+	for (size_t k = from; k < to; k++) {
+		const struct record_entry *e = &c->r->e[m->since[k]];
+		if (e->off < end && at < entry_end(e))
+			return true;
+	}
+	return false;
+}
+
+/* A sync that failed came after it, and nothing after that. */
+static bool image_lost(const struct record_cut *c, const struct record_image *m, size_t i)
+{
+	return m->lost_n && image_touched(c, m, i, 0, m->lost_n, false) &&
+	       !image_touched(c, m, i, m->lost_n, m->since_n, true);
+}
+
+static void image_sync(const struct record_cut *c, struct record_image *m)
+{
+	for (size_t i = 0; i < m->n; i++)
+		if (!image_lost(c, m, i))
+			memcpy(m->old + i * RECORD_SECTOR, m->now + i * RECORD_SECTOR, RECORD_SECTOR);
+	m->old_size = m->now_size;
+	m->since_n = m->lost_n = 0;
+}
+
 const struct record_entry *record_cut_step(struct record_cut *c)
 {
 	if (c->at == c->r->n)
@@ -234,9 +280,9 @@ const struct record_entry *record_cut_step(struct record_cut *c)
 	struct record_image *m = &c->image[e->file];
 
 	if (e->kind == RECORD_SYNC) {
-		memcpy(m->old, m->now, m->n * RECORD_SECTOR);
-		m->old_size = m->now_size;
-		m->since_n = 0;
+		image_sync(c, m);
+	} else if (e->kind == RECORD_FAILED) {
+		m->lost_n = m->since_n;
 	} else if (e->kind != RECORD_NOTE) {
 		for (size_t i = image_find(m, e->off / RECORD_SECTOR); i < m->n && m->sector[i] * RECORD_SECTOR < entry_end(e); i++)
 			entry_apply(m, e, i, m->now);
@@ -291,6 +337,8 @@ void record_cut_choose(struct record_cut *c, unsigned file, enum record_how how,
 	size_t one = (size_t)(record_random(random) % m->since_n);
 	for (size_t i = 0; i < m->n; i++) {
 		size_t limit = choose_limit(c, m, how, i, salt, one);
+		if (limit == m->since_n && image_lost(c, m, i))
+			limit = 0;
 		for (size_t k = 0; k < limit; k++)
 			entry_apply(m, &c->r->e[m->since[k]], i, m->out);
 	}

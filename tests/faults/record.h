@@ -8,7 +8,9 @@
  *  - what was written before the last sync of that file is there;
  *  - of each sector of 512 bytes that was written since, any of its states from then until now may be there. So writes
  *    are torn, left out, and seen out of order, as far as a file system and a disk can do that: one sector never gets
- *    older again.
+ *    older again;
+ *  - what was written before a sync that *failed* is lost unless its page is written once more: the kernel takes such
+ *    pages for clean, and the next sync says 0 without them.
  */
 #ifndef FAR_TEST_RECORD_H
 #define FAR_TEST_RECORD_H
@@ -18,7 +20,7 @@
 #define RECORD_FILES 3
 #define RECORD_SECTOR 512u
 
-enum record_kind { RECORD_WRITE, RECORD_ZERO, RECORD_SIZE, RECORD_SYNC, RECORD_NOTE };
+enum record_kind { RECORD_WRITE, RECORD_ZERO, RECORD_SIZE, RECORD_SYNC, RECORD_FAILED, RECORD_NOTE };
 struct record_entry {
 	enum record_kind kind;
 	unsigned file;
@@ -27,11 +29,13 @@ struct record_entry {
 	unsigned char *data; /* WRITE */
 };
 
+struct record_image;
 struct record {
 	struct far_mutex lock;
 	const char *path[RECORD_FILES];          /* NULL: a file that only the test knows, see record_wrote() */
 	const unsigned char *base[RECORD_FILES]; /* content at the beginning, base_n bytes, durable; NULL: no file yet */
 	uint64_t base_n[RECORD_FILES];
+	const struct record_image *after[RECORD_FILES]; /* instead: as it was chosen there, see record_cut_choose() */
 	struct record_entry *e;
 	size_t n, room;
 };
@@ -44,6 +48,7 @@ void record_free(struct record *r);
 /* Any thread. */
 void record_wrote(struct record *r, unsigned file, uint64_t off, const void *buf, size_t len);
 void record_synced(struct record *r, unsigned file);
+void record_sync_failed(struct record *r, unsigned file);
 void record_note(struct record *r, uint64_t note);
 
 enum record_how {
@@ -63,6 +68,7 @@ struct record_image {
 	uint64_t old_size, now_size, out_size;
 	size_t *since; /* entries since the last sync */
 	size_t since_n;
+	size_t lost_n; /* those before the last sync that failed */
 };
 
 struct record_cut {

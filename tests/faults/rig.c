@@ -204,5 +204,6 @@ static void each_allocation(const struct rig_case *c, bool all)
 void rig_each_allocation(const struct rig_case *c)
 {
 	each_allocation(c, false);
-	each_allocation(c, true);
+	if (!c->once)
+		each_allocation(c, true);
 }

@@ -70,6 +70,7 @@ struct rig_case {
 	void (*after)(void *ctx, int r);
 	void *ctx;
 	bool no_text; /* has no struct far_error */
+	bool once;    /* not the second form: it takes long */
 	unsigned most; /* more rounds than this mean that it never ends; 0: 2000 */
 };
 void rig_each_allocation(const struct rig_case *c);

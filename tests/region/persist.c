@@ -4,6 +4,7 @@
  * is memory shared with the children that are killed. */
 #include "base/clock.h"
 #include "base/io.h"
+#include "base/thread.h"
 #include "region/chunkmap.h"
 #include "region/region.h"
 
@@ -60,6 +61,50 @@ static int shared_flush(void *self)
 	return -remote->fail;
 }
 
+/* A local store whose slow reader reads the second half of a chunk again when it is told to. */
+static bool slow_local;
+static _Thread_local bool slow;
+static _Atomic bool slow_reading, slow_go;
+static _Atomic int slow_result;
+
+static int slow_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	int err = far_read(self, off, buf, len, flags);
+
+	if (err || !slow || len < CHUNK || slow_go)
+		return err;
+	slow_reading = true;
+	while (!slow_go)
+		far_thread_yield();
+	return far_read(self, off + len / 2, (char *)buf + len / 2, len - len / 2, flags);
+}
+
+static int slow_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+{
+	return far_write(self, off, buf, len, flags);
+}
+
+static int slow_flush(void *self)
+{
+	return far_flush(self);
+}
+
+static void slow_close(void *self)
+{
+	far_close(self);
+}
+
+static struct far_backend *slow_wrap(struct far_backend *inner)
+{
+	const struct far_ops ops = { FAR_OPS_INIT, .read = slow_read, .write = slow_write, .flush = slow_flush,
+				     .close = slow_close };
+	struct far_facts facts = { .size = sizeof facts, .bytes = BYTES, .caps = FAR_CAP_WRITE | FAR_CAP_DURABLE };
+	struct far_backend *b;
+
+	assert_int_equal(far_backend_new(&ops, inner, &facts, &b), 0);
+	return b;
+}
+
 static int try_open(struct far_mount_opts o, enum far_persist_mode mode, struct far_region **out, struct far_error *err)
 {
 	const struct far_ops ops = { FAR_OPS_INIT, .read = shared_read, .write = shared_write, .flush = shared_flush };
@@ -72,6 +117,8 @@ static int try_open(struct far_mount_opts o, enum far_persist_mode mode, struct 
 		return e;
 	snprintf(uri, sizeof uri, "file:%s?size=%d", local_path, BYTES);
 	assert_int_equal(far_open(uri, NULL, &conf.local, err), 0);
+	if (slow_local)
+		conf.local = slow_wrap(conf.local);
 	assert_int_equal(far_backend_new(&ops, remote, &facts, &conf.remote), 0);
 	e = far_region_open(&conf, out, err);
 	if (e) {
@@ -372,6 +419,38 @@ static void rotten_byte(void **state)
 	free(expect);
 }
 
+static void *slow_reader(void *arg)
+{
+	unsigned char buf[10];
+
+	slow = true;
+	slow_result = far_read(far_region_backend(arg), 7 * CHUNK, buf, sizeof buf, 0);
+	return NULL;
+}
+
+/* Who looks at a chunk while another, who has looked already, writes it must not take that for rot. */
+static void looked_at_while_written(void **state)
+{
+	in_child(quiet(FAR_DURABLE_REMOTE), child_pull);
+	slow_local = true;
+	struct far_region *r = open_region(quiet(FAR_DURABLE_REMOTE));
+	struct far_thread t = { 0 };
+	struct far_status st = FAR_STATUS_INIT;
+
+	slow_reading = slow_go = false;
+	assert_int_equal(far_thread_start(&t, "slow", slow_reader, r), 0);
+	while (!slow_reading)
+		far_thread_yield();
+	assert_int_equal(far_write(far_region_backend(r), 7 * CHUNK + 3000, "news", 4, 0), 0);
+	slow_go = true;
+	far_thread_join(&t);
+	assert_int_equal(slow_result, 0);
+	far_region_status(r, &st);
+	assert_int_equal(st.local_errors, 0);
+	far_region_close(r);
+	slow_local = false;
+}
+
 static void expect_refusal(enum far_persist_mode mode, uint64_t chunk, int code, const char *text)
 {
 	struct far_mount_opts o = quiet(FAR_DURABLE_REMOTE);
@@ -517,6 +596,7 @@ int main(void)
 		cmocka_unit_test_setup_teardown(killed_after_flush, setup, teardown),
 		cmocka_unit_test_setup_teardown(killed_after_eviction, setup, teardown),
 		cmocka_unit_test_setup_teardown(rotten_byte, setup, teardown),
+		cmocka_unit_test_setup_teardown(looked_at_while_written, setup, teardown),
 		cmocka_unit_test_setup_teardown(refusals, setup, teardown),
 		cmocka_unit_test_setup_teardown(one_at_a_time, setup, teardown),
 		cmocka_unit_test_setup_teardown(killed_at_random, setup, teardown),

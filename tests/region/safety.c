@@ -686,6 +686,33 @@ static void a_half_written_chunk_is_written_while_it_is_pushed(void **state)
 	}
 }
 
+static void pushed_half_written_chunks_can_be_evicted(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+
+	o.max_partial = 8;
+	setup_how(&f, 64 * CHUNK, &o, FORGETS);
+	for (unsigned k = 0; k < 40; k++) { /* their places in the table are used again */
+		assert_int_equal(far_write(f.face, k * CHUNK + 512, "half", 4, 0), 0);
+		assert_int_equal(far_region_evict(f.r, 0, 64 * CHUNK), 0);
+		assert_int_equal(byte_at(&f, k * CHUNK + 513), 'a'); /* not before it was pushed */
+		assert_int_equal(far_region_flush(f.r), 0);
+		assert_int_equal(far_region_evict(f.r, 0, 64 * CHUNK), 0);
+	}
+	assert_int_equal(f.s.reads, 0);
+	assert_int_equal(byte_at(&f, 5 * CHUNK + 513), 'a');
+	assert_int_equal(byte_at(&f, 5 * CHUNK + 511), pattern(5 * CHUNK + 511));
+	assert_int_equal(f.s.reads, 1);
+	/* A refresh forgets them, too. */
+	assert_int_equal(far_write(f.face, 50 * CHUNK + 512, "half", 4, 0), 0);
+	assert_int_equal(far_region_flush(f.r), 0);
+	change_remote(&f, 50 * CHUNK + 512, 'H');
+	assert_int_equal(far_region_refresh(f.r, 0, 64 * CHUNK), 0);
+	assert_int_equal(byte_at(&f, 50 * CHUNK + 512), 'H');
+	teardown(&f);
+}
+
 static void a_restart_makes_half_written_chunks_dirty_again(void **state)
 {
 	struct far_mount_opts o = quiet();
@@ -814,6 +841,7 @@ int main(void)
 		cmocka_unit_test(half_written_chunks_are_pushed_as_they_are),
 		cmocka_unit_test(many_ranges_are_fetched_first),
 		cmocka_unit_test(a_half_written_chunk_is_written_while_it_is_pushed),
+		cmocka_unit_test(pushed_half_written_chunks_can_be_evicted),
 		cmocka_unit_test(a_restart_makes_half_written_chunks_dirty_again),
 		cmocka_unit_test(long_runs_of_zeros_take_few_calls),
 		cmocka_unit_test(the_age_of_dirty_bytes_is_known),

@@ -395,6 +395,23 @@ def a_second_writer_is_refused(w):
         equal(m.end(), 0, 'exit code: ' + m.err())
 
 
+def a_file_here_has_one_writer(w):
+    need_fuse()
+    data = w.file('a', SIZE)
+    w.file('b', 0)
+    w.file('c', 0)
+    m = w.mount('file:a', 'b', '--mode', 'managed')
+    p = w.run('mount', 'file:a', 'c', '--mode', 'managed', code=1)
+    has(p.err, 'another mount', '--read-only')
+    message(p.err)
+    n = w.mount('file:a', 'c', '--mode', 'managed', '--read-only')
+    equal(w.read('c'), data, 'beside the writer')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    kill(w, m)
+    m = w.mount('file:a', 'c', '--mode', 'managed')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
 def a_dead_writers_lease_is_waited_for(w):
     need_fuse()
     w.file('a', SIZE)
@@ -546,6 +563,35 @@ def a_follower_loses_and_finds_the_writer(w):
     s = serve_again(w, uri)
     wait_for(lambda: w.status('b')['follow'] == 'frozen', 'the peer')
     equal(w.read('b'), patched(data, 1234567, b'later'), 'content')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
+def a_follower_takes_nothing_from_an_older_copy(w):
+    data, s, uri = world(w)
+    w.file('c', 0)
+    m = w.mount(uri, 'c', '--mode', 'direct')
+    put(w, 'c', 0, b'first')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+    equal(s.end(), 0, 'server')
+    subprocess.run(['cp', '-a', w.path('a'), w.path('a.old')], check=True)
+    s = serve_again(w, uri)
+    m = w.mount(uri, 'b', '--mode', 'managed', '--read-only', '--follow', '100ms', '--pull-workers', '0', '--deadline', '2s')
+    equal(get(w, 'b', 0, 5), b'first', 'content')
+    n = w.mount(uri, 'c', '--mode', 'direct')
+    put(w, 'c', 0, b'second')
+    equal(n.end(), 0, 'exit code: ' + n.err())
+    wait_for(lambda: get(w, 'b', 0, 6) == b'second', 'the change')
+    equal(s.end(), 0, 'server')
+    os.rename(w.path('a.old'), w.path('a'))
+    s = serve_again(w, uri)
+    wait_for(lambda: 'older copy' in m.err(), 'the message')
+    equal(w.status('b')['follow'], 'lost', 'follow')
+    equal(get(w, 'b', 0, 6), b'second', 'what is here')
+    try:
+        get(w, 'b', 3000000, 6)
+        raise AssertionError('the older copy was read')
+    except OSError as e:
+        true(e.errno in (116, 5, 110), 'errno %d' % e.errno)
     equal(m.end(), 0, 'exit code: ' + m.err())
 
 

@@ -8,9 +8,13 @@
 #include "backend/backend.h"
 #include "wire/server.h"
 
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <netdb.h>
+#include <netinet/in.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -141,6 +145,42 @@ static void test_restart(void **state)
 	struct far_counters c = { .size = sizeof c };
 	far_counters(r.far, &c);
 	assert_true(c.connects >= 4 && c.reconnects >= 3 && c.reconnects < c.connects);
+	rig_close(&r);
+}
+
+/* The same two servers away. */
+static void test_restart_behind(void **state)
+{
+	struct rig r = { .plain = false };
+	struct far_server *s;
+	struct far_backend *far;
+	uint8_t page[PAGE] = { 1 };
+	char *bound;
+
+	rig_open(&r, "mem:64K", "");
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", r.far, NULL), 0);
+	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &bound, NULL), 0);
+	assert_int_equal(far_open(bound, NULL, &far, NULL), 0);
+	for (unsigned flush = 0; flush <= FAR_FLUSH; flush += FAR_FLUSH) {
+		struct far_origin before = FAR_ORIGIN_INIT, after = FAR_ORIGIN_INIT;
+		assert_int_equal(AGAIN(far_write(far, 0, page, PAGE, 0)), 0);
+		assert_int_equal(far_origin(far, &before, FAR_NOWAIT), 0);
+		rig_end(&r, true);
+		rig_serve(&r, NULL);
+		if (flush)
+			assert_int_equal(AGAIN(far_write(far, PAGE, page, PAGE, FAR_FLUSH)), -EREMOTEIO);
+		else
+			assert_int_equal(AGAIN(far_flush(far)), -EREMOTEIO);
+		assert_int_equal(far_origin(far, &after, FAR_NOWAIT), 0);
+		assert_true(before.instance != after.instance);
+		assert_int_equal(AGAIN(far_write(far, 0, page, PAGE, 0)), 0);
+		assert_int_equal(AGAIN(far_flush(far)), 0);
+	}
+	free(bound);
+	far_close(far);
+	far_server_stop(s);
+	far_server_free(s);
 	rig_close(&r);
 }
 
@@ -468,13 +508,13 @@ static void test_half_open(void **state)
 	assert_true(proxy_start(&r.proxy, 1));
 	r.b = slow_open(&slow, SIZE);
 	rig_serve(&r, NULL);
-	assert_int_equal(rig_dial(&r, "?silence=200ms", NULL, NULL), 0);
+	assert_int_equal(rig_dial(&r, "?silence=700ms", NULL, NULL), 0);
 	slow_hold(&slow, true);
 	w.stop = &stop;
 	stop = false;
 	assert_int_equal(far_thread_start(&t, "waiter", waiter_run, &w), 0);
 	assert_true(slow_wait_inside(&slow, 1));
-	far_sleep_until(far_now() + FAR_SEC, false); /* five silences */
+	far_sleep_until(far_now() + 2 * FAR_SEC, false); /* three silences */
 	stop = true;
 	slow_hold(&slow, false);
 	far_thread_join(&t);
@@ -482,6 +522,71 @@ static void test_half_open(void **state)
 	assert_int_equal(w.calls, 1);
 	rig_close(&r);
 	slow_free(&slow);
+}
+
+/* A path that takes long for what is on it is not a dead one: bytes that the other side's system takes are a sign of life. */
+struct narrow {
+	struct far_thread t;
+	int listener, port;
+};
+
+static void *narrow_run(void *arg)
+{
+	struct narrow *n = arg;
+	struct sockaddr_in sin = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+				   .sin_port = htons((uint16_t)n->port) };
+	int a = accept(n->listener, NULL, NULL), b = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	static char buf[65536];
+	ssize_t k = 1;
+
+	if (connect(b, (struct sockaddr *)&sin, sizeof sin))
+		k = 0;
+	while (k > 0) {
+		struct pollfd p[2] = { { .fd = a, .events = POLLIN }, { .fd = b, .events = POLLIN } };
+		if (poll(p, 2, -1) < 0)
+			continue;
+		if (p[1].revents && (k = recv(b, buf, sizeof buf, 0)) > 0)
+			k = send(a, buf, (size_t)k, MSG_NOSIGNAL);
+		if (k > 0 && p[0].revents && (k = recv(a, buf, 4096, 0)) > 0) {
+			far_sleep_until(far_now() + (uint64_t)k * 2 * FAR_USEC, false); /* 500 kB a second */
+			k = send(b, buf, (size_t)k, MSG_NOSIGNAL);
+		}
+	}
+	close(a);
+	close(b);
+	return NULL;
+}
+
+static void test_slow_path(void **state)
+{
+	struct rig r = { .plain = false };
+	struct narrow n;
+	struct far_counters c = { .size = sizeof c };
+	struct far_open_opts o = FAR_OPEN_OPTS_INIT;
+	struct far_backend *far;
+	int small = 8192;
+	char uri[120];
+	uint8_t *buf = calloc(1, 1 << 20);
+
+	rig_open(&r, "mem:1M", "");
+	n.port = r.proxy.server_port;
+	int listen_port;
+	n.listener = tcp_listen(&listen_port);
+	assert_int_equal(setsockopt(n.listener, SOL_SOCKET, SO_RCVBUF, &small, sizeof small), 0);
+	assert_int_equal(far_thread_start(&n.t, "narrow", narrow_run, &n), 0);
+	o.demand_connections = o.bulk_connections = 1;
+	snprintf(uri, sizeof uri, "grpc://127.0.0.1:%d?silence=1500ms", listen_port);
+	assert_int_equal(far_open(uri, &o, &far, NULL), 0);
+	uint64_t began = far_now();
+	assert_int_equal(far_write(far, 0, buf, 1 << 20, 0), 0);
+	assert_true(far_now() - began > FAR_SEC);
+	far_counters(far, &c);
+	assert_int_equal(c.connects, 1);
+	far_close(far);
+	far_thread_join(&n.t);
+	close(n.listener);
+	free(buf);
+	rig_close(&r);
 }
 
 /* A bit of the bytes themselves: found and fetched again, unless nobody wants that. */
@@ -565,10 +670,12 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_restart),        cmocka_unit_test(test_plain_restart),
+		cmocka_unit_test(test_restart_behind),
 		cmocka_unit_test(test_late_write),     cmocka_unit_test(test_plain_late_write),
 		cmocka_unit_test(test_somebody_else),  cmocka_unit_test(test_offline),
 		cmocka_unit_test(test_offline_silent), cmocka_unit_test(test_no_storm),
-		cmocka_unit_test(test_half_open),      cmocka_unit_test(test_flipped),
+		cmocka_unit_test(test_half_open),      cmocka_unit_test(test_slow_path),
+		cmocka_unit_test(test_flipped),
 		cmocka_unit_test(test_address_changes),
 	};
 	signal(SIGPIPE, SIG_IGN);

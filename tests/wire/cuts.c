@@ -22,7 +22,7 @@
 #define SIZE 65536
 #define PAGE 4096
 #define THREADS 16
-#define CALL (6 * FAR_SEC)  /* a call's deadline */
+#define CALL (12 * FAR_SEC) /* a call's deadline */
 #define SLACK (4 * FAR_SEC) /* of a loaded machine */
 
 enum mode { DIRECT, READ_ONLY, MANAGED, PLAIN, MODES };
@@ -109,7 +109,7 @@ static int scene_open(struct scene *s)
 	int r = far_open(uri, &o, &b, &err);
 	if (r)
 		return r;
-	r = far_layer_open("retry:deadline=6s,backoff=5ms,max-backoff=50ms", b, &s->far, &err);
+	r = far_layer_open("retry:deadline=12s,backoff=5ms,max-backoff=50ms", b, &s->far, &err);
 	if (r)
 		far_close(b);
 	return r;

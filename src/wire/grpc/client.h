@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /* What the files of the client half share: dial.c opens it, hello.c greets each new connection, fence.c keeps writes of an
- * unknown fate from landing late, client.c makes the calls. */
+ * unknown fate from landing late, exchange.c makes a call, client.c decides what comes after it. */
 #ifndef FAR_GRPC_CLIENT_H
 #define FAR_GRPC_CLIENT_H
 
@@ -106,11 +106,13 @@ void far_hello_leased(struct far_client *c, uint64_t epoch);
 bool far_hello_fenced(struct far_client *c);
 /* A flush that was asked for after so many changes has succeeded. 0, or -EREMOTEIO: not all of them were there any more. */
 int far_hello_flushed(struct far_client *c, const struct far_grpc_flushed *f, uint64_t changes);
-/* The peer says -EREMOTEIO itself. */
-void far_hello_forgotten(struct far_client *c);
+/* A flush that was asked for after so many changes was answered with -EREMOTEIO by the peer itself. */
+void far_hello_forgotten(struct far_client *c, uint64_t changes);
 /* Facts of an export; `max_io` is the user's limit. */
 int far_hello_facts(struct far_client *c, const struct far_grpc_export *e, uint64_t max_io, struct far_facts *f,
 		    struct far_error *err);
+/* As the peer told it last. */
+uint64_t far_hello_instance(struct far_client *c);
 /* The last heard; false: nothing yet. */
 bool far_hello_origin(struct far_client *c, struct far_origin *out);
 

@@ -151,11 +151,21 @@ int far_hello_flushed(struct far_client *c, const struct far_grpc_flushed *f, ui
 	return forgotten ? -EREMOTEIO : 0;
 }
 
-void far_hello_forgotten(struct far_client *c)
+void far_hello_forgotten(struct far_client *c, uint64_t changes)
 {
 	far_mutex_lock(&c->lock);
 	c->instance++;
+	if (c->changes == changes)
+		c->unflushed = 0; /* said for all of them */
 	far_mutex_unlock(&c->lock);
+}
+
+uint64_t far_hello_instance(struct far_client *c)
+{
+	far_mutex_lock(&c->lock);
+	uint64_t instance = c->heard.instance;
+	far_mutex_unlock(&c->lock);
+	return instance;
 }
 
 bool far_hello_origin(struct far_client *c, struct far_origin *out)
