@@ -632,7 +632,7 @@ SHORT = [
 def main():
     a = argparse.ArgumentParser()
     a.add_argument('farpage')
-    a.add_argument('kills', type=int, nargs='?', default=5)
+    a.add_argument('kills', type=int, nargs='?', default=5, help='up to 5: each setting once, with 3 to 5 kills')
     a.add_argument('--seed', type=int, default=0)
     a.add_argument('--seconds', type=float, default=1e9)
     a.add_argument('--only', default='')
