@@ -492,6 +492,32 @@ static int farmap_read_partials(struct far_persist *p, struct far_error *err)
 	return 0;
 }
 
+/* Write the page that is there once more. Where it is on the disk already that cannot tear it. */
+static int farmap_again(struct far_persist *p, uint64_t off)
+{
+	uint8_t page[FARMAP_PAGE];
+	int err = far_io_pread(p->fd, off, page, sizeof page, 0);
+
+	return err == -ENODATA ? -EIO : err ? err : far_io_pwrite(p->fd, off, page, sizeof page, 0);
+}
+
+/* What was read may be in the kernel's memory only: a sync of it may have failed when the file was last open, and the
+ * next one would not know. Nothing may be written over the other copies before these are surely on the disk. After an
+ * orderly end the segments were synced before the header that says so was written. */
+static int farmap_settle(struct far_persist *p, struct far_error *err)
+{
+	int e = farmap_again(p, p->header_slot * FARMAP_PAGE);
+
+	for (uint64_t s = 0; !e && !p->info.clean && s < p->segments; s++)
+		if (p->seg[s].seq)
+			e = farmap_again(p, segment_off(s) + p->seg[s].slot * FARMAP_PAGE);
+	if (!e && !p->info.clean && p->blob.len)
+		e = far_io_pwrite(p->fd, p->blob.off, p->partials, (size_t)p->blob.len, 0);
+	if (!e)
+		e = farmap_sync(p);
+	return e ? far_error_set(err, -e, "cannot write the chunk map %s: %s", p->path, far_strerror(e)) : 0;
+}
+
 void farmap_count(struct far_persist *p)
 {
 	uint64_t n[4] = { 0, 0, 0, 0 };
@@ -600,6 +626,8 @@ static int farmap_open(struct far_persist *p, struct far_error *err)
 	e = farmap_read(p, err);
 	if (!e)
 		farmap_count(p);
+	if (!e && p->mode != FAR_PERSIST_LOOK && !p->passive)
+		e = farmap_settle(p, err);
 	return e;
 }
 

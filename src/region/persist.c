@@ -491,8 +491,6 @@ int far_persist_begin(struct far_persist *p, struct far_region *r, struct far_er
 	/* From here on the file is no longer as it was left. */
 	p->info.clean = false;
 	if (!e && !p->passive)
-		e = farmap_sync(p);
-	if (!e && !p->passive)
 		e = farmap_write_header(p);
 	if (!e && !p->passive)
 		e = farmap_sync(p);

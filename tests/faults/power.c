@@ -79,6 +79,7 @@ struct power {
 	struct rig_remote remote;
 	unsigned char *remote_base;
 	struct record rec, *now; /* all of the work; what is being recorded */
+	struct record_cut *cut;  /* where the power goes out */
 	struct oracle o;
 	struct far_region *r;
 	struct far_backend *face;
@@ -244,6 +245,19 @@ static bool is_zero(struct far_backend *b)
 	return !far_extents(b, 0, far_size(b), &x, 1, &n) && x.kind == FAR_EXTENT_ZERO && x.len == far_size(b);
 }
 
+/* What happened to the map lately, for people. */
+static void power_story(const struct power *p)
+{
+	static const char *const kinds[] = { "write", "hole", "size", "sync", "failed sync", "note" };
+	const struct record *r = p->cut ? p->cut->r : &p->rec;
+	size_t end = p->cut ? p->cut->at : r->n;
+
+	for (size_t i = end > 60 ? end - 60 : 0; i < end; i++)
+		if (r->e[i].file == MAP)
+			print_message("%zu: %s %llu+%llu\n", i, kinds[r->e[i].kind], (unsigned long long)r->e[i].off,
+				      (unsigned long long)r->e[i].len);
+}
+
 /* As a mount opens it. */
 static void power_open(struct power *p, const struct far_mount_opts *o, const char *when)
 {
@@ -253,8 +267,10 @@ static void power_open(struct power *p, const struct far_mount_opts *o, const ch
 
 	snprintf(uri, sizeof uri, "file:%s?size=%llu", p->local, (unsigned long long)BYTES);
 	conf.remote = rig_remote_backend(&p->remote);
-	if (far_persist_open(p->map, FAR_PERSIST_WRITABLE, &conf.persist, &err))
+	if (far_persist_open(p->map, FAR_PERSIST_WRITABLE, &conf.persist, &err)) {
+		power_story(p);
 		fail_msg("%s: the map is refused: %s", when, err.text);
+	}
 	if (far_kept_check_store(uri, conf.persist, &err))
 		fail_msg("%s: the local store does not fit the map: %s", when, err.text);
 	if (far_open(uri, NULL, &conf.local, &err))
@@ -511,6 +527,7 @@ static void look_put(struct look *l, struct record_cut *c, enum record_how local
 		 (unsigned long long)p->seed, c->at, c->r->n, hows[local], hows[map], remote_kept ? "kept" : "lost",
 		 c->r == &p->rec ? "" : " of a second power cut");
 	inject_watch(l->when, 0, 30);
+	p->cut = c;
 	record_cut_choose(c, LOCAL, local, &p->random);
 	record_cut_choose(c, MAP, map, &p->random);
 	record_cut_choose(c, REMOTE, remote_kept ? RECORD_ALL : RECORD_NONE, &p->random);
