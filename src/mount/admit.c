@@ -6,7 +6,8 @@
  * has written meanwhile beside those that are here would be a mixture that never existed.
  *
  *     closed (until = 0)  -> open until T    far_admit_open()
- *     open until T        -> closed          by itself, when T has passed
+ *     open until T        -> closed          by itself, when T has passed; or when the remote says ESTALE: it may be another
+ *                                            one, or another's. lease.c asks it, and opens or fences
  *     any                 -> fenced          far_admit_fence(), for good
  *
  * The time is one that goes on while this machine sleeps: somebody else may have taken the lease by then.
@@ -29,6 +30,8 @@ struct far_admit {
 	/* atomic; written under lock, so that who sleeps misses no change */
 	_Atomic uint64_t until;
 	_Atomic bool fenced, stopped;
+	void (*doubt)(void *opaque); /* fixed before the gate is opened */
+	void *opaque;
 
 	struct far_mutex lock;
 	struct far_cond changed;
@@ -70,46 +73,65 @@ static int admit_enter(struct far_admit *a, unsigned flags)
 	return flags & FAR_NOWAIT ? -EAGAIN : admit_wait(a);
 }
 
+/* After a call: whether it is to be made again. Only who opens for a time can open again. */
+static bool admit_again(struct far_admit *a, int r)
+{
+	uint64_t until = atomic_load_explicit(&a->until, memory_order_acquire);
+
+	if (r != -ESTALE || !a->doubt || until == FAR_NEVER || atomic_load_explicit(&a->fenced, memory_order_acquire))
+		return false;
+	far_mutex_lock(&a->lock);
+	if (atomic_load(&a->until) == until)
+		atomic_store_explicit(&a->until, 0, memory_order_release);
+	far_mutex_unlock(&a->lock);
+	a->doubt(a->opaque);
+	return true;
+}
+
+/* The call, each time the gate lets it through. */
+#define ADMIT(a, flags, call)                                                                                           \
+	({                                                                                                              \
+		int r_;                                                                                                 \
+		do                                                                                                      \
+			r_ = admit_enter(a, flags);                                                                     \
+		while (!r_ && admit_again(a, r_ = (call)));                                                             \
+		r_;                                                                                                     \
+	})
+
 static int admit_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct far_admit *a = self;
-	int r = admit_enter(a, flags);
-	return r ? r : far_read(a->inner, off, buf, len, flags);
+	return ADMIT(a, flags, far_read(a->inner, off, buf, len, flags));
 }
 
 static int admit_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
 	struct far_admit *a = self;
-	int r = admit_enter(a, flags);
-	return r ? r : far_write(a->inner, off, buf, len, flags);
+	return ADMIT(a, flags, far_write(a->inner, off, buf, len, flags));
 }
 
 static int admit_flush(void *self)
 {
 	struct far_admit *a = self;
-	int r = admit_enter(a, 0);
-	return r ? r : far_flush(a->inner);
+	return ADMIT(a, 0, far_flush(a->inner));
 }
 
 static int admit_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	struct far_admit *a = self;
-	int r = admit_enter(a, flags);
-	return r ? r : far_discard(a->inner, off, len, flags);
+	return ADMIT(a, flags, far_discard(a->inner, off, len, flags));
 }
 
 static int admit_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	struct far_admit *a = self;
-	int r = admit_enter(a, flags);
-	return r ? r : far_zero(a->inner, off, len, flags);
+	return ADMIT(a, flags, far_zero(a->inner, off, len, flags));
 }
 
 static int admit_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
 {
 	struct far_admit *a = self;
-	int r = admit_enter(a, 0);
-	return r ? r : far_extents(a->inner, off, len, out, max, n);
+	return ADMIT(a, 0, far_extents(a->inner, off, len, out, max, n));
 }
 
 static void admit_stop(void *self)
@@ -173,6 +195,12 @@ int far_admit_new(struct far_backend *inner, uint64_t max_wait, struct far_backe
 	}
 	*gate = a;
 	return 0;
+}
+
+void far_admit_on_doubt(struct far_admit *a, void (*doubt)(void *opaque), void *opaque)
+{
+	a->doubt = doubt;
+	a->opaque = opaque;
 }
 
 void far_admit_open(struct far_admit *a, uint64_t until)

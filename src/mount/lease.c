@@ -83,6 +83,17 @@ static void leaser_admit(struct far_leaser *l, uint64_t until)
 		far_admit_open(l->c.gate, until);
 }
 
+/* The remote refuses us: is it another one, or another's? From any thread that calls it. */
+static void leaser_doubt_cb(void *opaque)
+{
+	struct far_leaser *l = opaque;
+
+	far_mutex_lock(&l->lock);
+	l->next = 0;
+	far_cond_broadcast(&l->wake);
+	far_mutex_unlock(&l->lock);
+}
+
 /* ------------------------------------------------------------------------------------------------ questions */
 
 /* A peer of the plain service has no more than a number for its connection. */
@@ -217,6 +228,11 @@ static void leaser_fence(struct far_leaser *l, const struct far_origin *o, const
 static bool leaser_lost(struct far_leaser *l, int r, const struct far_lease *a)
 {
 	const struct far_kept *k = l->c.kept;
+	struct far_origin known;
+
+	far_leaser_origin(l, &known);
+	if (known.identity[0] && a->origin.identity[0] && strcmp(known.identity, a->origin.identity) != 0)
+		return false; /* a stranger at its address */
 	uint64_t ours = l->granted ? a->epoch : k->p && far_kept_ours(far_persist_info(k->p)) ?
 			far_persist_info(k->p)->origin.epoch : 0;
 
@@ -261,7 +277,7 @@ static void leaser_step(struct far_leaser *l)
 	struct far_error e = { 0 };
 	struct far_origin o;
 	struct far_lease a;
-	bool was_away = l->backoff != LEASER_BACKOFF || (l->offline && !l->known);
+	bool began = l->offline && !l->known, was_away = began || l->backoff != LEASER_BACKOFF;
 	int r = leaser_try(l, &a, &e);
 
 	if (r) {
@@ -271,7 +287,7 @@ static void leaser_step(struct far_leaser *l)
 	l->backoff = LEASER_BACKOFF;
 	l->told_busy = l->told_away = false;
 	if (was_away)
-		far_log(FAR_LOG_INFO, "%s is in reach again", l->c.kept->source);
+		far_log(began ? FAR_LOG_WARNING : FAR_LOG_INFO, "%s is in reach again", l->c.kept->source);
 	far_leaser_origin(l, &o);
 	l->c.heard(l->c.opaque, &o);
 }
@@ -391,6 +407,8 @@ int far_leaser_open(const struct far_leaser_conf *conf, struct far_leaser **out,
 	far_mutex_lock(&l->lock);
 	l->origin = (struct far_origin)FAR_ORIGIN_INIT;
 	far_mutex_unlock(&l->lock);
+	if (l->c.gate)
+		far_admit_on_doubt(l->c.gate, leaser_doubt_cb, l);
 	int r = leaser_writer(l);
 	if (r)
 		far_error_set(err, -r, "cannot make up a name for this writer: %s", far_strerror(r));
@@ -475,6 +493,8 @@ void far_leaser_close(struct far_leaser *l)
 		return;
 	far_leaser_stop(l);
 	far_thread_join(&l->thread);
+	if (l->c.gate)
+		far_admit_on_doubt(l->c.gate, NULL, NULL);
 	far_cond_fini(&l->wake);
 	far_mutex_fini(&l->lock);
 	free(l);

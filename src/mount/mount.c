@@ -253,7 +253,7 @@ static void mnt_fenced_cb(void *opaque, const struct far_origin *o, const char *
 		snprintf(saved, sizeof saved, ". %s are unsaved: end this mount, then save them with 'farpage copy --dirty %.150s file:NEW'",
 			 far_format_size(size, sizeof size, st.dirty), m->o.local);
 	else if (st.dirty)
-		snprintf(saved, sizeof saved, ". %s are unsaved here", far_format_size(size, sizeof size, st.dirty));
+		snprintf(saved, sizeof saved, ". %s are unsaved: copy what you need from the file before this mount ends", far_format_size(size, sizeof size, st.dirty));
 	far_log(FAR_LOG_ERROR, "%s. Writes fail from now on and nothing is pushed%s", why, saved);
 }
 

@@ -525,6 +525,8 @@ int far_region_wait_local(struct far_region *r, uint64_t bytes)
 	int err = 0;
 
 	atomic_fetch_add(&p->waiters, 1);
+	if (far_chunkmap_local(r->map) < want)
+		far_pull_again(r); /* what was evicted by hand is not pulled by itself */
 	far_mutex_lock(&p->lock);
 	uint64_t errors = p->errors;
 	while (far_chunkmap_local(r->map) < want && !(err = pull_sleep_locked(p, errors)))

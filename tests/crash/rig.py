@@ -252,6 +252,10 @@ class Link:
             for p in self.pairs:
                 p['held'] = []
 
+    def held(self):
+        with self.lock:
+            return sum(len(d) for p in self.pairs for d in p['held'] or ())
+
     def release(self):
         """Bytes that were delivered late."""
         with self.lock:

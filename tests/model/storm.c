@@ -78,7 +78,7 @@ static uint64_t rnd(uint64_t *s)
 enum fate { WORKS, FAILS, FAILS_LATE };
 
 /* The call reaches the server, whichever runs now. */
-static enum fate store_call(struct store *s)
+static enum fate store_call(struct store *s) FAR_NO_TSA
 {
 	far_mutex_lock(&s->lock);
 	s->heard = s->instance;
@@ -86,7 +86,7 @@ static enum fate store_call(struct store *s)
 	return x >= s->rate ? WORKS : x % 2 ? FAILS : FAILS_LATE;
 }
 
-static int store_end(struct store *s, enum fate f)
+static int store_end(struct store *s, enum fate f) FAR_NO_TSA
 {
 	far_mutex_unlock(&s->lock);
 	return f == WORKS ? 0 : -ECONNRESET;

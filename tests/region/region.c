@@ -646,6 +646,22 @@ static void evicted_chunks_are_fetched_again_and_dirty_ones_stay(void **state)
 	teardown(&f);
 }
 
+static void what_was_evicted_is_pulled_for_who_waits(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+
+	o.pull_workers = 2;
+	setup(&f, 64, &o);
+	uint64_t old = far_deadline_limit(far_now() + LONG_TIME);
+	assert_int_equal(far_region_wait_local(f.r, 64 * CHUNK), 0);
+	assert_int_equal(far_region_evict(f.r, 0, 64 * CHUNK), 0);
+	assert_int_equal(far_region_wait_local(f.r, 20 * CHUNK), 0);
+	far_deadline_restore(old);
+	assert_true(status(&f).local >= 20 * CHUNK);
+	teardown(&f);
+}
+
 static unsigned order_of(struct fixture *f, uint64_t chunk)
 {
 	for (unsigned k = 0; k < f->s.n_order; k++)
@@ -772,6 +788,7 @@ int main(void)
 		cmocka_unit_test(writers_past_the_budget_wait_for_the_push),
 		cmocka_unit_test(the_local_budget_is_kept),
 		cmocka_unit_test(evicted_chunks_are_fetched_again_and_dirty_ones_stay),
+		cmocka_unit_test(what_was_evicted_is_pulled_for_who_waits),
 		cmocka_unit_test(a_reader_does_not_stand_behind_the_pull),
 		cmocka_unit_test(a_sequential_reader_is_fetched_ahead),
 		cmocka_unit_test(chunk_local_tells_each_chunk_once),
