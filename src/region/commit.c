@@ -326,6 +326,11 @@ int far_commit_run(struct far_persist *p, enum far_commit what)
 {
 	struct commit c = { .p = p, .what = what };
 
+	/* What a commit that failed has decided goes first: else this one's table of half-written chunks may leave out a chunk
+	 * that the file still calls half-written. */
+	int late = commit_pages(&c);
+	if (late)
+		return late;
 	commit_partials(&c);
 	if (!c.err)
 		commit_collect(&c);
