@@ -217,6 +217,8 @@ int farmap_write_segment(struct far_persist *p, uint64_t s)
 		g->slot = slot;
 		g->seq++;
 		g->synced = g->ahead = g->lost = false;
+	} else {
+		g->lost |= !g->synced; /* it may be torn, and a sync says nothing of that */
 	}
 	return err;
 }

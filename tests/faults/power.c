@@ -450,8 +450,10 @@ static void look_story(struct look *l, const struct record_cut *c, uint64_t s)
 	uint64_t chunk = s * RECORD_SECTOR / RIG_CHUNK;
 
 	for (size_t i = 0; i < c->at; i++) {
-		const struct record_entry *e = &l->p->rec.e[i];
-		if (e->kind == RECORD_NOTE && e->off & NOTE_FLUSHED) {
+		const struct record_entry *e = &c->r->e[i];
+		if (e->kind == RECORD_NOTE && c->r != &l->p->rec) {
+			print_message("%zu: the flush of the first mount acknowledged\n", i);
+		} else if (e->kind == RECORD_NOTE && e->off & NOTE_FLUSHED) {
 			print_message("%zu: flush acknowledged, state %u\n", i, l->p->o.flush[e->off & ~NOTE_FLUSHED][s]);
 		} else if (e->kind == RECORD_NOTE) {
 			struct change *ch = &l->p->o.change[e->off & ~NOTE_WRITE];
@@ -511,9 +513,11 @@ static void look_remote(struct look *l)
 		uint64_t off = hot[k] * RIG_CHUNK, len = far_min(RIG_CHUNK, BYTES - off);
 		for (uint64_t at = 0; at < len; at += RECORD_SECTOR)
 			if (memcmp(l->p->remote.data + off + at, l->seen[(off + at) / RECORD_SECTOR],
-				   (size_t)far_min(RECORD_SECTOR, len - at)))
+				   (size_t)far_min(RECORD_SECTOR, len - at))) {
+				look_story(l, l->p->cut, (off + at) / RECORD_SECTOR);
 				fail_msg("%s: the flush has not brought sector %llu to the remote", l->when,
 					 (unsigned long long)((off + at) / RECORD_SECTOR));
+			}
 	}
 }
 
