@@ -45,7 +45,7 @@
 #include <sys/stat.h>
 
 #define PERSIST_INTERVAL FAR_SEC
-#define PERSIST_INTERVAL_MAX (30 * FAR_SEC)
+#define PERSIST_INTERVAL_MAX (5 * FAR_SEC)
 #define PERSIST_SHARE 9 /* a commit may take a tenth of the disk's time */
 #define PERSIST_AHEAD 8u  /* groups marked at once when writes go forward */
 #define PERSIST_AROUND 16u /* when they go to and fro */

@@ -553,6 +553,7 @@ class Bench(Rig):
             self.link.up()
             self.commits(15, 'with the new link')
         elif what == 'offline':
+            self.all_kept()
             self.rng.choice([self.link.cut, self.link.silence])()
             self.commits(15, 'without a link')
             self.kill_mount()
@@ -567,6 +568,13 @@ class Bench(Rig):
         if what in ('server', 'power there', 'link', 'offline'):
             self.app.kill() if isinstance(self.app, Sqlite) else self.app.stop_clients()
             self.app.verify(*self.here())
+
+    def all_kept(self):
+        """Offline there is what the map knew when the mount was killed."""
+        def all_of_it():
+            m = self.status_map('cache.img.farmap')
+            return m['local_chunks'] * m['chunk'] >= m['size']
+        wait_for(all_of_it, 'the map to know that all is local', 60)
 
     def here(self):
         return ('here',) if isinstance(self.app, Postgres) else (self.path(
