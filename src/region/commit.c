@@ -57,8 +57,9 @@ static bool commit_grow(struct commit *c, void *array, size_t *room, size_t need
 	return true;
 }
 
-static void commit_partial(struct commit *c, const struct far_partial *e)
+static void commit_partial(void *opaque, const struct far_partial *e)
 {
+	struct commit *c = opaque;
 	size_t len = farmap_put_partial(NULL, e);
 
 	if (c->err || !commit_grow(c, &c->partials, &c->partials_room, c->partials_n + len, 1) ||
@@ -67,11 +68,6 @@ static void commit_partial(struct commit *c, const struct far_partial *e)
 	farmap_put_partial(c->partials + c->partials_n, e);
 	c->partials_n += len;
 	c->partial_ids[c->partial_ids_n++] = e->chunk;
-}
-
-static void commit_partial_cb(void *opaque, const struct far_partial *e)
-{
-	commit_partial(opaque, e);
 }
 
 static int commit_by_id(const void *a, const void *b)
@@ -94,7 +90,7 @@ static void commit_partials(struct commit *c)
 	size_t at = 0, live;
 	int err;
 
-	far_chunkmap_each_partial(p->r->map, commit_partial_cb, c);
+	far_chunkmap_each_partial(p->r->map, commit_partial, c);
 	if (c->err)
 		return;
 	if (c->partial_ids_n)
@@ -147,7 +143,7 @@ static void commit_again(struct commit *c, uint64_t i)
 }
 
 /* Take the mark of chunk i's group away if nothing in it may be newer than what was flushed. */
-static bool commit_unmark(struct commit *c, uint64_t i)
+static void commit_unmark(struct commit *c, uint64_t i)
 {
 	struct far_persist *p = c->p;
 	uint64_t g = i / FARMAP_GROUP, first = g * FARMAP_GROUP, end = far_min(first + FARMAP_GROUP, p->chunks);
@@ -164,7 +160,6 @@ static bool commit_unmark(struct commit *c, uint64_t i)
 	} else if (s->marks & bit) {
 		atomic_fetch_or_explicit(&s->durable, bit, memory_order_seq_cst);
 	}
-	return quiet;
 }
 
 /* It became clean without anybody having had all of its bytes in hand: half-written ones that were pushed as they were. */
@@ -198,10 +193,11 @@ static void commit_clean(struct commit *c, uint64_t i)
 	if (far_push_unstable(p->r, i)) {
 		/* The remote may yet forget it: it stays what it is, DIRTY or marked. */
 		commit_again(c, i);
-	} else if (farmap_kind(s, k) != FAR_PERSIST_CLEAN) {
-		err = farmap_set_kind(s, k, FAR_PERSIST_CLEAN);
+		return;
 	}
-	if (!err && farmap_marked(s, k) && !far_push_unstable(p->r, i))
+	if (farmap_kind(s, k) != FAR_PERSIST_CLEAN)
+		err = farmap_set_kind(s, k, FAR_PERSIST_CLEAN);
+	if (!err && farmap_marked(s, k))
 		commit_unmark(c, i);
 	c->err = c->err ? c->err : err;
 }
@@ -251,9 +247,7 @@ static void commit_decide(struct commit *c)
 		case FAR_EVICTING:
 			break;
 		}
-		if (err)
-			commit_again(c, i);
-		c->err = c->err ? c->err : err;
+		c->err = c->err ? c->err : err; /* then all of them come again */
 	}
 }
 

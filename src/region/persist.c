@@ -34,7 +34,6 @@
 #include "region/persist_int.h"
 
 #include "base/clock.h"
-#include "base/pool.h"
 #include "region/partial.h"
 #include "region/region_int.h"
 
@@ -266,6 +265,7 @@ int far_persist_flush_local(struct far_persist *p)
 	far_mutex_unlock(&p->lock);
 	return err;
 }
+
 /* A commit that began after we came does our work as well. */
 int far_persist_commit(struct far_persist *p)
 {
@@ -390,6 +390,9 @@ static int persist_restore_partials(struct far_persist *p)
 	while ((e = farmap_get_partial(p, &at, &err))) {
 		if (farmap_kind(&p->seg[e->chunk / FARMAP_CHUNKS], e->chunk % FARMAP_CHUNKS) != FAR_PERSIST_PARTIAL) {
 			free(e);
+		} else if (far_chunkmap_state(p->r->map, e->chunk) != FAR_ABSENT) { /* told twice: no file of ours */
+			free(e);
+			return -EUCLEAN;
 		} else if (far_partial_whole(e)) {
 			far_chunkmap_restore(p->r->map, e->chunk, 1, true);
 			free(e);
