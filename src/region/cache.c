@@ -225,64 +225,75 @@ static int cache_verify(struct far_region *r, uint64_t i, uint64_t n)
 	return 0;
 }
 
+/* How often in a row the local store has failed this read, and chunk i, where it stands, was fetched. */
+struct cache_tries {
+	unsigned failures, fetches;
+};
+
+/* Chunk i is absent and [off, off+len) of it is wanted. 0: look again; 1: the bytes are in buf; or -errno. */
+static int cache_read_absent(struct far_region *r, uint64_t i, uint64_t max, uint64_t off, void *buf, size_t len,
+			     struct cache_tries *t)
+{
+	/* What is written there cannot be read again, or others need the room more urgently. */
+	bool past = t->failures >= CACHE_LOCAL_TRIES || t->fetches >= CACHE_LOCAL_TRIES;
+	int err = -EAGAIN;
+
+	if (r->trace)
+		far_trace_touch(r->trace, i, 1);
+	if (!past || far_chunkmap_state(r->map, i) != FAR_ABSENT)
+		err = far_cache_need(r, i, max);
+	t->fetches++;
+	if (!err)
+		return 0;
+	if (past || t->failures || atomic_load_explicit(&r->local_error, memory_order_relaxed))
+		err = cache_read_past(r, i, off, buf, len, err);
+	return err == -EAGAIN ? 0 : err ? err : 1;
+}
+
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct far_region *r = self;
 	uint64_t end = off + len;
-	unsigned failures = 0, fetches = 0; /* of the local store, in a row; of the chunk at off */
+	struct cache_tries t = { 0, 0 };
 	bool fetched = false;
 	char *p = buf;
 
 	while (off < end) {
-		uint64_t i = off >> r->shift, last = failures ? i : (end - 1) >> r->shift;
+		uint64_t i = off >> r->shift, last = t.failures ? i : (end - 1) >> r->shift;
 		uint64_t n = far_chunkmap_pin(r->map, i, last - i + 1);
 		uint64_t stop = n ? far_min(end, (i + n) << r->shift) : far_min(end, (i + 1) << r->shift);
-		int err;
+		int err = 0;
 
 		if (!n && far_chunkmap_pin_partial(r->map, i, off - (i << r->shift), stop - (i << r->shift)))
 			n = 1;
 		if (!n) {
 			if (flags & FAR_NOWAIT)
 				return -EAGAIN;
-			if (r->trace)
-				far_trace_touch(r->trace, i, 1);
-			/* What is written there cannot be read again, or others need the room more urgently. */
-			bool past = failures >= CACHE_LOCAL_TRIES || fetches >= CACHE_LOCAL_TRIES;
-			err = past && far_chunkmap_state(r->map, i) == FAR_ABSENT ? -EAGAIN
-										  : far_cache_need(r, i, last - i + 1);
 			fetched = true;
-			fetches++;
+			err = cache_read_absent(r, i, last - i + 1, off, p, (size_t)(stop - off), &t);
+			if (err < 0)
+				return err;
 			if (!err)
 				continue;
-			if (past || failures || atomic_load_explicit(&r->local_error, memory_order_relaxed))
-				err = cache_read_past(r, i, off, p, (size_t)(stop - off), err);
-			if (err == -EAGAIN)
+		} else {
+			if (r->trace)
+				far_trace_touch(r->trace, i, n);
+			far_pull_touched(r, i, n);
+			if (far_persist_is_unverified(r->persist, i, n))
+				err = flags & FAR_NOWAIT ? -EAGAIN : cache_verify(r, i, n);
+			if (!err)
+				err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
+			far_chunkmap_unpin(r->map, i, n);
+			if (err) {
+				err = cache_read_failed(r, i, n, &t.failures, err);
+				if (err)
+					return err;
 				continue;
-			if (err)
-				return err;
-			p += stop - off;
-			off = stop;
-			failures = fetches = 0;
-			continue;
-		}
-		if (r->trace)
-			far_trace_touch(r->trace, i, n);
-		far_pull_touched(r, i, n);
-		err = 0;
-		if (far_persist_is_unverified(r->persist, i, n))
-			err = flags & FAR_NOWAIT ? -EAGAIN : cache_verify(r, i, n);
-		if (!err)
-			err = far_read(r->local, off, p, (size_t)(stop - off), flags & FAR_NOWAIT);
-		far_chunkmap_unpin(r->map, i, n);
-		if (err) {
-			err = cache_read_failed(r, i, n, &failures, err);
-			if (err)
-				return err;
-			continue;
+			}
 		}
 		p += stop - off;
 		off = stop;
-		failures = fetches = 0;
+		t = (struct cache_tries){ 0, 0 };
 	}
 	if (fetched)
 		far_evict_trim(r);

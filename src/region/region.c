@@ -68,14 +68,11 @@ static int region_bad(struct far_region *r)
 	return r->bad ? 0 : -ENOMEM;
 }
 
-int far_region_open(const struct far_region_conf *conf, struct far_region **out, struct far_error *err)
+/* What the caller gave, checked. */
+static int region_take(struct far_region *r, const struct far_region_conf *conf, struct far_error *err)
 {
-	struct far_region *r = calloc(1, sizeof *r);
 	const struct far_facts *facts = far_facts(conf->remote);
-	int e;
 
-	if (!r)
-		return far_error_set(err, ENOMEM, "no memory for a region");
 	r->o = *conf->opts;
 	r->remote = conf->remote;
 	r->local = conf->local;
@@ -85,16 +82,27 @@ int far_region_open(const struct far_region_conf *conf, struct far_region **out,
 	r->local_zero = conf->local_is_zero;
 	r->all_local = conf->all_local;
 	r->all_local_opaque = conf->opaque;
-	e = region_defaults(&r->o, err);
+	int e = region_defaults(&r->o, err);
 	if (e)
-		goto fail;
-	if (far_size(r->local) != r->bytes) {
-		e = far_error_set(err, EINVAL, "the local store has %" PRIu64 " bytes and the remote %" PRIu64
-				  ": they must be the same", far_size(r->local), r->bytes);
-		goto fail;
-	}
+		return e;
+	if (far_size(r->local) != r->bytes)
+		return far_error_set(err, EINVAL, "the local store has %" PRIu64 " bytes and the remote %" PRIu64
+				     ": they must be the same", far_size(r->local), r->bytes);
 	r->chunk = r->o.chunk;
 	r->shift = (unsigned)__builtin_ctzll(r->chunk);
+	return 0;
+}
+
+int far_region_open(const struct far_region_conf *conf, struct far_region **out, struct far_error *err)
+{
+	struct far_region *r = calloc(1, sizeof *r);
+	int e;
+
+	if (!r)
+		return far_error_set(err, ENOMEM, "no memory for a region");
+	e = region_take(r, conf, err);
+	if (e)
+		goto fail;
 	e = far_chunkmap_open(&r->map, r->bytes, r->shift, r->o.max_partial);
 	if (!e)
 		e = far_evict_open(r);
