@@ -288,6 +288,24 @@ enum far_follow {
 	FAR_FOLLOW_LOST,      /* the peer is out of reach, or has older content than was seen: what is here stays as it was */
 };
 
+/* How a pointer's pages are filled; far_map(3) says what each needs. */
+enum far_mechanism {
+	FAR_MECH_AUTO,
+	FAR_MECH_SHARE,    /* the backend's own pages are mapped: nothing is copied (direct only) */
+	FAR_MECH_MOVE,     /* UFFDIO_MOVE of huge pages that were filled aside; UFFDIO_COPY for single chunks */
+	FAR_MECH_CONTINUE, /* huge shared memory, filled through a second mapping; UFFDIO_CONTINUE */
+	FAR_MECH_COPY,     /* UFFDIO_COPY */
+	FAR_MECH_SIGSEGV,  /* a SIGSEGV handler and mprotect(2): read-only, where userfaultfd is refused */
+};
+/* How stores through a pointer are found. */
+enum far_tracking {
+	FAR_TRACK_AUTO,
+	FAR_TRACK_NONE,  /* read-only, or the pages are the backend's own */
+	FAR_TRACK_ASYNC, /* the kernel notes written pages, PAGEMAP_SCAN reads and re-arms (6.7) */
+	FAR_TRACK_SYNC,  /* the first store to a clean page is a fault that we allow (5.7, shared memory 5.19) */
+	FAR_TRACK_HASH,  /* everything that is local is hashed and compared */
+};
+
 struct far_status {
 	size_t size;
 	enum far_mode mode;          /* DIRECT or MANAGED */
@@ -314,6 +332,18 @@ struct far_status {
 	enum far_follow follow;
 	bool persistent;             /* the chunk map survives the process */
 	bool local_full;             /* the local store took no more bytes when last asked */
+
+	/* Pointers only. */
+	enum far_mechanism mechanism;
+	enum far_tracking tracking;
+	bool kernel_faults;          /* system calls may be given absent memory; else they fail with EFAULT */
+	bool outside;                /* served by another process */
+	uint64_t faults;             /* that were served */
+	uint64_t poisoned;           /* bytes whose use raises SIGBUS, until far_mount_heal() or until they are pulled */
+	uint32_t n_blocked;          /* how many of the following are set */
+	uint32_t reserved2;
+	uint64_t blocked_at[8];      /* offsets that a thread has waited for longest, and for how long */
+	uint64_t blocked_ms[8];
 };
 #define FAR_STATUS_INIT { .size = sizeof(struct far_status) }
 
@@ -346,6 +376,13 @@ struct far_mount_opts {
 	bool discard_clean;           /* the remote is not what the local store was filled from: forget clean chunks */
 	bool force;                   /* ... and push dirty ones over what is there now */
 	uint32_t follow_ms;           /* read-only: look for changes so often; 0: 1000; UINT32_MAX: never */
+
+	/* far_map() only. */
+	void *address;                /* map exactly there (a multiple of the page size, nothing may be there); NULL: anywhere */
+	enum far_mechanism mechanism; /* AUTO: the fastest that works here and fits the region */
+	enum far_tracking tracking;   /* AUTO: likewise */
+	bool inherit;                 /* a child after fork() sees the region too, as a private copy; needs CAP_SYS_PTRACE */
+	bool outside;                 /* served by another process (far_map_uri() only) */
 
 	/* Hooks: each gets `opaque`, runs on a thread of the library and must not call back into the mount. A non-zero
 	 * return of before_flush or before_close is that call's error. */
@@ -384,6 +421,75 @@ FAR_API int far_mount_unpin(struct far_mount *m, uint64_t off, uint64_t len);
 FAR_API int far_mount_evict(struct far_mount *m, uint64_t off, uint64_t len);
 /* Flush, unmount, end the child. The flush's error is returned, and everything is closed all the same. */
 FAR_API int far_mount_close(struct far_mount *m);
+
+/* ---------------------------------------------------------------------------------------------- pointers */
+
+/*
+ * Show a region as memory: far_addr() is its first byte, rounded up to whole pages; what lies beyond the region reads as
+ * zeros and is never pushed. What is touched is fetched, what is stored is pushed in the background (managed) and by
+ * far_mount_flush(), which covers every store that ended before it was called. The rules for fork, mremap, munmap,
+ * madvise, mlock, system calls, signals, debuggers and the end are in far_map(3).
+ *
+ * far_map() owns `b` on success. With opts->local, stores are pushed into that local store first and from there to the
+ * remote; without it the memory itself is the local store. opts->local_max bounds the memory. opts->chunk 0: 64 KiB.
+ * All functions for mounts work on it but far_path() and far_fd(). Hooks of opts run in this process. Threads of the
+ * caller's backend and hooks must not touch the memory.
+ */
+FAR_API int far_map(struct far_backend *b, const struct far_mount_opts *opts, struct far_mount **out, struct far_error *err);
+FAR_API int far_map_uri(const char *uri, const struct far_mount_opts *opts, struct far_mount **out, struct far_error *err);
+FAR_API void *far_addr(const struct far_mount *m); /* valid until far_mount_close() */
+/* Fetch the range and put it into the memory: afterwards no touch of it waits (until it is evicted). */
+FAR_API int far_mount_populate(struct far_mount *m, uint64_t off, uint64_t len);
+/* The range reads as zeros from now on, here and after the next flush on the remote. */
+FAR_API int far_mount_discard(struct far_mount *m, uint64_t off, uint64_t len);
+/* Make poisoned pages of the range absent again: the next touch fetches them. */
+FAR_API int far_mount_heal(struct far_mount *m, uint64_t off, uint64_t len);
+/* Something was stored in a way that no tracking sees: by a device into pages that are pinned for long (io_uring's
+ * registered buffers). Call it after the I/O has ended and before far_mount_flush(). */
+FAR_API int far_mount_stored(struct far_mount *m, uint64_t off, uint64_t len);
+
+/*
+ * Memory of another process. Whoever has memory registered with a userfaultfd hands the descriptor over a connected unix
+ * stream socket; whoever receives it serves the faults.
+ */
+struct far_handover_range {
+	uint64_t addr; /* in the other process, a multiple of the page size */
+	uint64_t len;  /* bytes, likewise */
+	uint64_t off;  /* in the region */
+};
+enum far_handover_format {
+	FAR_HANDOVER_FARPAGE,     /* doc/handover.md: length, features, version, acknowledgement */
+	FAR_HANDOVER_GO,          /* of userfaultfd-go: start address and descriptor only */
+	FAR_HANDOVER_FIRECRACKER, /* JSON list of mappings with the descriptor */
+};
+struct far_handover {
+	size_t size;
+	enum far_handover_format format;
+	int uffd;           /* owned by who has the struct */
+	int pagemap, mem;   /* of the process, "/proc/self/pagemap" and "/proc/self/mem"; -1: not given */
+	bool writable;      /* stores are to be pushed: registered with write-protection too */
+	uint64_t features;  /* of the userfaultfd: UFFD_FEATURE_* */
+	struct far_handover_range *range; /* malloc()ed */
+	size_t n;
+};
+#define FAR_HANDOVER_INIT { .size = sizeof(struct far_handover), .uffd = -1, .pagemap = -1, .mem = -1 }
+/* Send h's descriptors and ranges; with our format, wait for the acknowledgement. Nothing of h changes owner. */
+FAR_API int far_uffd_send(int socket, const struct far_handover *h, struct far_error *err);
+/* Receive what a peer sends in any of the formats. With our format far_uffd_accept() must follow. */
+FAR_API int far_uffd_receive(int socket, struct far_handover *h, struct far_error *err);
+/* Answer: 0, or a positive errno with a sentence. Nothing happens in the formats that have no answer. */
+FAR_API int far_uffd_accept(int socket, const struct far_handover *h, int code, const char *text);
+FAR_API void far_handover_fini(struct far_handover *h); /* close the descriptors, free the ranges */
+
+/* Serve faults of memory that was handed over, from `b`, which stays the caller's and outlives the pager. `opts`: chunk,
+ * order, pull_workers, deadline, policy and the like. Takes h's descriptors on success. Ends by itself when the other
+ * process is gone: then ended(opaque) is called once on a thread of the library. */
+struct far_pager;
+FAR_API int far_pager_open(struct far_handover *h, struct far_backend *b, const struct far_mount_opts *opts,
+			   void (*ended)(void *opaque), void *opaque, struct far_pager **out, struct far_error *err);
+FAR_API int far_pager_flush(struct far_pager *p);
+FAR_API void far_pager_status(struct far_pager *p, struct far_status *st);
+FAR_API int far_pager_close(struct far_pager *p); /* the last flush's error */
 
 /* ------------------------------------------------------------------------------------------------ server */
 

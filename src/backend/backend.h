@@ -11,6 +11,9 @@
 
 struct far_uri;
 
+/* Beside enum far_flags, for local stores that are memory behind a pointer: bytes from the remote; what is there stays. */
+#define FAR_FILL (1u << 8)
+
 /* Leaves. opts is never NULL here. Each takes the parsed URI and checks its own query keys. */
 typedef int far_leaf_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out,
 			  struct far_error *err);

@@ -12,7 +12,26 @@
 
 struct far_region;
 
+/*
+ * A local store that a program changes without asking: memory behind a pointer. Nobody else's calls change its bytes once
+ * a chunk is local, but fills (far_write with FAR_FILL) and discards.
+ */
+struct far_region_memory {
+	void *self;
+	/* Find what was stored since the last look and call far_region_stored() for it. Everything that was stored before the
+	 * call has been told when it returns 0, also what another thread's call found that was still running. */
+	int (*collect)(void *self, struct far_region *r);
+	/* [off, off+len) is about to be read for a push: what is stored there from now on is found by a later collect. */
+	void (*arm)(void *self, uint64_t off, uint64_t len);
+	/* These bytes were read for that push. */
+	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
+	/* A buffer from which a fill of whole huge pages costs no copy; NULL: none for this length, take any. */
+	void *(*stage)(void *self, uint64_t off, uint64_t len);
+	void (*unstage)(void *self, void *buf, uint64_t len);
+};
+
 struct far_region_conf {
+	const struct far_region_memory *memory; /* what `local` is, if it is memory behind a pointer; else NULL. Copied */
 	struct far_backend *remote;  /* owned from success on */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
 	struct far_persist *persist; /* the chunk map's file; NULL: state lives in memory. Owned from success on */
@@ -52,6 +71,17 @@ void far_region_fence(struct far_region *r);
 int far_region_refresh(struct far_region *r, uint64_t off, uint64_t len);
 /* The chunk map's file remembers what is known of the remote. Nothing to do without one. */
 int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced);
+/* Memory behind a pointer. A program waits at `off`: make that page local, then the chunk around it, and ask for what may
+ * come next. 0: look again with far_region_hold(); 1: the page has been filled. FAR_NOWAIT: -EAGAIN if that needs a
+ * fetch. Honours the thread's deadline. */
+int far_region_fault(struct far_region *r, uint64_t off, unsigned flags);
+/* Pin the chunk of `off`; false: it is not local. */
+bool far_region_hold(struct far_region *r, uint64_t off);
+void far_region_release(struct far_region *r, uint64_t off);
+/* [off, off+len) was stored by the program. allow(opaque, off, len), if there is one, lets it do so, for each part, after
+ * the chunk cannot go away any more and before it counts as dirty. */
+int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, void (*allow)(void *opaque, uint64_t off, uint64_t len),
+		      void *opaque);
 /* Ask the puller to take [off, off+len) next. */
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
 void far_region_status(struct far_region *r, struct far_status *st);

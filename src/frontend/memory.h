@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * A program's memory as the local store of a region: a backend whose pages are at an address, filled through userfaultfd,
+ * read in place, changed by the program without asking. Three jobs:
+ *
+ *     fill     far_write(FAR_FILL): pages that are there already stay, for the program may have stored into them
+ *     find     what was stored since the last look (asynchronous, by faults, or by hashing)
+ *     evict    far_discard(): atomically against stores: -EBUSY if one may not have been seen yet
+ *
+ * A page that is not there, in a chunk that is local, is zero. The range may lie in another process, and in several
+ * pieces there (mremap).
+ */
+#ifndef FAR_MEMORY_H
+#define FAR_MEMORY_H
+
+#include "backend/backend.h"
+#include "frontend/uffd.h"
+#include "region/region.h"
+
+struct far_memory;
+
+struct far_memory_conf {
+	int uffd;             /* borrowed */
+	int pagemap;          /* of the process that has the memory; borrowed */
+	int mem;              /* its /proc/PID/mem; borrowed; -1: it is ours, read in place */
+	const struct far_handover_range *range; /* copied; `off` rises, together they cover the region up to whole pages */
+	size_t n;
+	uint64_t bytes;       /* the region's size */
+	unsigned shift;       /* of its chunks */
+	enum far_mechanism mechanism; /* MOVE, CONTINUE or COPY */
+	enum far_tracking tracking;
+	unsigned have;        /* enum far_uffd_have */
+	char *alias;          /* CONTINUE: the second mapping of the shared memory; borrowed */
+	int shared;           /* CONTINUE: its descriptor; borrowed */
+	struct far_backend *remote; /* for pages that were unmapped while they were dirty */
+};
+/* The memory as a backend; owned by the caller, its close ends it. */
+int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, struct far_backend **store);
+/* What the region calls. */
+const struct far_region_memory *far_memory_calls(struct far_memory *m);
+
+/* Where offset `off` is now, and how many bytes from there on lie together; 0: unmapped. */
+uint64_t far_memory_addr(struct far_memory *m, uint64_t off, uint64_t *len);
+/* The offset at an address; false: none of ours. */
+bool far_memory_off(struct far_memory *m, uint64_t addr, uint64_t *off);
+/* A page that is still missing in a chunk that is local and pinned appears, as zeros; whoever waits for it goes on. */
+int far_memory_appear(struct far_memory *m, uint64_t addr);
+/* Pages of [addr, addr+len) raise SIGBUS from now on; whoever waits there goes on into that. */
+int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len);
+int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len);
+uint64_t far_memory_poisoned(struct far_memory *m); /* bytes */
+
+/* The program changed its mappings. remove: the range [addr, addr+len) is about to be dropped: true if it is we who do it. */
+bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len);
+void far_memory_unmapped(struct far_memory *m, uint64_t addr, uint64_t len);
+void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint64_t len);
+/* Drop the pages of [off, off+len), whatever is in them. */
+int far_memory_drop(struct far_memory *m, uint64_t off, uint64_t len);
+
+#endif
