@@ -80,6 +80,10 @@ int far_uffd_wake(int fd, uint64_t addr, uint64_t len);
  * PROTECT by a descriptor that has WP_ASYNC. */
 int far_uffd_written(int pagemap, uint64_t addr, uint64_t len, bool arm,
 		     int (*fn)(void *opaque, uint64_t addr, uint64_t len), void *opaque);
+/* The same, three times as fast, where every page was filled with bytes and none was dropped or poisoned since: absent
+ * pages and zeros would be told as written and be marked. */
+int far_uffd_written_whole(int pagemap, uint64_t addr, uint64_t len, bool arm,
+			   int (*fn)(void *opaque, uint64_t addr, uint64_t len), void *opaque);
 /* Whether each page of [addr, addr+len) is here (in memory or swapped out): one bool a page. By reading the pagemap,
  * which every kernel has. A page that is only marked counts as here: poisoned, or protected by far_uffd_protect() while it
  * was absent (asynchronous tracking and shared memory). */
