@@ -50,6 +50,7 @@ static const struct {
 	{ FAR_UFFD_MINOR, "minor", FAR_UFFD_MINOR_WP },
 	{ FAR_UFFD_MINOR_WP, "minor_wp" },
 	{ FAR_UFFD_HUGE, "huge" },
+	{ FAR_UFFD_THP, "thp" },
 	{ FAR_UFFD_EVENTS, "events" },
 	{ FAR_UFFD_FORK, "fork" },
 	{ FAR_UFFD_KERNEL, "kernel" },
@@ -174,6 +175,17 @@ static bool uffd_scan_works(void)
 	return n >= 0;
 }
 
+/* Private memory in huge pages, at least for who asks. */
+static bool uffd_thp(void)
+{
+	char text[64] = "";
+	int fd = open("/sys/kernel/mm/transparent_hugepage/enabled", O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+
+	far_fd_close(&fd);
+	return n > 0 && !strstr(text, "[never]");
+}
+
 static unsigned uffd_translate(uint64_t features)
 {
 	static const struct {
@@ -237,6 +249,8 @@ static unsigned uffd_ask(const char *without, char *why, size_t n)
 		have |= FAR_UFFD_SCAN;
 	else
 		have &= ~(unsigned)FAR_UFFD_WP_ASYNC;
+	if (uffd_thp())
+		have |= FAR_UFFD_THP;
 	for (size_t i = 0; i < FAR_ARRAY_LEN(uffd_words); i++)
 		if (uffd_masked(without, uffd_words[i].word))
 			have &= ~(uffd_words[i].bit | uffd_words[i].takes);

@@ -24,10 +24,11 @@ enum far_uffd_have {
 	FAR_UFFD_FORK = 1 << 10,    /* fork (CAP_SYS_PTRACE) */
 	FAR_UFFD_HUGE = 1 << 11,    /* shared memory in huge pages can be had (far_hugemem_open) */
 	FAR_UFFD_MINOR_WP = 1 << 12, /* UFFDIO_CONTINUE can arm (6.4) */
+	FAR_UFFD_THP = 1 << 13,     /* private memory in huge pages can be had (MADV_HUGEPAGE) */
 };
 
 /* What is here and not masked. FARPAGE_WITHOUT: a list of move, poison, wp_async, scan, wp, wp_shmem, minor, minor_wp,
- * huge, events, fork, kernel, uffd, fuse, and 6.1: what Debian 12's own kernel lacks (move, poison, wp_async, scan,
+ * huge, thp, events, fork, kernel, uffd, fuse, and 6.1: what Debian 12's own kernel lacks (move, poison, wp_async, scan,
  * minor_wp). Read and asked for at the first call. */
 unsigned far_uffd_have(void);
 /* The same with this list in place of the environment's, asked for anew: for tests. */
