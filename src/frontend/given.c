@@ -234,7 +234,7 @@ static void given_unwatch(struct far_pager *p)
 	far_thread_join(&p->life);
 }
 
-/* The pointer takes its own copy of h, so that h is whole again if anything fails. */
+/* What the pointer takes is a copy, so that h is whole if anything fails. */
 static int given_copy(const struct far_handover *h, struct far_handover *out)
 {
 	*out = (struct far_handover)FAR_HANDOVER_INIT;
@@ -244,7 +244,11 @@ static int given_copy(const struct far_handover *h, struct far_handover *out)
 	if (!out->range)
 		return -ENOMEM;
 	memcpy(out->range, h->range, h->n * sizeof *out->range);
-	return 0;
+	out->uffd = h->uffd < 0 ? -1 : fcntl(h->uffd, F_DUPFD_CLOEXEC, 0);
+	if (h->uffd < 0 || out->uffd >= 0)
+		return 0;
+	free(out->range);
+	return -errno;
 }
 
 /* Stores are not read then, so nothing is; but "no descriptor" would mean this process' own memory. */
@@ -305,12 +309,12 @@ int far_pager_open(struct far_handover *h, struct far_backend *b, const struct f
 	if (e) {
 		if (mine.mem != h->mem)
 			far_fd_close(&mine.mem);
+		far_fd_close(&mine.uffd); /* unless it went with what was half made */
 		free(mine.range);
 		given_free(p);
 		return e;
 	}
-	if (h->size >= sizeof *h)
-		far_fd_close(&mine.process); /* `p` has one of its own; the others are the pointer's now */
+	far_fd_close(&h->uffd); /* the rest of the descriptors are the pointer's now */
 	free(h->range);
 	struct far_handover empty = FAR_HANDOVER_INIT;
 	empty.size = h->size;
