@@ -366,7 +366,7 @@ int far_uffd_unregister(int fd, uint64_t addr, uint64_t len)
 /* ------------------------------------------------------------------------------------------------ filling */
 
 /* The mappings are changing. Most changes last microseconds; an event that nobody reads lasts as long as that. */
-static int uffd_wait(unsigned *turns)
+int far_uffd_wait(unsigned *turns)
 {
 	unsigned n = (*turns)++;
 
@@ -401,7 +401,7 @@ static int uffd_step(int r, int64_t moved, uint64_t left, uint64_t *done, unsign
 	}
 	if (code != EAGAIN && code != EINTR)
 		return -code;
-	r = uffd_wait(turns);
+	r = far_uffd_wait(turns);
 	return r ? r : 1;
 }
 
@@ -418,6 +418,11 @@ int far_uffd_copy(int fd, uint64_t addr, const void *src, uint64_t len, unsigned
 		if (flags & FAR_UFFD_ARM)
 			c.mode |= UFFDIO_COPY_MODE_WP;
 		r = ioctl(fd, UFFDIO_COPY, &c);
+		if (r && errno == EAGAIN && (flags & FAR_UFFD_ONCE)) {
+			n += c.copy > 0 ? far_min((uint64_t)c.copy, len - n) : 0;
+			r = -EAGAIN;
+			break;
+		}
 		r = uffd_step(r, c.copy, len - n, &n, &turns);
 	}
 	if (done)
@@ -529,7 +534,7 @@ int far_uffd_protect(int fd, uint64_t addr, uint64_t len, bool protect, unsigned
 	while (ioctl(fd, UFFDIO_WRITEPROTECT, &w)) {
 		if (errno != EAGAIN && errno != EINTR)
 			return -errno;
-		r = uffd_wait(&turns);
+		r = far_uffd_wait(&turns);
 		if (r)
 			return r;
 	}
