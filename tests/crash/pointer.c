@@ -11,7 +11,7 @@
  *   acked <= stored <= issued
  *
  *   issued   raised before the first word is stored
- *   stored   raised after the last one
+ *   stored   raised after the last one; of this life only
  *   acked    raised to what was stored before a flush (of this thread) began, when it has returned 0
  *
  * Right is any word whose version is from acked to issued; zeros are wrong everywhere. The next life looks at all of it
@@ -106,6 +106,17 @@ static void look(const struct round *r, const uint64_t *image, const char *where
 	}
 }
 
+/* What a life begins with: what the one before had stored and not flushed may be gone. */
+static void begin_with(const struct round *r, const uint64_t *image)
+{
+	for (uint64_t s = 0; s < SLOTS; s++) {
+		uint32_t oldest = UINT32_MAX;
+		for (uint64_t i = s * WORDS; i < (s + 1) * WORDS; i++)
+			oldest = far_min(oldest, (uint32_t)(image[i] >> 32));
+		r->l->stored[s] = oldest;
+	}
+}
+
 /* ------------------------------------------------------------------------------------------------ the one that dies */
 
 static void *writer_run(void *arg)
@@ -174,6 +185,7 @@ static void life(struct round *r, bool last)
 	uint64_t *image = malloc(BYTES);
 	MUST(!face_copy(image, far_addr(m), BYTES));
 	look(r, image, "the memory of the next life");
+	begin_with(r, image);
 	memcpy(r->l->last, image, BYTES);
 	free(image);
 	r->l->looked = true;
