@@ -363,7 +363,6 @@ static const struct setting settings[] = {
 	{ "chunks of a huge page", "continue-async", 2 * ODD, 2 * PAGE, 2 << 20 },
 	{ "64 KiB chunks", "continue-sync", ODD, 1536, 65536 },
 	{ "64 KiB chunks", "continue-hash", ODD, 1536, 65536 },
-	{ "huge pages, written", "move-async", 2 * ODD, 1536, 65536 },
 	{ "huge pages, written", "move-hash", 2 * ODD, 1536, 65536 },
 	{ "mapped, not copied", "share", ODD, 1536, 65536 },
 	{ "what is chosen here", "auto", ODD, 1536, 65536 },

@@ -15,6 +15,7 @@
 
 #define ASYNC (FAR_UFFD_ANY | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN)
 #define HUGE_ONES (FAR_UFFD_ANY | FAR_UFFD_MINOR | FAR_UFFD_HUGE)
+#define HUGE_ARMED (HUGE_ONES | FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP)
 
 const struct face_kind face_kinds[] = {
 	{ .name = "auto" },
@@ -23,14 +24,11 @@ const struct face_kind face_kinds[] = {
 	{ .name = "copy-sync", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC, .need = FAR_UFFD_ANY | FAR_UFFD_WP },
 	{ .name = "copy-hash", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY },
 	{ .name = "continue-async", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_ASYNC,
-	  .need = HUGE_ONES | ASYNC | FAR_UFFD_WP_SHMEM },
+	  .need = HUGE_ARMED | ASYNC },
 	{ .name = "continue-sync", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_SYNC,
-	  .need = HUGE_ONES | FAR_UFFD_WP_SHMEM },
+	  .need = HUGE_ARMED | FAR_UFFD_WP },
 	{ .name = "continue-hash", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_HASH, .need = HUGE_ONES },
-	{ .name = "move-async", .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_ASYNC, .need = FAR_UFFD_MOVE | ASYNC,
-	  .choosy = true },
-	{ .name = "move-hash", .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY | FAR_UFFD_MOVE,
-	  .choosy = true },
+	{ .name = "move-hash", .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY | FAR_UFFD_MOVE },
 	{ .name = "managed", .managed = true },
 	{ .name = "managed-sync", .managed = true, .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC,
 	  .need = FAR_UFFD_ANY | FAR_UFFD_WP },
@@ -39,7 +37,7 @@ const struct face_kind face_kinds[] = {
 	{ .name = "local-sync", .managed = true, .local = true, .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC,
 	  .need = FAR_UFFD_ANY | FAR_UFFD_WP },
 	{ .name = "move", .mechanism = FAR_MECH_MOVE, .need = FAR_UFFD_ANY | FAR_UFFD_MOVE, .read_only = true },
-	{ .name = "sigsegv", .mechanism = FAR_MECH_SIGSEGV, .read_only = true },
+	{ .name = "sigsegv", .mechanism = FAR_MECH_SIGSEGV, .read_only = true, .choosy = true },
 	{ .name = NULL },
 };
 
