@@ -170,6 +170,30 @@ static void track_arm(void *self, uint64_t off, uint64_t len)
 	far_mem_each(self, from, off + len - from, track_arm_piece, self);
 }
 
+static int track_there_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+	bool here[64];
+
+	for (uint64_t n; addr && len; addr += n, len -= n) {
+		n = far_min(len, FAR_ARRAY_LEN(here) * MEM_PAGE);
+		int err = m->c.mechanism == FAR_MECH_CONTINUE ? far_uffd_mapped(m->c.pagemap, addr, n, here)
+							      : far_uffd_present(m->c.pagemap, addr, n, here);
+		for (uint64_t k = 0; k < n / MEM_PAGE && !err; k++)
+			err = here[k] ? 0 : -ENOENT;
+		if (err)
+			return err;
+	}
+	return addr ? 0 : -ENOENT;
+}
+
+static bool track_there(void *self, uint64_t off, uint64_t len)
+{
+	uint64_t from = off / MEM_PAGE * MEM_PAGE, end = far_div_up(off + len, MEM_PAGE) * MEM_PAGE;
+
+	return far_mem_each(self, from, end - from, track_there_piece, self) == 0;
+}
+
 /* ----------------------------------------------------------------------------------------------------------- collect */
 
 /* Whether [off, off+len), inside one chunk, is known to hold what `hash` is of. */
@@ -488,6 +512,7 @@ void far_mem_track_open(struct far_memory *m)
 		.self = m,
 		.collect = track_collect,
 		.arm = track_arm,
+		.there = track_there,
 		.pushed = track_pushed,
 		.came = track_came,
 		.stage = m->c.mechanism == FAR_MECH_MOVE && m->ours ? far_mem_stage : NULL,
