@@ -193,6 +193,22 @@ int far_region_remember(struct far_region *r, const struct far_facts *facts, con
 	return far_persist_remember(r->persist, NULL, facts, origin, fenced);
 }
 
+enum far_region_look far_region_look(struct far_region *r, uint64_t off)
+{
+	switch (far_chunkmap_state(r->map, off >> r->shift)) {
+	case FAR_ABSENT:
+	case FAR_EVICTING:
+		return FAR_LOOK_ABSENT;
+	case FAR_FETCHING:
+	case FAR_FILLING:
+		return FAR_LOOK_FETCHING;
+	case FAR_CLEAN:
+		return FAR_LOOK_LOCAL;
+	default:
+		return FAR_LOOK_DIRTY;
+	}
+}
+
 void far_region_status(struct far_region *r, struct far_status *st)
 {
 	struct far_status s = FAR_STATUS_INIT;
