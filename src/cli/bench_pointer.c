@@ -124,6 +124,8 @@ static struct pointer_conf pointer_conf(const struct bench *b, const struct poin
 	c.threads = b->threads ? b->threads : 64;
 	if (b->rtt != FAR_NEVER && k->rtt)
 		c.rtt = b->rtt;
+	if (b->ns && c.rtt) /* one after the other */
+		c.ops = (unsigned)far_min(c.ops, b->ns / c.rtt + 1);
 	return c;
 }
 
