@@ -77,6 +77,9 @@ static int region_take(struct far_region *r, const struct far_region_conf *conf,
 	r->remote = conf->remote;
 	r->local = conf->local;
 	r->persist = conf->persist;
+	if (conf->memory)
+		r->memory = *conf->memory;
+	r->ahead_only = conf->ahead_only;
 	r->bytes = facts->bytes;
 	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
 	r->local_zero = conf->local_is_zero;
@@ -90,6 +93,8 @@ static int region_take(struct far_region *r, const struct far_region_conf *conf,
 				     ": they must be the same", far_size(r->local), r->bytes);
 	r->chunk = r->o.chunk;
 	r->shift = (unsigned)__builtin_ctzll(r->chunk);
+	/* A program that reads memory says nothing until it meets the next absent page. */
+	r->ahead_max = far_max((r->memory.self ? 64 * FAR_MIB : 8 * FAR_MIB) >> r->shift, 4);
 	return 0;
 }
 
@@ -169,6 +174,9 @@ int far_region_flush(struct far_region *r)
 		return err;
 	if (!r->writable)
 		return 0;
+	err = r->memory.self ? r->memory.collect(r->memory.self, r) : 0;
+	if (err)
+		return err;
 	if (r->o.durable == FAR_DURABLE_LOCAL)
 		return r->persist ? far_persist_commit(r->persist) : far_flush(r->local);
 	/* The local store is flushed beside it: persist.c, rule 5. */

@@ -12,6 +12,8 @@
 
 struct far_region;
 
+#define FAR_STAGE ((uint64_t)2 << 20) /* a huge page */
+
 /*
  * A local store that a program changes without asking: memory behind a pointer. Nobody else's calls change its bytes once
  * a chunk is local, but fills (far_write with FAR_FILL) and discards.
@@ -25,7 +27,7 @@ struct far_region_memory {
 	void (*arm)(void *self, uint64_t off, uint64_t len);
 	/* These bytes were read for that push. */
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
-	/* A buffer from which a fill of whole huge pages costs no copy; NULL: none for this length, take any. */
+	/* A buffer from which a fill of whole huge pages costs no copy, for a range of whole aligned FAR_STAGE; NULL: take any. */
 	void *(*stage)(void *self, uint64_t off, uint64_t len);
 	void (*unstage)(void *self, void *buf, uint64_t len);
 };
@@ -35,6 +37,7 @@ struct far_region_conf {
 	struct far_backend *remote;  /* owned from success on */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
 	struct far_persist *persist; /* the chunk map's file; NULL: state lives in memory. Owned from success on */
+	bool ahead_only;             /* pull only what is asked for or foreseen, whatever the order */
 	bool local_is_zero;          /* it reads as zeros everywhere now: zero chunks need no write */
 	/* Called once on a thread of the puller or of a caller when all of it is local for the first time; NULL: nobody
 	 * wants to know. */
@@ -72,16 +75,17 @@ int far_region_refresh(struct far_region *r, uint64_t off, uint64_t len);
 /* The chunk map's file remembers what is known of the remote. Nothing to do without one. */
 int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced);
 /* Memory behind a pointer. A program waits at `off`: make that page local, then the chunk around it, and ask for what may
- * come next. 0: look again with far_region_hold(); 1: the page has been filled. FAR_NOWAIT: -EAGAIN if that needs a
- * fetch. Honours the thread's deadline. */
-int far_region_fault(struct far_region *r, uint64_t off, unsigned flags);
+ * come next. Before it blocks it asks may_block(opaque). 0: look again with far_region_hold(); 1: the page has been
+ * filled; -EAGAIN: it may not block and would have to. Honours the thread's deadline. */
+int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque);
 /* Pin the chunk of `off`; false: it is not local. */
 bool far_region_hold(struct far_region *r, uint64_t off);
 void far_region_release(struct far_region *r, uint64_t off);
-/* [off, off+len) was stored by the program. allow(opaque, off, len), if there is one, lets it do so, for each part, after
- * the chunk cannot go away any more and before it counts as dirty. */
-int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, void (*allow)(void *opaque, uint64_t off, uint64_t len),
-		      void *opaque);
+/* [off, off+len), whole pages, was stored by the program, or will be as soon as allow(opaque, off, len) lets it: that is
+ * called, if given, for each part, when the chunk cannot go away any more and before it counts as dirty. It must not
+ * block. FAR_NOWAIT: -EAGAIN rather than wait (parts before that have been done; doing them again is harmless). */
+int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned flags,
+		      void (*allow)(void *opaque, uint64_t off, uint64_t len), void *opaque);
 /* Ask the puller to take [off, off+len) next. */
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
 /* What the chunk of `off` is at this moment, for who draws it. */

@@ -1,0 +1,145 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * A region whose local store is memory behind a pointer: the program reads and writes it without calling anybody. What
+ * it meets that is not there comes in as a fault; what it has stored is told afterwards, by whoever found it. Telling is
+ * a write whose copy has been made already, so the chunk map needs no arrows of its own for it:
+ *
+ *     write_begin                  the chunk cannot go away
+ *     allow()                      a store that waits for it may happen now (synchronous tracking)
+ *     write_end                    dirty
+ *
+ * A store that happens after write_end finds the page armed again by the push that read it, or is in what that push
+ * reads.
+ *
+ * A page may be there in a chunk that is absent: it came before the rest of a fetch, which then failed. What is in it is
+ * what the remote has, or was stored there; a later fetch leaves it, and if it was stored, telling makes the chunk
+ * half-written.
+ */
+#include "region/region_int.h"
+
+#include <string.h>
+
+#define STORED_PAGE 4096
+
+bool far_region_hold(struct far_region *r, uint64_t off)
+{
+	uint64_t i = off >> r->shift;
+
+	if (!far_chunkmap_pin(r->map, i, 1))
+		return false;
+	if (r->trace)
+		far_trace_touch(r->trace, i, 1);
+	return true;
+}
+
+void far_region_release(struct far_region *r, uint64_t off)
+{
+	far_chunkmap_unpin(r->map, off >> r->shift, 1);
+}
+
+/* ------------------------------------------------------------------------------------------------------------ faults */
+
+/* Chunk i is claimed: its page at `off` first, if the remote has that at hand. -EAGAIN: it has not. */
+static int stored_first_page(struct far_region *r, uint64_t off)
+{
+	_Alignas(64) char page[STORED_PAGE];
+	size_t len = (size_t)far_min(sizeof page, r->bytes - off);
+
+	int err = far_read(r->remote, off, page, len, FAR_NOWAIT);
+	if (err)
+		return err;
+	err = far_write(r->local, off, page, len, FAR_FILL | FAR_NOWAIT);
+	return err == -EAGAIN ? -EIO : err;
+}
+
+static int stored_fetch(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
+{
+	const struct far_facts *facts = far_facts(r->remote);
+	uint64_t i = off >> r->shift, n;
+	struct far_fetch *f = far_chunkmap_claim(r->map, i, 1, &n);
+	bool first = false;
+	int err;
+
+	if (!f && n)
+		return -ENOMEM;
+	if (!f) /* somebody else fetches it, or it has come by now */
+		return far_chunkmap_is_local(r->map, i) ? 0 : may_block(opaque) ? far_chunkmap_wait(r->map, i) : -EAGAIN;
+	if (!(facts->caps & FAR_CAP_REMOTE) && !facts->chunk && far_chunkmap_len(r->map, i) > STORED_PAGE)
+		first = stored_first_page(r, off) == 0;
+	if (!first && !may_block(opaque)) {
+		far_chunkmap_fetch_end(r->map, f, -EAGAIN);
+		return -EAGAIN;
+	}
+	uint64_t len = far_chunkmap_len(r->map, i);
+	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
+	far_pull_demand_begin(r, len);
+	far_pull_fault(r, i, 1);
+	err = far_cache_fetch(r, f, i, 1, first ? UINT64_MAX : off, 0);
+	far_pull_demand_end(r, len, err);
+	return err;
+}
+
+int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
+{
+	off = off / STORED_PAGE * STORED_PAGE;
+	if (atomic_load_explicit(&r->stopped, memory_order_acquire))
+		return -ESHUTDOWN;
+	if (r->trace)
+		far_trace_touch(r->trace, off >> r->shift, 1);
+	atomic_fetch_add_explicit(&r->blocked, 1, memory_order_relaxed);
+	int err = stored_fetch(r, off, may_block, opaque);
+	atomic_fetch_sub_explicit(&r->blocked, 1, memory_order_relaxed);
+	if (!err && r->o.local_max)
+		far_evict_trim(r);
+	return err == -EAGAIN && may_block(opaque) ? 0 : err;
+}
+
+/* ------------------------------------------------------------------------------------------------------------ stores */
+
+/* One chunk's part. -EALREADY: look again. */
+static int stored_chunk(struct far_region *r, uint64_t i, uint64_t from, uint64_t to, unsigned flags,
+			void (*allow)(void *opaque, uint64_t off, uint64_t len), void *opaque)
+{
+	unsigned ragged;
+	enum far_claim claim = far_chunkmap_write_begin(r->map, i, from, to, &ragged);
+	int err;
+
+	if (claim == FAR_CLAIM_WAIT || claim == FAR_CLAIM_FETCH) {
+		if (flags & FAR_NOWAIT)
+			return -EAGAIN;
+		err = claim == FAR_CLAIM_FETCH ? far_cache_need(r, i, 1) : far_chunkmap_wait(r->map, i);
+		/* Another's fetch that failed is no error of ours: telling may not need it. */
+		return err && (claim == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN) ? err : -EALREADY;
+	}
+	if (allow)
+		allow(opaque, (i << r->shift) + from, to - from);
+	if (r->trace)
+		far_trace_touch(r->trace, i, 1);
+	far_chunkmap_write_end(r->map, i, from, to, claim, ragged, true);
+	if (claim != FAR_CLAIM_PRESENT)
+		far_cache_arrived(r);
+	return 0;
+}
+
+int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned flags,
+		      void (*allow)(void *opaque, uint64_t off, uint64_t len), void *opaque)
+{
+	uint64_t end = far_min(off + len, r->bytes);
+	int err;
+
+	while (off < end) {
+		uint64_t i = off >> r->shift, base = i << r->shift, to = far_min(end - base, far_chunkmap_len(r->map, i));
+
+		err = allow ? far_push_throttle(r, to - (off - base), flags) : 0; /* what has been stored cannot be held up */
+		if (!err)
+			err = stored_chunk(r, i, off - base, to, flags, allow, opaque);
+		if (err == -EALREADY)
+			continue;
+		if (err)
+			return err;
+		far_push_dirtied(r);
+		off = base + to;
+	}
+	return 0;
+}
