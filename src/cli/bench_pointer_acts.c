@@ -21,7 +21,8 @@
 #include "cli/bench_rig.h"
 #include "cli/bench_touch.h"
 #include "cli/cli.h"
-#include "frontend/uffd.h"
+#include "frontend/pointer.h"
+#include "region/region.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -379,38 +380,72 @@ int bench_pointer_store(struct pointer_work *w)
 	return r;
 }
 
-static int act_count_cb(void *opaque, uint64_t addr, uint64_t len)
+/* A pointer without a mount around it: what it does when it looks for stores can be asked for by itself. */
+static int act_pointer(struct pointer_work *w, struct far_pointer **out)
 {
-	*(uint64_t *)opaque += len;
-	return 0;
+	struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
+	struct far_pointer_conf conf = { .writable = true, .managed = true, .opts = &o };
+	int r = act_plain(w->store, &conf.below);
+
+	if (r)
+		return r;
+	o.mode = FAR_MODE_MANAGED;
+	o.chunk = w->conf->chunk;
+	o.mechanism = w->conf->mechanism;
+	o.tracking = w->conf->tracking;
+	o.push_workers = 0;
+	r = far_pointer_open(&conf, out, &w->err);
+	if (r) {
+		far_close(conf.below);
+		return r;
+	}
+	w->p = far_pointer_addr(*out);
+	r = far_pointer_populate(*out, 0, w->conf->size);
+	/* Whatever is written by being filled is found now. */
+	return r ? r : far_pointer_flush(*out);
 }
 
-/* What the pointer does when it looks for stores: one scan that reads and arms again. Each round stores anew. */
+/* Rounds in which other pages are stored into, and found: what is timed is all that a flush does before it pushes. */
+static int act_find_rounds(struct pointer_work *w, struct far_pointer *p, const uint32_t *order, uint64_t n)
+{
+	struct far_region *region = far_pointer_region(p);
+	uint64_t best = UINT64_MAX;
+	int r = 0;
+
+	for (unsigned i = 0; i < ACT_ROUNDS && !r; i++) {
+		for (uint64_t k = i * n; k < (i + 1) * n; k++)
+			touch_store_pages(w->p + (uint64_t)order[k] * TOUCH_PAGE, TOUCH_PAGE, k);
+		uint64_t begin = far_now();
+		r = far_region_collect(region);
+		best = far_min(best, far_now() - begin);
+		for (uint64_t k = i * n; k < (i + 1) * n && !r; k++)
+			if (far_region_look(region, (uint64_t)order[k] * TOUCH_PAGE) != FAR_LOOK_DIRTY)
+				r = far_error_set(&w->err, EIO, "page %" PRIu32 " was stored into and not found", order[k]);
+		if (!r)
+			r = far_pointer_flush(p);
+	}
+	w->res->ns = best;
+	w->res->st = (struct far_status)FAR_STATUS_INIT;
+	far_pointer_status(p, &w->res->st);
+	w->res->huge = act_huge(w->p, w->conf->size);
+	return r;
+}
+
 int bench_pointer_find(struct pointer_work *w)
 {
-	uint64_t pages = w->conf->size / TOUCH_PAGE, n = far_max(1, pages / 100), found = 0, best = UINT64_MAX;
+	uint64_t pages = w->conf->size / TOUCH_PAGE, n = far_max(1, pages / 100);
 	uint32_t *order = touch_shuffled((uint32_t)pages, w->conf->seed);
-	int fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC), r = order && fd >= 0 ? act_map_local(w) : -ENOMEM;
+	struct far_pointer *p = NULL;
+	int r = order ? act_pointer(w, &p) : -ENOMEM;
 
 	if (!r)
-		r = far_mount_flush(w->mount);
-	for (unsigned i = 0; i < ACT_ROUNDS && !r; i++) {
-		r = far_uffd_written(fd, (uintptr_t)w->p, w->conf->size, true, act_count_cb, &found);
-		for (uint64_t k = 0; k < n; k++)
-			touch_store_pages(w->p + (uint64_t)order[k] * TOUCH_PAGE, TOUCH_PAGE, k);
-		found = 0;
-		uint64_t begin = far_now();
-		if (!r)
-			r = far_uffd_written(fd, (uintptr_t)w->p, w->conf->size, true, act_count_cb, &found);
-		best = far_min(best, far_now() - begin);
-		if (!r && found < n * TOUCH_PAGE)
-			r = far_error_set(&w->err, EIO, "%" PRIu64 " pages were stored into and %" PRIu64 " were found", n,
-					  found / TOUCH_PAGE);
-	}
+		r = act_find_rounds(w, p, order, n);
 	snprintf(w->res->note, sizeof w->res->note, "%" PRIu64 " of %" PRIu64 " pages", n, pages);
-	w->res->ns = best;
+	if (p) {
+		far_pointer_stop(p);
+		far_pointer_close(p);
+	}
 	free(order);
-	far_fd_close(&fd);
 	return r;
 }
 

@@ -165,6 +165,11 @@ struct far_backend *far_region_backend(struct far_region *r)
 	return r->face;
 }
 
+int far_region_collect(struct far_region *r)
+{
+	return r->memory.self ? r->memory.collect(r->memory.self, r) : 0;
+}
+
 int far_region_flush(struct far_region *r)
 {
 	if (atomic_load_explicit(&r->fenced, memory_order_acquire))
@@ -174,7 +179,7 @@ int far_region_flush(struct far_region *r)
 		return err;
 	if (!r->writable)
 		return 0;
-	err = r->memory.self ? r->memory.collect(r->memory.self, r) : 0;
+	err = far_region_collect(r);
 	if (err)
 		return err;
 	if (r->o.durable == FAR_DURABLE_LOCAL)
