@@ -421,8 +421,6 @@ static int act_find_rounds(struct pointer_work *w, struct far_pointer *p, const 
 		for (uint64_t k = i * n; k < (i + 1) * n && !r; k++)
 			if (far_region_look(region, (uint64_t)order[k] * TOUCH_PAGE) != FAR_LOOK_DIRTY)
 				r = far_error_set(&w->err, EIO, "page %" PRIu32 " was stored into and not found", order[k]);
-		if (!r)
-			r = far_pointer_flush(p);
 	}
 	w->res->ns = best;
 	w->res->st = (struct far_status)FAR_STATUS_INIT;
