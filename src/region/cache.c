@@ -86,6 +86,8 @@ static int cache_put(struct far_region *r, struct far_partial *e, uint64_t base,
 	uint64_t from = 0, to;
 	int err = 0;
 
+	if (!e && r->memory.self)
+		r->memory.came(r->memory.self, base, buf, len);
 	if (!e) {
 		if (atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len))
 			return 0;

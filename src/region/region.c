@@ -80,6 +80,7 @@ static int region_take(struct far_region *r, const struct far_region_conf *conf,
 	if (conf->memory)
 		r->memory = *conf->memory;
 	r->ahead_only = conf->ahead_only;
+	r->remote_borrowed = conf->remote_borrowed;
 	r->bytes = facts->bytes;
 	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
 	r->local_zero = conf->local_is_zero;
@@ -261,7 +262,8 @@ void far_region_stop(struct far_region *r)
 	far_push_stop(r);
 	far_chunkmap_stop(r->map);
 	far_stop(r->face);
-	far_stop(r->remote);
+	if (!r->remote_borrowed)
+		far_stop(r->remote);
 	if (!r->persist) /* else it is still flushed */
 		far_stop(r->local);
 }
@@ -292,7 +294,8 @@ void far_region_close(struct far_region *r)
 	far_evict_close(r);
 	far_chunkmap_close(r->map);
 	free((void *)r->bad);
-	far_close(r->remote);
+	if (!r->remote_borrowed)
+		far_close(r->remote);
 	far_close(r->local);
 	free(r);
 }

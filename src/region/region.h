@@ -27,6 +27,8 @@ struct far_region_memory {
 	void (*arm)(void *self, uint64_t off, uint64_t len);
 	/* These bytes were read for that push. */
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
+	/* These bytes, whole chunks, are what the remote has, and are about to be filled in. */
+	void (*came)(void *self, uint64_t off, const void *buf, uint64_t len);
 	/* A buffer from which a fill of whole huge pages costs no copy, for a range of whole aligned FAR_STAGE; NULL: take any. */
 	void *(*stage)(void *self, uint64_t off, uint64_t len);
 	void (*unstage)(void *self, void *buf, uint64_t len);
@@ -35,6 +37,7 @@ struct far_region_memory {
 struct far_region_conf {
 	const struct far_region_memory *memory; /* what `local` is, if it is memory behind a pointer; else NULL. Copied */
 	struct far_backend *remote;  /* owned from success on */
+	bool remote_borrowed;        /* ... but not this one: it is neither stopped nor closed */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
 	struct far_persist *persist; /* the chunk map's file; NULL: state lives in memory. Owned from success on */
 	bool ahead_only;             /* pull only what is asked for or foreseen, whatever the order */
@@ -79,6 +82,7 @@ int far_region_remember(struct far_region *r, const struct far_facts *facts, con
  * filled; -EAGAIN: it may not block and would have to. Honours the thread's deadline. */
 int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque);
 /* Pin the chunk of `off`; false: it is not local. */
+uint64_t far_region_chunk(const struct far_region *r); /* its size */
 bool far_region_hold(struct far_region *r, uint64_t off);
 void far_region_release(struct far_region *r, uint64_t off);
 /* [off, off+len), whole pages, was stored by the program, or will be as soon as allow(opaque, off, len) lets it: that is

@@ -25,7 +25,7 @@ struct far_region {
 	uint64_t bytes, chunk;
 	unsigned shift;
 	bool writable;
-	bool ahead_only;
+	bool ahead_only, remote_borrowed;
 	uint64_t ahead_max;   /* chunks that a sequential reader may be ahead of itself */
 	void (*all_local)(void *opaque);
 	void *all_local_opaque;

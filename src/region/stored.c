@@ -22,6 +22,11 @@
 
 #define STORED_PAGE 4096
 
+uint64_t far_region_chunk(const struct far_region *r)
+{
+	return r->chunk;
+}
+
 bool far_region_hold(struct far_region *r, uint64_t off)
 {
 	uint64_t i = off >> r->shift;
