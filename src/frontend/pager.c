@@ -471,7 +471,6 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
 	uint64_t done;
 
-
 	far_mutex_lock(&v->lock);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
