@@ -324,7 +324,7 @@ int bench_pointer_single(struct pointer_work *w)
 
 	if (!r) {
 		/* What is left of a chunk is filled behind the program's back: it is let end. */
-		uint64_t pause = far_max(ACT_PAUSE, c->chunk);
+		uint64_t pause = far_max(ACT_PAUSE, 4 * c->chunk);
 		uint64_t begin = far_now();
 		w->res->wrong = 8 * touch_chunks(w->p, order, n, c->chunk, pause, c->seed, ns, act_word);
 		w->res->ns = far_now() - begin;

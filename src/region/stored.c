@@ -21,6 +21,7 @@
 #include <string.h>
 
 #define STORED_PAGE 4096
+#define STORED_AT_ONCE (64 * FAR_KIB) /* is copied before another thread would have woken up */
 
 uint64_t far_region_chunk(const struct far_region *r)
 {
@@ -58,31 +59,60 @@ static int stored_first_page(struct far_region *r, uint64_t off)
 	return err == -EAGAIN ? -EIO : err;
 }
 
+/* The claim is carried out. flags: FAR_NOWAIT. */
+static int stored_carry_out(struct far_region *r, struct far_fetch *f, uint64_t i, uint64_t urgent, unsigned flags)
+{
+	uint64_t len = far_chunkmap_len(r->map, i);
+
+	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
+	far_pull_demand_begin(r, len);
+	far_pull_fault(r, i, 1);
+	int err = far_cache_fetch(r, f, i, 1, urgent, flags);
+	far_pull_demand_end(r, len, err < 0 ? err : 0);
+	return err;
+}
+
+/*
+ * A remote that is memory, or as good as that, is asked by the thread on the seat: leaving it would take longer. Where the
+ * program jumps it gets its page first, and this CPU if it waits for it; a small chunk then follows from the seat, too. A
+ * program that goes from page to page wants the rest of the chunk at once, and in one step.
+ */
+static int stored_fetch_near(struct far_region *r, struct far_fetch *f, uint64_t off, bool jumped,
+			     bool (*may_block)(void *opaque), void *opaque)
+{
+	uint64_t i = off >> r->shift, len = far_chunkmap_len(r->map, i);
+	bool first = (jumped || len > STORED_AT_ONCE) && stored_first_page(r, off) == 0;
+
+	if (first)
+		far_thread_yield();
+	bool away = len > STORED_AT_ONCE && may_block(opaque);
+	int err = stored_carry_out(r, f, i, first ? UINT64_MAX : off, away ? 0 : FAR_NOWAIT);
+	return first ? 1 : err; /* if the rest did not come, whoever touches it asks again */
+}
+
 static int stored_fetch(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
 {
 	const struct far_facts *facts = far_facts(r->remote);
 	uint64_t i = off >> r->shift, n;
 	struct far_fetch *f = far_chunkmap_claim(r->map, i, 1, &n);
-	bool first = false;
-	int err;
+	bool jumped = i - atomic_exchange_explicit(&r->last_fault, i, memory_order_relaxed) > 1;
 
 	if (!f && n)
 		return -ENOMEM;
 	if (!f) /* somebody else fetches it, or it has come by now */
 		return far_chunkmap_is_local(r->map, i) ? 0 : may_block(opaque) ? far_chunkmap_wait(r->map, i) : -EAGAIN;
-	if (!(facts->caps & FAR_CAP_REMOTE) && !facts->chunk && far_chunkmap_len(r->map, i) > STORED_PAGE)
-		first = stored_first_page(r, off) == 0;
-	if (!first && !may_block(opaque)) {
+	if (!(facts->caps & FAR_CAP_REMOTE) && !facts->chunk) {
+		int err = stored_fetch_near(r, f, off, jumped, may_block, opaque);
+		if (err != -EAGAIN || !may_block(opaque))
+			return err;
+		f = far_chunkmap_claim(r->map, i, 1, &n);
+		if (!f)
+			return n ? -ENOMEM : 0;
+	} else if (!may_block(opaque)) {
 		far_chunkmap_fetch_end(r->map, f, -EAGAIN);
 		return -EAGAIN;
 	}
-	uint64_t len = far_chunkmap_len(r->map, i);
-	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
-	far_pull_demand_begin(r, len);
-	far_pull_fault(r, i, 1);
-	err = far_cache_fetch(r, f, i, 1, first ? UINT64_MAX : off, 0);
-	far_pull_demand_end(r, len, err);
-	return err;
+	return stored_carry_out(r, f, i, off, 0);
 }
 
 int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
@@ -95,7 +125,7 @@ int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void 
 	atomic_fetch_add_explicit(&r->blocked, 1, memory_order_relaxed);
 	int err = stored_fetch(r, off, may_block, opaque);
 	atomic_fetch_sub_explicit(&r->blocked, 1, memory_order_relaxed);
-	if (!err && r->o.local_max)
+	if (err >= 0 && r->o.local_max)
 		far_evict_trim(r);
 	return err == -EAGAIN && may_block(opaque) ? 0 : err;
 }
