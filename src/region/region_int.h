@@ -41,6 +41,7 @@ struct far_region {
 
 	/* atomic */
 	_Atomic uint64_t last_fault; /* chunk that a program last waited for */
+	_Atomic uint64_t fault_run;  /* how often in a row that was forward */
 	_Atomic bool stopped;
 	_Atomic bool fenced;
 	_Atomic bool was_all_local;  /* all_local has been called */
