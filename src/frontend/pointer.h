@@ -12,6 +12,7 @@
 struct far_pointer;
 
 struct far_pointer_conf {
+	const char *source;         /* for messages; copied */
 	struct far_backend *below;  /* owned from success on, unless `borrowed` */
 	bool borrowed;
 	bool writable;

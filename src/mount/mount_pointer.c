@@ -36,6 +36,7 @@ int far_mnt_pointer_open(struct far_mnt *m, struct far_error *err)
 	struct far_pointer_conf pc = {
 		.below = m->region ? far_region_backend(m->region) : m->remote,
 		.borrowed = m->region != NULL,
+		.source = m->source,
 		.writable = m->writable,
 		.managed = m->mode == FAR_MODE_MANAGED,
 		.opts = &o,

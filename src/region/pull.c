@@ -229,7 +229,7 @@ void far_pull_demand_end(struct far_region *r, uint64_t len, int err)
 		p->run = 0;
 		p->at = 0;
 	}
-	if (p->idle)
+	if (p->idle && (p->requests || p->run < p->order.n)) /* waking a thread costs more than a fault */
 		far_cond_signal(&p->work);
 	far_mutex_unlock(&p->lock);
 }

@@ -25,8 +25,12 @@ struct far_region_memory {
 	int (*collect)(void *self, struct far_region *r);
 	/* [off, off+len) is about to be read for a push: what is stored there from now on is found by a later collect. */
 	void (*arm)(void *self, uint64_t off, uint64_t len);
+	/* Whether all pages of [off, off+len) are here, in a chunk that is not local: else nothing was stored there. */
+	bool (*there)(void *self, uint64_t off, uint64_t len);
 	/* These bytes were read for that push. */
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
+	/* These bytes, whole chunks, are what the remote has, and are about to be filled in. */
+	void (*came)(void *self, uint64_t off, const void *buf, uint64_t len);
 	/* A buffer from which a fill of whole huge pages costs no copy, for a range of whole aligned FAR_STAGE; NULL: take any. */
 	void *(*stage)(void *self, uint64_t off, uint64_t len);
 	void (*unstage)(void *self, void *buf, uint64_t len);
@@ -35,6 +39,7 @@ struct far_region_memory {
 struct far_region_conf {
 	const struct far_region_memory *memory; /* what `local` is, if it is memory behind a pointer; else NULL. Copied */
 	struct far_backend *remote;  /* owned from success on */
+	bool remote_borrowed;        /* ... but not this one: it is neither stopped nor closed */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
 	struct far_persist *persist; /* the chunk map's file; NULL: state lives in memory. Owned from success on */
 	bool ahead_only;             /* pull only what is asked for or foreseen, whatever the order */
@@ -79,6 +84,7 @@ int far_region_remember(struct far_region *r, const struct far_facts *facts, con
  * filled; -EAGAIN: it may not block and would have to. Honours the thread's deadline. */
 int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque);
 /* Pin the chunk of `off`; false: it is not local. */
+uint64_t far_region_chunk(const struct far_region *r); /* its size */
 bool far_region_hold(struct far_region *r, uint64_t off);
 void far_region_release(struct far_region *r, uint64_t off);
 /* [off, off+len), whole pages, was stored by the program, or will be as soon as allow(opaque, off, len) lets it: that is
@@ -88,6 +94,11 @@ int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned
 		      void (*allow)(void *opaque, uint64_t off, uint64_t len), void *opaque);
 /* Ask the puller to take [off, off+len) next. */
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
+/* What a flush does first: find what the program has stored. */
+int far_region_collect(struct far_region *r);
+/* What the chunk of `off` is at this moment, for who draws it. */
+enum far_region_look { FAR_LOOK_ABSENT, FAR_LOOK_FETCHING, FAR_LOOK_LOCAL, FAR_LOOK_DIRTY };
+enum far_region_look far_region_look(struct far_region *r, uint64_t off);
 void far_region_status(struct far_region *r, struct far_status *st);
 /* Blocked and later calls return -ESHUTDOWN. Does not flush. */
 void far_region_stop(struct far_region *r);
