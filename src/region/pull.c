@@ -8,7 +8,9 @@
  * The window is twice what the path holds: the highest delivery rate of the last samples times the shortest fetch of
  * the last ten seconds. At first what arrives widens it, so that it doubles each round trip; it ends where the queue that
  * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, or more if the workers could not
- * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms).
+ * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms). Near by it
+ * is 512 KiB at most, as long as the threads fill the window with that: it then stays in a CPU's cache on its way from the
+ * store through the socket to the local store.
  *
  * Invariants, under lock: inflight is the sum of the extents that workers are fetching; a worker claims its extent
  * before it lets go of the lock, so that the cursor never passes a chunk that nobody took.
@@ -22,6 +24,8 @@
 #define PULL_FAULTS 16
 #define PULL_BACKOFF_MAX (10 * FAR_SEC)
 #define PULL_EXTENT_FIRST (256 * FAR_KIB)
+#define PULL_EXTENT_NEAR (512 * FAR_KIB)
+#define PULL_NEAR (2 * FAR_MSEC) /* the shortest fetch of such an extent */
 #define PULL_NO_TRIGGER UINT64_MAX
 
 struct pull_request {
@@ -143,6 +147,7 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
+	uint64_t brisk = p->rtt > PULL_NEAR ? most : PULL_EXTENT_NEAR;
 	uint64_t extent = r->chunk, window = p->window;
 
 	if (!p->window_fixed)
@@ -151,8 +156,9 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 		window = far_max(window, p->window);
 	if (io)
 		most = far_min(most, io);
-	/* The second: all threads together can fill the window. */
-	while (extent * 2 <= most && ((double)extent * 2 <= rate * 0.010 || extent * p->max_threads < window))
+	while (extent * 2 <= far_min(brisk, most) && (double)extent * 2 <= rate * 0.010)
+		extent *= 2;
+	while (extent * 2 <= most && extent * p->max_threads < window) /* all threads together can fill the window */
 		extent *= 2;
 	p->extent = extent;
 	if (!p->window_fixed)
