@@ -229,7 +229,7 @@ static unsigned copy_workers(const struct copy *c, bool away)
 
 	if (c->opts->workers)
 		return (unsigned)c->opts->workers;
-	return away ? 32 : (unsigned)far_max(4, far_min((uint64_t)cpus * 2, 16));
+	return away ? 32 : (unsigned)far_max(2, far_min((uint64_t)cpus, 16));
 }
 
 static void copy_say_error(const struct copy *c, const struct copy_result *res, bool verify)
