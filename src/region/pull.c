@@ -592,7 +592,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 		return r->o.priority ? far_error_set(err, -e, "no memory for the pull order") : e;
 	}
 	if (r->ahead_only && !r->o.priority)
-		p->order.n--; /* what nobody named */
+		p->order.n -= p->order.n > 0; /* what nobody named */
 	far_mutex_init(&p->lock);
 	far_cond_init(&p->work);
 	far_cond_init(&p->progress);
