@@ -195,7 +195,7 @@ static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, con
 	for (uint64_t at = 0, n; at < len && !err; at += n) {
 		uint64_t pages = far_min((len - at) / MEM_PAGE, FAR_ARRAY_LEN(here)), k = 0, done;
 		n = pages * MEM_PAGE;
-		err = far_uffd_present(m->c.pagemap, addr + at, n, here);
+		err = far_uffd_mapped(m->c.pagemap, addr + at, n, here);
 		while (!err && k < pages) {
 			uint64_t from = k;
 			for (; k < pages && here[k] == here[from]; k++)
@@ -589,6 +589,11 @@ uint64_t far_memory_poisoned(struct far_memory *m)
 		sum += m->poison.v[k].len;
 	far_mutex_unlock(&m->lock);
 	return sum;
+}
+
+bool far_memory_has_poison(const struct far_memory *m)
+{
+	return atomic_load_explicit(&m->n_poison, memory_order_relaxed) != 0;
 }
 
 bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, uint64_t *off)

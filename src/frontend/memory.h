@@ -53,6 +53,7 @@ int far_memory_appear(struct far_memory *m, uint64_t addr);
 int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len);
 int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len);
 uint64_t far_memory_poisoned(struct far_memory *m); /* bytes */
+bool far_memory_has_poison(const struct far_memory *m);
 /* The first poisoned page in [from, end). */
 bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, uint64_t *off);
 

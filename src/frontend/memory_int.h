@@ -48,6 +48,7 @@ struct far_memory {
 	struct mem_runs poison FAR_GUARDED_BY(lock);   /* by offset */
 	struct mem_runs suspect FAR_GUARDED_BY(lock);  /* stored, and nobody has been told yet */
 	bool collecting FAR_GUARDED_BY(lock);
+	unsigned evictions FAR_GUARDED_BY(lock);       /* that run; none begins while a collect runs */
 	unsigned n_recent FAR_GUARDED_BY(lock);
 	struct {
 		uint64_t off, len, hash, at;

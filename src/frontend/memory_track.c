@@ -341,7 +341,9 @@ static int track_collect(void *self, struct far_region *r)
 	while (m->collecting && !err)
 		err = far_cond_wait_until(&m->changed, &m->lock, far_deadline()) ? 0 : -ETIMEDOUT;
 	if (!err)
-		m->collecting = true;
+		m->collecting = true; /* no eviction begins from now on */
+	while (m->evictions && !err) /* microseconds */
+		far_cond_wait(&m->changed, &m->lock);
 	far_mutex_unlock(&m->lock);
 	if (err)
 		return err;
@@ -455,7 +457,25 @@ static int track_evict_alias(struct far_memory *m, uint64_t addr, uint64_t off, 
 	return -EBUSY;
 }
 
-int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
+/* While pages are in the attic a collect would not see what was stored there. */
+static bool track_evict_begin(struct far_memory *m)
+{
+	far_mutex_lock(&m->lock);
+	bool may = !m->collecting;
+	m->evictions += may;
+	far_mutex_unlock(&m->lock);
+	return may;
+}
+
+static void track_evict_end(struct far_memory *m)
+{
+	far_mutex_lock(&m->lock);
+	if (--m->evictions == 0)
+		far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+}
+
+static int track_evict(struct far_memory *m, uint64_t off, uint64_t len)
 {
 	uint64_t n, addr = far_memory_addr(m, off, &n), i = off >> m->c.shift;
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
@@ -479,6 +499,15 @@ int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
 	far_mutex_lock(&m->attic_lock);
 	err = track_evict_moving_locked(m, addr, off, len, h);
 	far_mutex_unlock(&m->attic_lock);
+	return err;
+}
+
+int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	if (!track_evict_begin(m))
+		return -EBUSY;
+	int err = track_evict(m, off, len);
+	track_evict_end(m);
 	return err;
 }
 

@@ -208,6 +208,8 @@ static int pager_fetch(struct pager_work *w)
 	struct far_member *x = w->x;
 	int err = 0;
 
+	if (far_memory_has_poison(x->c.memory) && !pager_may_block(w)) /* healing may change mappings */
+		return -EAGAIN;
 	while (!err) {
 		if (pager_removing(x, w->off)) {
 			err = pager_may_block(w) ? pager_wait_removing(x, w->off) : -EAGAIN;
@@ -294,6 +296,7 @@ static void pager_give_up(struct pager_work *w, int err)
 	struct far_member *x = w->x;
 	uint64_t done;
 
+	pager_may_block(w); /* where it changes mappings that has to be read of by a receiver */
 	far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
 		w->off + PAGER_PAGE, x->c.source, far_strerror(err));
 	if (w->child >= 0)

@@ -610,7 +610,7 @@ int far_uffd_written_whole(int pagemap, uint64_t addr, uint64_t len, bool arm,
 	return uffd_scan(pagemap, &what, addr, len, fn, opaque);
 }
 
-int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here)
+static int uffd_pages(int pagemap, uint64_t addr, uint64_t len, uint64_t mask, bool *here)
 {
 	uint64_t entry[512], page = uffd_page();
 	size_t pages = (size_t)(len / page);
@@ -627,9 +627,19 @@ int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here)
 		if (n == 0)
 			return -ESRCH;
 		for (size_t j = 0; j < n; j++)
-			here[i + j] = entry[j] & (FAR_PM_PRESENT | FAR_PM_SWAP);
+			here[i + j] = (entry[j] & mask) != 0;
 	}
 	return 0;
+}
+
+int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here)
+{
+	return uffd_pages(pagemap, addr, len, FAR_PM_PRESENT | FAR_PM_SWAP, here);
+}
+
+int far_uffd_mapped(int pagemap, uint64_t addr, uint64_t len, bool *here)
+{
+	return uffd_pages(pagemap, addr, len, FAR_PM_PRESENT, here);
 }
 
 /* ------------------------------------------------------------------------------------------------- events */

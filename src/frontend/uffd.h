@@ -93,6 +93,9 @@ int far_uffd_written_whole(int pagemap, uint64_t addr, uint64_t len, bool arm,
  * was absent (asynchronous tracking and shared memory). */
 int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here);
 
+/* Whether it is in this mapping now: for shared memory, where a mark stays behind when a page goes. */
+int far_uffd_mapped(int pagemap, uint64_t addr, uint64_t len, bool *here);
+
 /* What read(2) of the descriptor gives, one at a time. */
 struct far_uffd_event {
 	enum { FAR_EVENT_MISSING, FAR_EVENT_MINOR, FAR_EVENT_STORE, FAR_EVENT_FORK, FAR_EVENT_REMAP, FAR_EVENT_REMOVE,
