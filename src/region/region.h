@@ -25,6 +25,8 @@ struct far_region_memory {
 	int (*collect)(void *self, struct far_region *r);
 	/* [off, off+len) is about to be read for a push: what is stored there from now on is found by a later collect. */
 	void (*arm)(void *self, uint64_t off, uint64_t len);
+	/* Whether all pages of [off, off+len) are here, in a chunk that is not local: else nothing was stored there. */
+	bool (*there)(void *self, uint64_t off, uint64_t len);
 	/* These bytes were read for that push. */
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
 	/* These bytes, whole chunks, are what the remote has, and are about to be filled in. */
@@ -92,6 +94,11 @@ int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned
 		      void (*allow)(void *opaque, uint64_t off, uint64_t len), void *opaque);
 /* Ask the puller to take [off, off+len) next. */
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
+/* What a flush does first: find what the program has stored. */
+int far_region_collect(struct far_region *r);
+/* What the chunk of `off` is at this moment, for who draws it. */
+enum far_region_look { FAR_LOOK_ABSENT, FAR_LOOK_FETCHING, FAR_LOOK_LOCAL, FAR_LOOK_DIRTY };
+enum far_region_look far_region_look(struct far_region *r, uint64_t off);
 void far_region_status(struct far_region *r, struct far_status *st);
 /* Blocked and later calls return -ESHUTDOWN. Does not flush. */
 void far_region_stop(struct far_region *r);
