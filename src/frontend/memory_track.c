@@ -191,7 +191,8 @@ static bool track_there(void *self, uint64_t off, uint64_t len)
 {
 	uint64_t from = off / MEM_PAGE * MEM_PAGE, end = far_div_up(off + len, MEM_PAGE) * MEM_PAGE;
 
-	return far_mem_each(self, from, end - from, track_there_piece, self) == 0;
+	/* To the kernel a poisoned page is there, and written. */
+	return !far_mem_is_poisoned(self, from, end - from) && far_mem_each(self, from, end - from, track_there_piece, self) == 0;
 }
 
 /* ----------------------------------------------------------------------------------------------------------- collect */
@@ -318,6 +319,8 @@ int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t of
 	uint64_t end = far_min(off + len, m->c.bytes);
 	int err = 0;
 
+	if (m->c.tracking == FAR_TRACK_NONE) /* read-only: it is only forgotten, the next touch brings it again */
+		return 0;
 	/* With CONTINUE the kernel only took the program's view of it; else it drops the pages itself, soon. */
 	if (m->c.mechanism == FAR_MECH_CONTINUE)
 		err = far_memory_drop(m, off, len);

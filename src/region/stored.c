@@ -56,6 +56,9 @@ static int stored_first_page(struct far_region *r, uint64_t off)
 	int err = far_read(r->remote, off, page, len, FAR_NOWAIT);
 	if (err)
 		return err;
+	/* Of a half-written chunk only the gaps may be filled: a missing page may be one that was made zero here. */
+	if (far_chunkmap_state(r->map, off >> r->shift) != FAR_FETCHING)
+		return -EBUSY;
 	err = far_write(r->local, off, page, len, FAR_FILL | FAR_NOWAIT);
 	return err == -EAGAIN ? -EIO : err;
 }
