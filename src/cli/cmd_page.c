@@ -9,7 +9,6 @@
 #include "base/clock.h"
 #include "base/thread.h"
 #include "cli/page_clients.h"
-#include "frontend/uffd.h"
 #include "mount/control.h"
 #include "net/net.h"
 
@@ -21,12 +20,11 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-
 struct page_conf {
 	struct far_opt_list layer;
 	char *socket, *order, *record_order, *connections, *control;
 	bool writable, take_over, quiet;
-	uint64_t chunk, local_max, dirty_max, push_interval, window, deadline;
+	uint64_t chunk, dirty_max, push_interval, window, deadline;
 	int64_t pull_workers, push_workers, max_clients, max_blocked;
 	int on_fail;
 };
@@ -56,8 +54,6 @@ static const struct far_opt page_options[] = {
 	    .help = "time between background pushes" },
 	OPT("dirty-max", SIZE, dirty_max), .min = 65536, .value_name = "SIZE", .def = "1G",
 	    .help = "push ahead of time past this many unsaved bytes" },
-	OPT("local-max", SIZE, local_max), .value_name = "SIZE", .def = "none", .also = "none",
-	    .help = "give clean pages of a writable program back past this" },
 	OPT("deadline", DURATION, deadline), .min = 1e6, .value_name = "DURATION", .def = "30s",
 	    .help = "how long a touch may wait for SOURCE" },
 	OPT("on-fail", ENUM, on_fail), .names = page_on_fails, .value_name = "error|wait", .def = "error",
@@ -136,8 +132,8 @@ static int page_take_lease(struct page *p)
 	if (e == -EOPNOTSUPP)
 		return CLI_GO;
 	if (e == -EBUSY)
-		far_error_set(&err, EBUSY, "%s has the right to write%s%s. End that one, or take it with --take-over", p->lease.other,
-			      p->lease.gone ? ", but is out of reach" : "", "");
+		far_error_set(&err, EBUSY, "%s has the right to write%s. End that one, or take it with --take-over", p->lease.other,
+			      p->lease.gone ? ", but is out of reach" : "");
 	else if (e)
 		far_error_set(&err, -e, "the right to write was not given: %s", far_strerror(e));
 	if (e)
@@ -172,10 +168,8 @@ static int page_check(const struct page_conf *c)
 		return cli_usage(&cli_page, "--socket is missing: say where programs connect, such as --socket /run/page.sock");
 	if (c->chunk & (c->chunk - 1))
 		return cli_usage(&cli_page, "--chunk %" PRIu64 " is not a power of two", c->chunk);
-	if (!c->writable && (c->take_over || c->local_max))
-		return cli_usage(&cli_page, "--take-over and --local-max go with --writable");
-	if (!(far_uffd_have() & FAR_UFFD_ANY)) /* ours is not needed to serve another's, but then there is none to serve */
-		cli_say("userfaultfd does not work here: %s", far_uffd_why());
+	if (!c->writable && c->take_over)
+		return cli_usage(&cli_page, "--take-over takes the right to write: it goes with --writable");
 	return CLI_GO;
 }
 
@@ -184,7 +178,6 @@ static void page_fill(const struct page_conf *c, struct far_mount_opts *o)
 	*o = (struct far_mount_opts)FAR_MOUNT_OPTS_INIT;
 	o->mode = FAR_MODE_MANAGED;
 	o->chunk = c->chunk;
-	o->local_max = c->local_max;
 	o->dirty_max = c->dirty_max;
 	o->pull_workers = (int)c->pull_workers;
 	o->push_workers = (int)c->push_workers;

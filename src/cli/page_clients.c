@@ -84,7 +84,6 @@ static void page_client_ended_cb(void *opaque)
 static int page_client_open(struct page_client *c, struct far_error *err)
 {
 	struct page_clients *all = c->all;
-	struct far_mount_opts o = *all->conf.opts;
 	struct far_pager *pager;
 	bool taken = false;
 
@@ -98,11 +97,9 @@ static int page_client_open(struct page_client *c, struct far_error *err)
 	far_mutex_unlock(&all->lock);
 	if (taken)
 		return far_error_set(err, EBUSY, "another client's stores are pushed to this region already: one at a time");
-	if (!c->h.writable)
-		o.local_max = 0; /* a page that is given back could have been stored to */
 	for (size_t k = 0; k < c->h.n; k++)
 		c->bytes += c->h.range[k].len;
-	int e = far_pager_open(&c->h, all->conf.source, &o, page_client_ended_cb, c, &pager, err);
+	int e = far_pager_open(&c->h, all->conf.source, all->conf.opts, page_client_ended_cb, c, &pager, err);
 	if (e)
 		return e;
 	c->bytes = c->bytes ? c->bytes : far_size(all->conf.source);

@@ -72,8 +72,12 @@ static const char *choose_move(const struct choose *c, bool forced)
 		return NULL;
 	if (!(c->have & FAR_UFFD_THP))
 		return "there are no transparent huge pages";
-	if (c->writable)
-		return "moved pages cannot be write-protected as they appear";
+	if (!c->writable)
+		return "pages move between writable mappings only, and a read-only map shall not be written to";
+	if (!(c->have & FAR_UFFD_WP_ASYNC))
+		return "moved pages cannot be write-protected as they appear, and this kernel does not note written pages (6.7)";
+	if (c->opts->local_max)
+		return "local_max is kept chunk by chunk, which would split every huge page";
 	if (c->opts->outside)
 		return "pages move inside one process only";
 	if (c->facts->bytes < CHOOSE_HUGE)
@@ -99,8 +103,8 @@ static const char *choose_continue(const struct choose *c, bool forced)
 		return NULL;
 	if (c->writable && (c->have & (FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP)) != (FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP))
 		return "UFFDIO_CONTINUE cannot write-protect pages as they appear (6.4)";
-	if (c->opts->local_max)
-		return "local_max is kept to the page by private memory only";
+	if (c->opts->local_max || !c->managed || !c->opts->pull_workers)
+		return "memory is taken 2 MiB at a time, which suits what will be here as a whole";
 	if (c->facts->bytes < CHOOSE_HUGE)
 		return "the region is smaller than a huge page";
 	return NULL;
@@ -159,8 +163,8 @@ static const char *choose_no_tracking(unsigned have, enum far_mechanism m, enum 
 		return NULL;
 	if (t != FAR_TRACK_ASYNC && t != FAR_TRACK_SYNC)
 		return "there is no such tracking";
-	if (m == FAR_MECH_MOVE)
-		return "moved pages cannot be write-protected as they appear; hash works";
+	if (m == FAR_MECH_MOVE && t == FAR_TRACK_SYNC)
+		return "moved pages cannot be write-protected as they appear; async and hash work";
 	if (m == FAR_MECH_CONTINUE && (have & shmem) != shmem)
 		return "this kernel does not write-protect shared memory as it appears (6.4); hash works";
 	if (t == FAR_TRACK_ASYNC && !(have & FAR_UFFD_WP_ASYNC))

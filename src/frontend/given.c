@@ -178,9 +178,9 @@ static int given_check(const struct far_pager *p, const struct far_handover *h, 
 	if (h->writable && (h->pagemap < 0 || h->mem < 0))
 		return far_error_set(err, EINVAL, "cannot serve memory whose stores are to be pushed: its pagemap and mem were not given, "
 				     "which are /proc/self/pagemap and /proc/self/mem of the process that has it");
-	if (p->o.local_max && !h->writable)
-		return far_error_set(err, EINVAL, "cannot bound memory whose stores are not tracked: a page that is given back could have "
-				     "been stored to. Hand it over as writable, or leave local_max out");
+	if (p->o.local_max)
+		return far_error_set(err, EOPNOTSUPP, "cannot bound another process' memory: only that process can give pages back. Leave "
+				     "local_max out");
 	if (p->o.local || p->o.local_backend || p->o.map)
 		return far_error_set(err, EINVAL, "cannot serve memory with a local store: the memory itself is where the bytes are");
 	if (p->o.chunk && (p->o.chunk < given_pages(1) || (p->o.chunk & (p->o.chunk - 1))))
@@ -234,7 +234,7 @@ static void given_unwatch(struct far_pager *p)
 	far_thread_join(&p->life);
 }
 
-/* The pointer takes its own copy of h, so that h is whole again if anything fails. */
+/* What the pointer takes is a copy, so that h is whole if anything fails. */
 static int given_copy(const struct far_handover *h, struct far_handover *out)
 {
 	*out = (struct far_handover)FAR_HANDOVER_INIT;
@@ -244,17 +244,28 @@ static int given_copy(const struct far_handover *h, struct far_handover *out)
 	if (!out->range)
 		return -ENOMEM;
 	memcpy(out->range, h->range, h->n * sizeof *out->range);
-	return 0;
+	out->uffd = h->uffd < 0 ? -1 : fcntl(h->uffd, F_DUPFD_CLOEXEC, 0);
+	if (h->uffd < 0 || out->uffd >= 0)
+		return 0;
+	free(out->range);
+	return -errno;
+}
+
+/* Stores are not read then, so nothing is; but "no descriptor" would mean this process' own memory. */
+static int given_no_mem(struct far_handover *h)
+{
+	if (h->mem >= 0)
+		return 0;
+	h->mem = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	return h->mem < 0 ? -errno : 0;
 }
 
 static int given_open(struct far_pager *p, struct far_handover *h, struct far_backend *b, struct far_error *err)
 {
 	struct far_pointer_conf conf = { .writable = h->writable, .managed = p->o.mode != FAR_MODE_DIRECT, .opts = &p->o,
 					 .given = h, .ended = given_ended_cb, .opaque = p };
-	int e = given_check(p, h, b, err);
+	int e = given_check_ranges(h, far_size(b), err);
 
-	if (!e)
-		e = given_check_ranges(h, far_size(b), err);
 	if (!e)
 		e = given_build(p, h, b, &conf.below, err);
 	if (e)
@@ -290,14 +301,20 @@ int far_pager_open(struct far_handover *h, struct far_backend *b, const struct f
 		given_free(p);
 		return far_error_set(err, -e, "cannot serve memory: %s", far_strerror(e));
 	}
-	e = given_open(p, &mine, b, err);
+	e = given_check(p, &mine, b, err);
+	if (!e && (e = given_no_mem(&mine)))
+		far_error_set(err, -e, "cannot serve memory: %s", far_strerror(e));
+	if (!e)
+		e = given_open(p, &mine, b, err);
 	if (e) {
+		if (mine.mem != h->mem)
+			far_fd_close(&mine.mem);
+		far_fd_close(&mine.uffd); /* unless it went with what was half made */
 		free(mine.range);
 		given_free(p);
 		return e;
 	}
-	if (h->size >= sizeof *h)
-		far_fd_close(&mine.process); /* `p` has one of its own; the others are the pointer's now */
+	far_fd_close(&h->uffd); /* the rest of the descriptors are the pointer's now */
 	free(h->range);
 	struct far_handover empty = FAR_HANDOVER_INIT;
 	empty.size = h->size;

@@ -195,7 +195,7 @@ static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, con
 	for (uint64_t at = 0, n; at < len && !err; at += n) {
 		uint64_t pages = far_min((len - at) / MEM_PAGE, FAR_ARRAY_LEN(here)), k = 0, done;
 		n = pages * MEM_PAGE;
-		err = far_uffd_present(m->c.pagemap, addr + at, n, here);
+		err = far_uffd_mapped(m->c.pagemap, addr + at, n, here);
 		while (!err && k < pages) {
 			uint64_t from = k;
 			for (; k < pages && here[k] == here[from]; k++)
@@ -237,6 +237,8 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 		return 0;
 	if (f->m->c.mechanism == FAR_MECH_CONTINUE) {
 		err = mem_fill_alias(f->m, addr, off, src, len);
+	} else if (f->m->gone) {
+		err = far_mem_given_fill(f->m, addr, off, src, len);
 	} else {
 		if (f->staged && !(addr % FAR_STAGE) && !(len % FAR_STAGE))
 			err = far_uffd_move(f->m->c.uffd, addr, (uint64_t)(uintptr_t)src, len, 0, &done);
@@ -459,7 +461,7 @@ static bool mem_zero_chunk(struct far_memory *m, uint64_t off)
 static int mem_look(struct far_memory *m, uint64_t addr)
 {
 	bool here = false;
-	int err = far_uffd_present(m->c.pagemap, addr, MEM_PAGE, &here);
+	int err = m->c.pagemap < 0 ? 0 : far_uffd_present(m->c.pagemap, addr, MEM_PAGE, &here);
 	return err ? err : here ? -EEXIST : -ENODATA;
 }
 
@@ -472,12 +474,15 @@ int far_memory_appear(struct far_memory *m, uint64_t addr)
 		return far_uffd_wake(m->c.uffd, addr, MEM_PAGE);
 	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
 		far_memory_heal(m, off, MEM_PAGE);
-	bool zero = !m->zero || off >= m->c.bytes || mem_zero_chunk(m, off);
+	bool gone = far_memory_is_gone(m, off);
+	bool zero = !m->zero || off >= m->c.bytes || gone || mem_zero_chunk(m, off);
 	int err = zero ? mem_exist(m, addr) : mem_look(m, addr);
 	if (err == -EEXIST)
 		return far_uffd_wake(m->c.uffd, addr, MEM_PAGE);
 	if (err)
 		return err == -ENOENT || err == -ESRCH ? 0 : err;
+	if (gone) /* those around it are not */
+		return 0;
 	/* A run of zeros: those behind it are needed next. The first that is there ends it. */
 	uint64_t chunk = far_mem_chunk(m), end = off / chunk * chunk + far_min(chunk, sizeof mem_zeros);
 	end = far_min(end, m->pages_len);
@@ -584,6 +589,11 @@ uint64_t far_memory_poisoned(struct far_memory *m)
 		sum += m->poison.v[k].len;
 	far_mutex_unlock(&m->lock);
 	return sum;
+}
+
+bool far_memory_has_poison(const struct far_memory *m)
+{
+	return atomic_load_explicit(&m->n_poison, memory_order_relaxed) != 0;
 }
 
 bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, uint64_t *off)
@@ -725,6 +735,7 @@ static void mem_close(void *self) FAR_NO_TSA
 		munmap(m->attic, (size_t)m->attic_len);
 	free((void *)m->hash);
 	free((void *)m->zero);
+	free((void *)m->gone);
 	free(m->own.v);
 	free(m->poison.v);
 	free(m->suspect.v);
@@ -783,6 +794,8 @@ int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, 
 	if (zeros)
 		m->zero = calloc((size_t)(chunks / 64 + 1), sizeof *m->zero);
 	int err = (hashes && !m->hash) || (zeros && !m->zero) ? -ENOMEM : mem_table_first(m, conf);
+	if (!err)
+		err = far_mem_given_open(m);
 	far_mem_track_open(m);
 	if (!err)
 		err = far_backend_new(&mem_ops, m, &facts, store);

@@ -53,6 +53,7 @@ int far_memory_appear(struct far_memory *m, uint64_t addr);
 int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len);
 int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len);
 uint64_t far_memory_poisoned(struct far_memory *m); /* bytes */
+bool far_memory_has_poison(const struct far_memory *m);
 /* The first poisoned page in [from, end). */
 bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, uint64_t *off);
 
@@ -64,6 +65,16 @@ void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint6
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len);
 /* [off, off+len) may have been stored: the next collect tells. */
 void far_memory_suspect(struct far_memory *m, uint64_t off, uint64_t len);
+/*
+ * Another process' memory that is not writable (memory_given.c). Its program drops pages: forget() takes note, and is false
+ * for any other memory. Around reading events: reading(begin), reading(end).
+ */
+bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len);
+bool far_memory_is_gone(struct far_memory *m, uint64_t off);
+void far_memory_reading(struct far_memory *m, bool begin);
+/* Nobody serves it from now on: what is missing there becomes zero if it is zero, else it raises SIGBUS. Receivers run, the
+ * region has been stopped. */
+void far_memory_leave(struct far_memory *m, struct far_region *r);
 /* Drop the pages of [off, off+len), whatever is in them. */
 int far_memory_drop(struct far_memory *m, uint64_t off, uint64_t len);
 

@@ -36,6 +36,9 @@ struct far_memory {
 	_Atomic(struct mem_table *) table;
 	_Atomic uint64_t *hash;   /* of each chunk's bytes as the remote has them; 0: not known. NULL: not kept */
 	_Atomic uint64_t *zero;   /* bit i: chunk i came as zeros. Read-only maps; NULL: any missing page of a local chunk is zero */
+	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
+	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
+	_Atomic bool reading;     /* with `gone`: an event may be read now */
 	_Atomic unsigned n_poison;
 	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
 
@@ -45,6 +48,7 @@ struct far_memory {
 	struct mem_runs poison FAR_GUARDED_BY(lock);   /* by offset */
 	struct mem_runs suspect FAR_GUARDED_BY(lock);  /* stored, and nobody has been told yet */
 	bool collecting FAR_GUARDED_BY(lock);
+	unsigned evictions FAR_GUARDED_BY(lock);       /* that run; none begins while a collect runs */
 	unsigned n_recent FAR_GUARDED_BY(lock);
 	struct {
 		uint64_t off, len, hash, at;
@@ -74,6 +78,10 @@ int far_mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len);
 /* Drop pages of this process, whatever is in them. */
 int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len);
+
+/* memory_given.c */
+int far_mem_given_open(struct far_memory *m);
+int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
 
 /* memory_track.c */
 void far_mem_track_open(struct far_memory *m);

@@ -170,6 +170,30 @@ static void track_arm(void *self, uint64_t off, uint64_t len)
 	far_mem_each(self, from, off + len - from, track_arm_piece, self);
 }
 
+static int track_there_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+	bool here[64];
+
+	for (uint64_t n; addr && len; addr += n, len -= n) {
+		n = far_min(len, FAR_ARRAY_LEN(here) * MEM_PAGE);
+		int err = m->c.mechanism == FAR_MECH_CONTINUE ? far_uffd_mapped(m->c.pagemap, addr, n, here)
+							      : far_uffd_present(m->c.pagemap, addr, n, here);
+		for (uint64_t k = 0; k < n / MEM_PAGE && !err; k++)
+			err = here[k] ? 0 : -ENOENT;
+		if (err)
+			return err;
+	}
+	return addr ? 0 : -ENOENT;
+}
+
+static bool track_there(void *self, uint64_t off, uint64_t len)
+{
+	uint64_t from = off / MEM_PAGE * MEM_PAGE, end = far_div_up(off + len, MEM_PAGE) * MEM_PAGE;
+
+	return far_mem_each(self, from, end - from, track_there_piece, self) == 0;
+}
+
 /* ----------------------------------------------------------------------------------------------------------- collect */
 
 /* Whether [off, off+len), inside one chunk, is known to hold what `hash` is of. */
@@ -297,8 +321,15 @@ int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t of
 	/* With CONTINUE the kernel only took the program's view of it; else it drops the pages itself, soon. */
 	if (m->c.mechanism == FAR_MECH_CONTINUE)
 		err = far_memory_drop(m, off, len);
-	if (!err && off < end)
-		err = far_region_stored(r, off, end - off, 0, NULL, NULL);
+	for (uint64_t at = off, n; at < end && !err; at += n) {
+		n = far_min(end, at / far_mem_chunk(m) * far_mem_chunk(m) + far_mem_chunk(m)) - at;
+		if (far_region_hold(r, at)) {
+			err = far_region_stored(r, at, n, 0, NULL, NULL);
+			far_region_release(r, at);
+		} else { /* nothing is there that could be told of */
+			err = far_zero(far_region_backend(r), at, n, 0);
+		}
+	}
 	/* A push may read what is there before the kernel has dropped it: told once more, after the program went on. */
 	if (off < end)
 		far_memory_suspect(m, off, end - off);
@@ -341,7 +372,9 @@ static int track_collect(void *self, struct far_region *r)
 	while (m->collecting && !err)
 		err = far_cond_wait_until(&m->changed, &m->lock, far_deadline()) ? 0 : -ETIMEDOUT;
 	if (!err)
-		m->collecting = true;
+		m->collecting = true; /* no eviction begins from now on */
+	while (m->evictions && !err) /* microseconds */
+		far_cond_wait(&m->changed, &m->lock);
 	far_mutex_unlock(&m->lock);
 	if (err)
 		return err;
@@ -455,12 +488,43 @@ static int track_evict_alias(struct far_memory *m, uint64_t addr, uint64_t off, 
 	return -EBUSY;
 }
 
-int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
+/* While pages are in the attic a collect would not see what was stored there. */
+static bool track_evict_begin(struct far_memory *m)
+{
+	far_mutex_lock(&m->lock);
+	bool may = !m->collecting;
+	m->evictions += may;
+	far_mutex_unlock(&m->lock);
+	return may;
+}
+
+static void track_evict_end(struct far_memory *m)
+{
+	far_mutex_lock(&m->lock);
+	if (--m->evictions == 0)
+		far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+}
+
+static bool track_is_suspect(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	bool is = false;
+
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->suspect.n && !is; k++)
+		is = m->suspect.v[k].off < off + len && off < m->suspect.v[k].off + m->suspect.v[k].len;
+	far_mutex_unlock(&m->lock);
+	return is || atomic_load(&m->lost_track);
+}
+
+static int track_evict(struct far_memory *m, uint64_t off, uint64_t len)
 {
 	uint64_t n, addr = far_memory_addr(m, off, &n), i = off >> m->c.shift;
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
 	int err;
 
+	if (track_is_suspect(m, off, len)) /* it is told first */
+		return -EBUSY;
 	if (m->c.tracking == FAR_TRACK_NONE || m->c.tracking == FAR_TRACK_SYNC) {
 		err = far_memory_drop(m, off, pages);
 		return err == -EINVAL ? -EBUSY : err; /* locked in memory */
@@ -482,12 +546,22 @@ int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
 	return err;
 }
 
+int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	if (!track_evict_begin(m))
+		return -EBUSY;
+	int err = track_evict(m, off, len);
+	track_evict_end(m);
+	return err;
+}
+
 void far_mem_track_open(struct far_memory *m)
 {
 	m->calls = (struct far_region_memory){
 		.self = m,
 		.collect = track_collect,
 		.arm = track_arm,
+		.there = track_there,
 		.pushed = track_pushed,
 		.came = track_came,
 		.stage = m->c.mechanism == FAR_MECH_MOVE && m->ours ? far_mem_stage : NULL,

@@ -187,7 +187,8 @@ static int pager_show(struct pager_work *w)
 {
 	struct far_member *x = w->x;
 
-	if (w->off >= far_size(far_region_backend(x->c.region))) /* behind the end, or memory that mremap has added there */
+	/* Behind the end, or memory that mremap has added there; given back by a program whose pages are its own. */
+	if (w->off >= far_size(far_region_backend(x->c.region)) || far_memory_is_gone(x->c.memory, w->off))
 		return far_memory_appear(x->c.memory, w->e.addr) ? -EIO : 1;
 	if (!far_region_hold(x->c.region, w->off))
 		return 0;
@@ -207,6 +208,8 @@ static int pager_fetch(struct pager_work *w)
 	struct far_member *x = w->x;
 	int err = 0;
 
+	if (far_memory_has_poison(x->c.memory) && !pager_may_block(w)) /* healing may change mappings */
+		return -EAGAIN;
 	while (!err) {
 		if (pager_removing(x, w->off)) {
 			err = pager_may_block(w) ? pager_wait_removing(x, w->off) : -EAGAIN;
@@ -293,6 +296,7 @@ static void pager_give_up(struct pager_work *w, int err)
 	struct far_member *x = w->x;
 	uint64_t done;
 
+	pager_may_block(w); /* where it changes mappings that has to be read of by a receiver */
 	far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
 		w->off + PAGER_PAGE, x->c.source, far_strerror(err));
 	if (w->child >= 0)
@@ -449,7 +453,7 @@ static bool pager_note_locked(struct pager_work *w) FAR_REQUIRES(w->v->lock)
 	}
 	if (w->e.kind == FAR_EVENT_REMOVE)
 		for (struct far_member *x = v->members; x; x = x->next)
-			if (far_memory_removed(x->c.memory, w->e.addr, w->e.len))
+			if (far_memory_removed(x->c.memory, w->e.addr, w->e.len) || far_memory_forget(x->c.memory, w->e.addr, w->e.len))
 				return false;
 	w->x = pager_find_locked(v, w->e.addr, &w->off);
 	if (!w->x)
@@ -472,14 +476,20 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	uint64_t done;
 
 	far_mutex_lock(&v->lock);
+	struct far_member *given = v->ours ? NULL : v->members; /* the only one there is */
+	if (given)
+		far_memory_reading(given->c.memory, true);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
+	if (given)
+		far_memory_reading(given->c.memory, false);
 	far_mutex_unlock(&v->lock);
 	if (!go)
 		return n > 0;
 	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
 		static const _Alignas(4096) char zeros[4096];
-		int err = far_uffd_copy(fd, w.e.addr, zeros, PAGER_PAGE, 0, &done);
+		int err = v->ours ? far_uffd_copy(fd, w.e.addr, zeros, PAGER_PAGE, 0, &done)
+				  : far_uffd_poison(fd, w.e.addr, PAGER_PAGE, &done); /* registered, and not handed over */
 		if (err && err != -ENOENT && err != -ESRCH)
 			far_uffd_wake(fd, w.e.addr, PAGER_PAGE);
 	} else if (w.e.kind != FAR_EVENT_REMOVE) {
@@ -634,7 +644,8 @@ static int receivers_make(int uffd, bool ours, void (*ended)(void *opaque), void
 	far_cond_init(&v->changed);
 	v->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	v->child_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	int err = v->stop_fd < 0 || v->child_fd < 0 ? -errno : receivers_seats(v);
+	/* What is another's may be touched already: nobody looks before there is somebody to answer (far_member_add). */
+	int err = v->stop_fd < 0 || v->child_fd < 0 ? -errno : ours ? receivers_seats(v) : 0;
 	if (err) {
 		v->uffd = -1;
 		receivers_free(v);
@@ -726,7 +737,12 @@ int far_member_add(struct far_receivers *v, const struct far_member_conf *conf, 
 	v->members = x;
 	far_mutex_unlock(&v->lock);
 	*out = x;
-	return 0;
+	int err = v->ours ? 0 : receivers_seats(v);
+	if (err) {
+		far_member_remove(x);
+		*out = NULL;
+	}
+	return err;
 }
 
 void far_member_stop(struct far_member *x)
@@ -739,6 +755,11 @@ void far_member_remove(struct far_member *x)
 	struct far_receivers *v = x->v;
 	struct far_member **p;
 
+	if (!v->ours) { /* a touch that came when the member has gone could not be answered */
+		pager_ring(v->stop_fd);
+		far_crew_close(v->crew);
+		v->crew = NULL;
+	}
 	far_mutex_lock(&v->lock);
 	for (p = &v->members; *p != x; p = &(*p)->next)
 		;

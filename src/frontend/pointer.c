@@ -397,6 +397,8 @@ void far_pointer_close(struct far_pointer *p)
 	if (!p)
 		return;
 	pointer_unmap(p); /* threads that fault now find nothing there */
+	if (p->member && !p->ours)
+		far_memory_leave(p->memory, p->region);
 	if (p->member)
 		far_member_remove(p->member);
 	if (p->segv)

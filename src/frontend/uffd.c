@@ -366,7 +366,7 @@ int far_uffd_unregister(int fd, uint64_t addr, uint64_t len)
 /* ------------------------------------------------------------------------------------------------ filling */
 
 /* The mappings are changing. Most changes last microseconds; an event that nobody reads lasts as long as that. */
-static int uffd_wait(unsigned *turns)
+int far_uffd_wait(unsigned *turns)
 {
 	unsigned n = (*turns)++;
 
@@ -401,7 +401,7 @@ static int uffd_step(int r, int64_t moved, uint64_t left, uint64_t *done, unsign
 	}
 	if (code != EAGAIN && code != EINTR)
 		return -code;
-	r = uffd_wait(turns);
+	r = far_uffd_wait(turns);
 	return r ? r : 1;
 }
 
@@ -418,6 +418,11 @@ int far_uffd_copy(int fd, uint64_t addr, const void *src, uint64_t len, unsigned
 		if (flags & FAR_UFFD_ARM)
 			c.mode |= UFFDIO_COPY_MODE_WP;
 		r = ioctl(fd, UFFDIO_COPY, &c);
+		if (r && errno == EAGAIN && (flags & FAR_UFFD_ONCE)) {
+			n += c.copy > 0 ? far_min((uint64_t)c.copy, len - n) : 0;
+			r = -EAGAIN;
+			break;
+		}
 		r = uffd_step(r, c.copy, len - n, &n, &turns);
 	}
 	if (done)
@@ -529,7 +534,7 @@ int far_uffd_protect(int fd, uint64_t addr, uint64_t len, bool protect, unsigned
 	while (ioctl(fd, UFFDIO_WRITEPROTECT, &w)) {
 		if (errno != EAGAIN && errno != EINTR)
 			return -errno;
-		r = uffd_wait(&turns);
+		r = far_uffd_wait(&turns);
 		if (r)
 			return r;
 	}
@@ -605,7 +610,7 @@ int far_uffd_written_whole(int pagemap, uint64_t addr, uint64_t len, bool arm,
 	return uffd_scan(pagemap, &what, addr, len, fn, opaque);
 }
 
-int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here)
+static int uffd_pages(int pagemap, uint64_t addr, uint64_t len, uint64_t mask, bool *here)
 {
 	uint64_t entry[512], page = uffd_page();
 	size_t pages = (size_t)(len / page);
@@ -622,9 +627,19 @@ int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here)
 		if (n == 0)
 			return -ESRCH;
 		for (size_t j = 0; j < n; j++)
-			here[i + j] = entry[j] & (FAR_PM_PRESENT | FAR_PM_SWAP);
+			here[i + j] = (entry[j] & mask) != 0;
 	}
 	return 0;
+}
+
+int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here)
+{
+	return uffd_pages(pagemap, addr, len, FAR_PM_PRESENT | FAR_PM_SWAP, here);
+}
+
+int far_uffd_mapped(int pagemap, uint64_t addr, uint64_t len, bool *here)
+{
+	return uffd_pages(pagemap, addr, len, FAR_PM_PRESENT, here);
 }
 
 /* ------------------------------------------------------------------------------------------------- events */

@@ -63,7 +63,10 @@ void far_uffd_on_wait(void (*fn)(void *arg), void *arg);
 enum far_uffd_flag {
 	FAR_UFFD_NO_WAKE = 1, /* whoever waits there goes on waiting */
 	FAR_UFFD_ARM = 2,     /* the pages are write-protected as they appear */
+	FAR_UFFD_ONCE = 4,    /* far_uffd_copy(): -EAGAIN rather than wait; *done bytes have been done all the same */
 };
+/* What a call that waits out -EAGAIN does in between; *turns is 0 at first. 0, or -ETIMEDOUT at the thread's deadline. */
+int far_uffd_wait(unsigned *turns);
 int far_uffd_copy(int fd, uint64_t addr, const void *src, uint64_t len, unsigned flags, uint64_t *done);
 /* ARM costs a page of memory each: zeros are copied then. Asynchronous tracking needs none (see far_uffd_written). */
 int far_uffd_zero(int fd, uint64_t addr, uint64_t len, unsigned flags, uint64_t *done);
@@ -89,6 +92,9 @@ int far_uffd_written_whole(int pagemap, uint64_t addr, uint64_t len, bool arm,
  * which every kernel has. A page that is only marked counts as here: poisoned, or protected by far_uffd_protect() while it
  * was absent (asynchronous tracking and shared memory). */
 int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here);
+
+/* Whether it is in this mapping now: for shared memory, where a mark stays behind when a page goes. */
+int far_uffd_mapped(int pagemap, uint64_t addr, uint64_t len, bool *here);
 
 /* What read(2) of the descriptor gives, one at a time. */
 struct far_uffd_event {

@@ -25,6 +25,8 @@ struct far_region_memory {
 	int (*collect)(void *self, struct far_region *r);
 	/* [off, off+len) is about to be read for a push: what is stored there from now on is found by a later collect. */
 	void (*arm)(void *self, uint64_t off, uint64_t len);
+	/* Whether all pages of [off, off+len) are here, in a chunk that is not local: else nothing was stored there. */
+	bool (*there)(void *self, uint64_t off, uint64_t len);
 	/* These bytes were read for that push. */
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
 	/* These bytes, whole chunks, are what the remote has, and are about to be filled in. */

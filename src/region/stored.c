@@ -95,7 +95,8 @@ int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void 
 	atomic_fetch_add_explicit(&r->blocked, 1, memory_order_relaxed);
 	int err = stored_fetch(r, off, may_block, opaque);
 	atomic_fetch_sub_explicit(&r->blocked, 1, memory_order_relaxed);
-	if (!err && r->o.local_max)
+	/* Giving memory back waits for a receiver to read of it. */
+	if (!err && r->o.local_max && far_chunkmap_local(r->map) > r->o.local_max && may_block(opaque))
 		far_evict_trim(r);
 	return err == -EAGAIN && may_block(opaque) ? 0 : err;
 }
@@ -117,6 +118,11 @@ static int stored_chunk(struct far_region *r, uint64_t i, uint64_t from, uint64_
 		/* Another's fetch that failed is no error of ours: telling may not need it. */
 		return err && (claim == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN) ? err : -EALREADY;
 	}
+	if (claim != FAR_CLAIM_PRESENT && !r->memory.there(r->memory.self, (i << r->shift) + from, to - from)) {
+		/* It was evicted, with what the remote has in it. Whoever waits to store there will meet a missing page. */
+		far_chunkmap_write_end(r->map, i, from, to, claim, ragged, false);
+		return to - from > STORED_PAGE ? -EALREADY : 0; /* then page by page */
+	}
 	if (allow)
 		allow(opaque, (i << r->shift) + from, to - from);
 	if (r->trace)
@@ -136,6 +142,8 @@ int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned
 	while (off < end) {
 		uint64_t i = off >> r->shift, base = i << r->shift, to = far_min(end - base, far_chunkmap_len(r->map, i));
 
+		if (!far_chunkmap_is_local(r->map, i))
+			to = far_min(to, (off - base) / STORED_PAGE * STORED_PAGE + STORED_PAGE);
 		err = allow ? far_push_throttle(r, to - (off - base), flags) : 0; /* what has been stored cannot be held up */
 		if (!err)
 			err = stored_chunk(r, i, off - base, to, flags, allow, opaque);
