@@ -108,12 +108,12 @@ static bool evict_over(struct far_region *r)
  * then is dirty, in use, pinned, or not safe on the remote yet. */
 static void evict_clock(struct far_region *r)
 {
-	uint64_t n = far_chunkmap_chunks(r->map), began = far_now();
+	uint64_t n = far_chunkmap_chunks(r->map), began = far_now(), steps = 0;
 	struct evict_batch b = { .keep_pinned = true };
 
 	if (began < atomic_load_explicit(&r->evict_pause, memory_order_relaxed))
 		return;
-	for (uint64_t steps = 0; steps < 2 * n && evict_over(r); steps++) {
+	for (; steps < 2 * n && evict_over(r); steps++) {
 		uint64_t i = atomic_fetch_add_explicit(&r->evict_hand, 1, memory_order_relaxed) % n;
 		if (!far_chunkmap_test_touched(r->map, i))
 			evict_claim(r, &b, i);
@@ -121,9 +121,10 @@ static void evict_clock(struct far_region *r)
 			evict_run(r, &b, false);
 	}
 	evict_run(r, &b, false);
-	/* Nothing is left to give: a large region is not walked again at each write until that may have changed. */
+	/* Nothing is left to give: a large region is not walked again at each write until that may have changed. Who came
+	 * round early and finds it over again has only been overtaken by others, who walk as well. */
 	uint64_t now = far_now();
-	if (evict_over(r))
+	if (steps == 2 * n && evict_over(r))
 		atomic_store_explicit(&r->evict_pause, now + far_min(10 * (now - began), FAR_SEC), memory_order_relaxed);
 }
 
