@@ -89,8 +89,12 @@ static int cache_put(struct far_region *r, struct far_partial *e, uint64_t base,
 	if (!e && r->memory.self)
 		r->memory.came(r->memory.self, base, buf, len);
 	if (!e) {
-		if (atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len))
-			return 0;
+		if (atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len)) {
+			if (first >= len)
+				return 0;
+			from = first / CACHE_PAGE * CACHE_PAGE; /* who waits for it is served at once */
+			return cache_store(r, base, buf, from, far_min(from + CACHE_PAGE, len), flags);
+		}
 		err = cache_store_all(r, base, buf, len, first, flags);
 		/* In memory the program may have stored beside what came: that stays. */
 		if (err && ((flags & FAR_FILL) || far_discard(r->local, base, len, 0)))
@@ -118,13 +122,18 @@ static void cache_filled(struct far_region *r, struct far_partial *e, uint64_t i
 		r->o.chunk_local(r->o.opaque, base, len);
 }
 
-static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, const char *buf, uint64_t first, unsigned flags)
+/* *shown: the page at `first` is there now. */
+static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, const char *buf, uint64_t first, bool *shown,
+		      unsigned flags)
 {
+	uint64_t len = far_chunkmap_len(r->map, i);
 	struct far_partial *e;
 
 	far_chunkmap_fill_begin(r->map, f, &e);
-	int err = cache_put(r, e, i << r->shift, buf, far_chunkmap_len(r->map, i), first, flags);
+	bool whole = !e;
+	int err = cache_put(r, e, i << r->shift, buf, len, first, flags);
 	cache_filled(r, e, i, buf, err);
+	*shown |= !err && whole && first < len;
 	return err;
 }
 
@@ -161,7 +170,7 @@ void far_cache_arrived(struct far_region *r)
 
 /* What was claimed has been read into buf. `urgent`: offset that somebody waits for. */
 static int cache_fill_run(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, const char *buf, bool staged,
-			  uint64_t urgent, unsigned flags)
+			  uint64_t urgent, bool *shown, unsigned flags)
 {
 	uint64_t many = staged ? FAR_STAGE >> r->shift : 1;
 	int err = 0;
@@ -169,7 +178,7 @@ static int cache_fill_run(struct far_region *r, struct far_fetch *f, uint64_t fi
 	for (uint64_t i = first; !err && i < first + n; i += many) {
 		const char *at = buf + ((i - first) << r->shift);
 		err = many > 1 ? cache_fill_staged(r, f, i, many, at, flags)
-			       : cache_fill(r, f, i, at, urgent - (i << r->shift), flags);
+			       : cache_fill(r, f, i, at, urgent - (i << r->shift), shown, flags);
 	}
 	return err;
 }
@@ -180,18 +189,20 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	char *stage = r->memory.stage ? r->memory.stage(r->memory.self, off, len) : NULL;
 	char *buf = stage ? stage : far_buf_get((size_t)len);
 	int err = buf ? 0 : -ENOMEM;
+	bool shown = false;
 
 	atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
 	if (!err) {
 		err = far_read(r->remote, off, buf, (size_t)len, flags);
-		if (err)
+		if (err && !(flags & FAR_NOWAIT && err == -EAGAIN))
 			far_region_remote_failed(r, err);
-		else
+		else if (!err)
 			atomic_fetch_add_explicit(&r->pulled, len, memory_order_relaxed);
 	}
 	atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
 	if (!err)
-		err = cache_fill_run(r, f, first, n, buf, stage != NULL, urgent, r->memory.self ? flags | FAR_FILL : flags);
+		err = cache_fill_run(r, f, first, n, buf, stage != NULL, urgent, &shown,
+				     r->memory.self ? flags | FAR_FILL : flags);
 	far_chunkmap_fetch_end(r->map, f, err);
 	if (stage)
 		r->memory.unstage(r->memory.self, stage, len);
@@ -200,7 +211,7 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	far_cache_arrived(r);
 	if (flags & FAR_BULK) /* who fetches on demand trims after it has used the chunk: the rest may all be dirty */
 		far_evict_trim(r);
-	return err;
+	return err ? err : shown;
 }
 
 static int cache_need_now(struct far_region *r, uint64_t i, uint64_t max)

@@ -166,6 +166,11 @@ struct far_backend *far_region_backend(struct far_region *r)
 	return r->face;
 }
 
+int far_region_collect(struct far_region *r)
+{
+	return r->memory.self ? r->memory.collect(r->memory.self, r) : 0;
+}
+
 int far_region_flush(struct far_region *r)
 {
 	if (atomic_load_explicit(&r->fenced, memory_order_acquire))
@@ -175,7 +180,7 @@ int far_region_flush(struct far_region *r)
 		return err;
 	if (!r->writable)
 		return 0;
-	err = r->memory.self ? r->memory.collect(r->memory.self, r) : 0;
+	err = far_region_collect(r);
 	if (err)
 		return err;
 	if (r->o.durable == FAR_DURABLE_LOCAL)
@@ -200,6 +205,22 @@ int far_region_push(struct far_region *r)
 int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced)
 {
 	return far_persist_remember(r->persist, NULL, facts, origin, fenced);
+}
+
+enum far_region_look far_region_look(struct far_region *r, uint64_t off)
+{
+	switch (far_chunkmap_state(r->map, off >> r->shift)) {
+	case FAR_ABSENT:
+	case FAR_EVICTING:
+		return FAR_LOOK_ABSENT;
+	case FAR_FETCHING:
+	case FAR_FILLING:
+		return FAR_LOOK_FETCHING;
+	case FAR_CLEAN:
+		return FAR_LOOK_LOCAL;
+	default:
+		return FAR_LOOK_DIRTY;
+	}
 }
 
 void far_region_status(struct far_region *r, struct far_status *st)

@@ -94,6 +94,11 @@ int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned
 		      void (*allow)(void *opaque, uint64_t off, uint64_t len), void *opaque);
 /* Ask the puller to take [off, off+len) next. */
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
+/* What a flush does first: find what the program has stored. */
+int far_region_collect(struct far_region *r);
+/* What the chunk of `off` is at this moment, for who draws it. */
+enum far_region_look { FAR_LOOK_ABSENT, FAR_LOOK_FETCHING, FAR_LOOK_LOCAL, FAR_LOOK_DIRTY };
+enum far_region_look far_region_look(struct far_region *r, uint64_t off);
 void far_region_status(struct far_region *r, struct far_status *st);
 /* Blocked and later calls return -ESHUTDOWN. Does not flush. */
 void far_region_stop(struct far_region *r);

@@ -21,6 +21,8 @@
 #include <string.h>
 
 #define STORED_PAGE 4096
+#define STORED_AT_ONCE (64 * FAR_KIB) /* is copied before another thread would have woken up */
+#define STORED_MOST (512 * FAR_KIB)
 
 uint64_t far_region_chunk(const struct far_region *r)
 {
@@ -58,31 +60,84 @@ static int stored_first_page(struct far_region *r, uint64_t off)
 	return err == -EAGAIN ? -EIO : err;
 }
 
+/*
+ * How many chunks the fault at chunk i should bring: one where the program jumps, twice as many each time where it goes
+ * forward, that is where everything between the last fault and this one is local. What threads make of the two counters
+ * together is a guess, as all of this is.
+ */
+static uint64_t stored_extent(struct far_region *r, uint64_t i)
+{
+	uint64_t last = atomic_exchange_explicit(&r->last_fault, i, memory_order_relaxed), run = 0;
+
+	if (i > last && i - last <= r->ahead_max) {
+		uint64_t at = last + 1;
+		while (at < i && far_chunkmap_is_local(r->map, at))
+			at++;
+		run = at < i ? 0 : far_min(atomic_load_explicit(&r->fault_run, memory_order_relaxed) + 1, 9);
+	}
+	atomic_store_explicit(&r->fault_run, run, memory_order_relaxed);
+	uint64_t most = (r->memory.stage ? FAR_STAGE : STORED_MOST) >> r->shift;
+	return far_max(1, far_min((uint64_t)1 << run, most));
+}
+
+/* The claim on n chunks is carried out. flags: FAR_NOWAIT. */
+static int stored_carry_out(struct far_region *r, struct far_fetch *f, uint64_t i, uint64_t n, uint64_t urgent, unsigned flags)
+{
+	uint64_t len = far_min(n << r->shift, r->bytes - (i << r->shift));
+
+	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
+	far_pull_demand_begin(r, len);
+	far_pull_fault(r, i, n);
+	int err = far_cache_fetch(r, f, i, n, urgent, flags);
+	far_pull_demand_end(r, len, err < 0 ? err : 0);
+	return err;
+}
+
+/*
+ * A remote that is memory, or as good as that, is asked by the thread on the seat: leaving it would take longer. Where the
+ * program jumps it gets its page first, and this CPU if it waits for it; a small chunk then follows from the seat, too. A
+ * program that goes from page to page wants what follows at once, and as much of it in one step as stays in the cache, or
+ * as is a huge page.
+ */
+static int stored_fetch_near(struct far_region *r, struct far_fetch *f, uint64_t n, uint64_t off,
+			     bool (*may_block)(void *opaque), void *opaque)
+{
+	uint64_t i = off >> r->shift;
+	bool first = n == 1 && stored_first_page(r, off) == 0;
+
+	if (first)
+		far_thread_yield();
+	bool away = n == 1 && far_chunkmap_len(r->map, i) > STORED_AT_ONCE && may_block(opaque);
+	int err = stored_carry_out(r, f, i, n, first ? UINT64_MAX : off, away ? 0 : FAR_NOWAIT);
+	return first ? 1 : err; /* if the rest did not come, whoever touches it asks again */
+}
+
 static int stored_fetch(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
 {
 	const struct far_facts *facts = far_facts(r->remote);
-	uint64_t i = off >> r->shift, n;
-	struct far_fetch *f = far_chunkmap_claim(r->map, i, 1, &n);
-	bool first = false;
-	int err;
+	bool near = !(facts->caps & FAR_CAP_REMOTE) && !facts->chunk;
+	uint64_t i = off >> r->shift, n, extent = stored_extent(r, i);
+	uint64_t whole = r->memory.stage ? FAR_STAGE >> r->shift : 0;
 
+	if (whole > 1 && extent > 1) /* up to the next huge page, or all of one */
+		extent = i % whole ? far_min(extent, whole - i % whole) : whole;
+	struct far_fetch *f = far_chunkmap_claim(r->map, i, near ? extent : 1, &n);
 	if (!f && n)
 		return -ENOMEM;
 	if (!f) /* somebody else fetches it, or it has come by now */
 		return far_chunkmap_is_local(r->map, i) ? 0 : may_block(opaque) ? far_chunkmap_wait(r->map, i) : -EAGAIN;
-	if (!(facts->caps & FAR_CAP_REMOTE) && !facts->chunk && far_chunkmap_len(r->map, i) > STORED_PAGE)
-		first = stored_first_page(r, off) == 0;
-	if (!first && !may_block(opaque)) {
+	if (near) {
+		int err = stored_fetch_near(r, f, n, off, may_block, opaque);
+		if (err != -EAGAIN || !may_block(opaque))
+			return err;
+		f = far_chunkmap_claim(r->map, i, 1, &n);
+		if (!f)
+			return n ? -ENOMEM : 0;
+	} else if (!may_block(opaque)) {
 		far_chunkmap_fetch_end(r->map, f, -EAGAIN);
 		return -EAGAIN;
 	}
-	uint64_t len = far_chunkmap_len(r->map, i);
-	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
-	far_pull_demand_begin(r, len);
-	far_pull_fault(r, i, 1);
-	err = far_cache_fetch(r, f, i, 1, first ? UINT64_MAX : off, 0);
-	far_pull_demand_end(r, len, err);
-	return err;
+	return stored_carry_out(r, f, i, 1, off, 0);
 }
 
 int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
@@ -96,7 +151,7 @@ int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void 
 	int err = stored_fetch(r, off, may_block, opaque);
 	atomic_fetch_sub_explicit(&r->blocked, 1, memory_order_relaxed);
 	/* Giving memory back waits for a receiver to read of it. */
-	if (!err && r->o.local_max && far_chunkmap_local(r->map) > r->o.local_max && may_block(opaque))
+	if (err >= 0 && r->o.local_max && far_chunkmap_local(r->map) > r->o.local_max && may_block(opaque))
 		far_evict_trim(r);
 	return err == -EAGAIN && may_block(opaque) ? 0 : err;
 }
