@@ -242,10 +242,8 @@ static void act_child(const struct pointer_conf *conf, struct pointer_result *re
 	int r = act_remote(&w);
 
 	bench_rig_warm(conf->grpc ? conf->size : 2 * conf->size);
-	uint64_t cpu = act_cpu();
 	if (!r)
 		r = conf->act(&w);
-	res->cpu_ns = act_cpu() - cpu;
 	if (w.mount) {
 		res->st = (struct far_status)FAR_STATUS_INIT;
 		far_mount_status(w.mount, &res->st);
@@ -302,13 +300,14 @@ static uint64_t act_word(uint64_t off)
 
 int bench_pointer_seq(struct pointer_work *w)
 {
-	uint64_t begin = far_now();
+	uint64_t begin = far_now(), cpu = act_cpu();
 	int r = act_map(w);
 
 	if (r)
 		return r;
 	touch_pages(w->p, w->conf->size);
 	w->res->ns = far_now() - begin;
+	w->res->cpu_ns = act_cpu() - cpu;
 	w->res->bytes = w->conf->size;
 	w->res->wrong = bench_check(w->p, 0, w->conf->size, false);
 	return 0;
@@ -465,7 +464,7 @@ int bench_pointer_find(struct pointer_work *w)
 
 int bench_pointer_pull(struct pointer_work *w)
 {
-	uint64_t begin = far_now();
+	uint64_t begin = far_now(), cpu = act_cpu();
 	int r = act_map(w);
 
 	if (!r)
@@ -473,6 +472,7 @@ int bench_pointer_pull(struct pointer_work *w)
 	if (r)
 		return r;
 	w->res->ns = far_now() - begin;
+	w->res->cpu_ns = act_cpu() - cpu;
 	w->res->bytes = w->conf->size;
 	w->res->wrong = bench_check(w->p, 0, w->conf->size, false);
 	return 0;
