@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #define COPY_PIECE (2 * FAR_MIB)
+#define COPY_PIECE_NEAR (512 * FAR_KIB) /* stays in a CPU's cache on its way through both processes */
 #define COPY_NEAR FAR_MSEC /* a round trip below this */
 
 struct copy_options {
@@ -38,7 +39,7 @@ static const struct far_opt copy_options[] = {
 	{ "layer", FAR_OPT_LIST, offsetof(struct copy_options, layer), .value_name = "NAME[:KEY=VALUE,...]",
 	  .help = "wrap SRC in a layer; may be repeated, the first is outermost" },
 	{ "workers", FAR_OPT_INT, offsetof(struct copy_options, workers), .min = 1, .max = 256, .value_name = "N",
-	  .help = "pieces of 2 MiB that are on their way at once", .def = "auto", .also = "auto", .also_value = 0 },
+	  .help = "pieces that are on their way at once", .def = "auto", .also = "auto", .also_value = 0 },
 	{ "connections", FAR_OPT_STRING, offsetof(struct copy_options, connections), .value_name = "DEMAND+BULK",
 	  .help = "connections to each network peer", .def = "2+2" },
 	{ "deadline", FAR_OPT_DURATION, offsetof(struct copy_options, deadline), .min = 1e6, .value_name = "DURATION",
@@ -192,9 +193,10 @@ static uint64_t copy_gcd(uint64_t a, uint64_t b)
 	return b ? copy_gcd(b, a % b) : a;
 }
 
-/* About 2 MiB that both sides' chunks divide; 0: there is none in reach. */
-static uint64_t copy_piece_size(const struct copy *c)
+/* About as much as that suits the path, a size that both sides' chunks divide; 0: there is none in reach. */
+static uint64_t copy_piece_size(const struct copy *c, bool away)
 {
+	uint64_t piece = away ? COPY_PIECE : COPY_PIECE_NEAR;
 	uint64_t a = far_max(1, far_facts(c->src)->chunk);
 	uint64_t b = c->dst ? far_max(1, far_facts(c->dst)->chunk) : 1;
 	uint64_t unit = a / copy_gcd(a, b);
@@ -202,7 +204,7 @@ static uint64_t copy_piece_size(const struct copy *c)
 	if (unit > 32 * FAR_MIB / b)
 		return 0;
 	unit *= b;
-	return unit > COPY_PIECE ? unit : COPY_PIECE - COPY_PIECE % unit;
+	return unit > piece ? unit : piece - piece % unit;
 }
 
 /* Whether a small read takes so long that many pieces must be on their way at once. */
@@ -221,13 +223,13 @@ static bool copy_is_far(struct far_backend *b)
 }
 
 /* Near by, more pieces than CPUs can carry only push each other out of their caches. */
-static unsigned copy_workers(const struct copy *c)
+static unsigned copy_workers(const struct copy *c, bool away)
 {
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
 
 	if (c->opts->workers)
 		return (unsigned)c->opts->workers;
-	return copy_is_far(c->src) || copy_is_far(c->dst) ? 32 : (unsigned)far_max(4, far_min((uint64_t)cpus * 2, 16));
+	return away ? 32 : (unsigned)far_max(2, far_min((uint64_t)cpus, 16));
 }
 
 static void copy_say_error(const struct copy *c, const struct copy_result *res, bool verify)
@@ -274,8 +276,9 @@ static int copy_engine_loop(struct copy *c, struct copy_engine *e, struct copy_r
 /* One pass over all bytes: copying, or comparing. */
 static int copy_pass(struct copy *c, bool verify)
 {
+	bool away = copy_is_far(c->src) || copy_is_far(c->dst);
 	struct copy_conf conf = { .src = c->src, .dst = c->dst, .out_fd = c->dst_fd, .verify = verify, .fresh = c->fresh,
-				  .sink = c->sink, .piece = copy_piece_size(c), .workers = copy_workers(c) };
+				  .sink = c->sink, .piece = copy_piece_size(c, away), .workers = copy_workers(c, away) };
 	struct copy_result res = { 0 };
 	struct copy_engine *e;
 	struct far_error err = { 0 };

@@ -8,7 +8,9 @@
  * The window is twice what the path holds: the highest delivery rate of the last samples times the shortest fetch of
  * the last ten seconds. At first what arrives widens it, so that it doubles each round trip; it ends where the queue that
  * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, or more if the workers could not
- * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms).
+ * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms). Near by it
+ * is 512 KiB at most, as long as the threads fill the window with that: it then stays in a CPU's cache on its way from the
+ * store through the socket to the local store.
  *
  * Invariants, under lock: inflight is the sum of the extents that workers are fetching; a worker claims its extent
  * before it lets go of the lock, so that the cursor never passes a chunk that nobody took.
@@ -22,6 +24,8 @@
 #define PULL_FAULTS 16
 #define PULL_BACKOFF_MAX (10 * FAR_SEC)
 #define PULL_EXTENT_FIRST (256 * FAR_KIB)
+#define PULL_EXTENT_NEAR (512 * FAR_KIB)
+#define PULL_NEAR (2 * FAR_MSEC) /* the shortest fetch of such an extent */
 #define PULL_NO_TRIGGER UINT64_MAX
 
 struct pull_request {
@@ -37,7 +41,8 @@ struct far_pull {
 	uint64_t window_max;
 	bool window_fixed;
 
-	_Atomic unsigned waiters;   /* that sleep on `progress` */
+	_Atomic unsigned waiters;   /* that sleep on `progress` until a range is local */
+	_Atomic uint64_t want;      /* others do until so many bytes are, or more; FAR_NEVER: nobody */
 	_Atomic uint64_t trigger;   /* reading this chunk asks for more ahead */
 
 	struct far_mutex lock;
@@ -143,6 +148,7 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
+	uint64_t brisk = p->rtt > PULL_NEAR ? most : PULL_EXTENT_NEAR;
 	uint64_t extent = r->chunk, window = p->window;
 
 	if (!p->window_fixed)
@@ -151,8 +157,9 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 		window = far_max(window, p->window);
 	if (io)
 		most = far_min(most, io);
-	/* The second: all threads together can fill the window. */
-	while (extent * 2 <= most && ((double)extent * 2 <= rate * 0.010 || extent * p->max_threads < window))
+	while (extent * 2 <= far_min(brisk, most) && (double)extent * 2 <= rate * 0.010)
+		extent *= 2;
+	while (extent * 2 <= most && extent * p->max_threads < window) /* all threads together can fill the window */
 		extent *= 2;
 	p->extent = extent;
 	if (!p->window_fixed)
@@ -200,6 +207,20 @@ static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began)
 	}
 }
 
+/* Whether another extent may be asked for now. */
+static bool pull_has_window_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
+{
+	return !p->inflight || p->inflight + p->demand + p->extent <= p->window;
+}
+
+/* Wake a worker if there may be something for it. One that has just ended a fetch looks by itself, and wakes the next
+ * when it has found something and there is window left: a wake-up for nothing costs as much as half a fetch near by. */
+static void pull_wake_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
+{
+	if (p->idle && (p->requests || p->run < p->order.n) && pull_has_window_locked(p))
+		far_cond_signal(&p->work);
+}
+
 void far_pull_demand_begin(struct far_region *r, uint64_t len)
 {
 	far_mutex_lock(&r->pull->lock);
@@ -214,8 +235,7 @@ void far_pull_again(struct far_region *r)
 	far_mutex_lock(&p->lock);
 	p->run = 0;
 	p->at = 0;
-	if (p->idle)
-		far_cond_signal(&p->work);
+	pull_wake_locked(p);
 	far_mutex_unlock(&p->lock);
 }
 
@@ -229,8 +249,7 @@ void far_pull_demand_end(struct far_region *r, uint64_t len, int err)
 		p->run = 0;
 		p->at = 0;
 	}
-	if (p->idle && (p->requests || p->run < p->order.n)) /* waking a thread costs more than a fault */
-		far_cond_signal(&p->work);
+	pull_wake_locked(p);
 	far_mutex_unlock(&p->lock);
 }
 
@@ -297,10 +316,10 @@ static void pull_fetch_locked(struct far_pull *p, uint64_t first, uint64_t end) 
 	}
 	uint64_t len = n << r->shift, began = far_now();
 	p->inflight += len;
-	if (p->inflight + p->demand + p->extent <= p->window && !p->idle)
+	if (p->idle)
+		pull_wake_locked(p);
+	else if (pull_has_window_locked(p))
 		pull_spawn_locked(p);
-	else if (p->idle)
-		far_cond_signal(&p->work);
 	far_mutex_unlock(&p->lock);
 
 	uint64_t old = far_deadline_limit(began + r->o.deadline_ms * FAR_MSEC);
@@ -320,8 +339,6 @@ static void pull_fetch_locked(struct far_pull *p, uint64_t first, uint64_t end) 
 		p->backoff = 0;
 		pull_sample_locked(p, len, began);
 	}
-	if (p->idle)
-		far_cond_signal(&p->work);
 }
 
 static void pull_idle_locked(struct far_pull *p, uint64_t until) FAR_REQUIRES(p->lock)
@@ -345,7 +362,7 @@ static void *pull_worker(void *arg)
 			pull_idle_locked(p, FAR_NEVER);
 		else if (!pull_has_room(r, first, p->extent))
 			pull_idle_locked(p, far_now() + FAR_SEC);
-		else if (pull_probing_locked(p) || (p->inflight && p->inflight + p->demand + p->extent > p->window))
+		else if (pull_probing_locked(p) || !pull_has_window_locked(p))
 			pull_idle_locked(p, FAR_NEVER);
 		else
 			pull_fetch_locked(p, first, end);
@@ -471,9 +488,10 @@ void far_pull_progress(struct far_region *r)
 {
 	struct far_pull *p = r->pull;
 
-	if (!atomic_load(&p->waiters))
+	if (!atomic_load(&p->waiters) && far_chunkmap_local(r->map) < atomic_load(&p->want))
 		return;
 	far_mutex_lock(&p->lock);
+	atomic_store(&p->want, FAR_NEVER); /* who goes on waiting says so again */
 	far_cond_broadcast(&p->progress);
 	far_mutex_unlock(&p->lock);
 }
@@ -526,15 +544,18 @@ int far_region_wait_local(struct far_region *r, uint64_t bytes)
 	uint64_t want = far_min(bytes, r->bytes);
 	int err = 0;
 
-	atomic_fetch_add(&p->waiters, 1);
 	if (far_chunkmap_local(r->map) < want)
 		far_pull_again(r); /* what was evicted by hand is not pulled by itself */
 	far_mutex_lock(&p->lock);
 	uint64_t errors = p->errors;
-	while (far_chunkmap_local(r->map) < want && !(err = pull_sleep_locked(p, errors)))
-		;
+	for (;;) {
+		/* First said, then looked: far_pull_progress() looks after it has been counted. */
+		if (atomic_load(&p->want) > want)
+			atomic_store(&p->want, want);
+		if (far_chunkmap_local(r->map) >= want || (err = pull_sleep_locked(p, errors)))
+			break;
+	}
 	far_mutex_unlock(&p->lock);
-	atomic_fetch_sub(&p->waiters, 1);
 	return err;
 }
 
@@ -571,7 +592,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 		return r->o.priority ? far_error_set(err, -e, "no memory for the pull order") : e;
 	}
 	if (r->ahead_only && !r->o.priority)
-		p->order.n--; /* what nobody named */
+		p->order.n -= p->order.n > 0; /* what nobody named */
 	far_mutex_init(&p->lock);
 	far_cond_init(&p->work);
 	far_cond_init(&p->progress);
@@ -588,6 +609,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	p->window_max = PULL_THREADS_MAX * 4 * FAR_MIB;
 	p->window = r->o.window ? r->o.window : 8 * p->extent;
 	p->trigger = PULL_NO_TRIGGER;
+	p->want = FAR_NEVER;
 	p->sample_at = p->show_at = far_now();
 	pull_spawn_locked(p);
 	bool none = p->max_threads && !p->threads;

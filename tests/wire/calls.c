@@ -303,6 +303,81 @@ static void test_slow_call_stops_nobody(void **state)
 	free(uri);
 }
 
+struct long_read {
+	struct far_thread t;
+	struct far_backend *b;
+	uint8_t *buf;
+	size_t len;
+	int result;
+};
+
+static void *long_read_run(void *arg)
+{
+	struct long_read *l = arg;
+
+	l->result = far_read(l->b, 0, l->buf, l->len, FAR_BULK);
+	return NULL;
+}
+
+/* The backend holds a read up, and tells how many parts of it are with it at once. */
+static void long_read(struct long_read *l, struct slow *slow, unsigned parts, int error)
+{
+	slow_hold(slow, true);
+	slow->max_inside = 0;
+	assert_int_equal(far_thread_start(&l->t, "reader", long_read_run, l), 0);
+	assert_true(slow_wait_inside(slow, parts));
+	slow->error = error;
+	slow_hold(slow, false);
+	far_thread_join(&l->t);
+	assert_int_equal(l->result, error);
+	assert_int_equal(slow->max_inside, parts);
+	slow->error = 0;
+}
+
+/* Long reads are made in parts: all at once far away, near by two at a time; both give the right bytes, or the error. */
+static void test_long_reads(void **state)
+{
+	enum { LEN = (4 << 20) + 77 };
+	struct slow slow;
+	struct far_backend *b = slow_open(&slow, LEN), *far;
+	struct far_server *s;
+	uint8_t *buf = malloc(LEN);
+	struct long_read l = { .buf = buf, .len = 100 };
+	uint64_t took = FAR_NEVER, end = far_now() + LIMIT;
+	char *uri;
+
+	for (size_t i = 0; i < LEN; i++)
+		slow.mem[i] = (uint8_t)(rnd() >> 24);
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
+	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
+	assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
+	l.b = far;
+	l.len = LEN;
+	long_read(&l, &slow, 8, 0); /* how far it is is not known yet */
+	assert_memory_equal(buf, slow.mem, LEN);
+	while (took > FAR_MSEC && far_now() < end) {
+		uint64_t began = far_now();
+		assert_int_equal(far_read(far, 0, buf, 1, 0), 0);
+		took = far_now() - began;
+	}
+	assert_true(took <= FAR_MSEC);
+	memset(buf, 0, LEN);
+	long_read(&l, &slow, 2, 0);
+	assert_memory_equal(buf, slow.mem, LEN);
+	long_read(&l, &slow, 2, -ENOSPC);
+	memset(buf, 0, LEN);
+	assert_int_equal(far_read(far, 0, buf, LEN, 0), 0);
+	assert_memory_equal(buf, slow.mem, LEN);
+	far_close(far);
+	far_server_stop(s);
+	far_server_free(s);
+	far_close(b);
+	slow_free(&slow);
+	free(uri);
+	free(buf);
+}
+
 static void test_unix_and_fd(void **state)
 {
 	char dir[] = "/tmp/far-wire-XXXXXX", uri[200], *bound;
@@ -501,6 +576,7 @@ int main(void)
 		cmocka_unit_test(test_empty_region),     cmocka_unit_test(test_zeros_travel_as_flag),
 		cmocka_unit_test(test_many_threads),     cmocka_unit_test(test_512_in_flight),
 		cmocka_unit_test(test_slow_call_stops_nobody), cmocka_unit_test(test_unix_and_fd),
+		cmocka_unit_test(test_long_reads),
 		cmocka_unit_test(test_names_and_sizes),  cmocka_unit_test(test_read_only),
 		cmocka_unit_test(test_errors_exact),
 	};

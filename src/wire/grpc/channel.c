@@ -13,7 +13,7 @@
  *
  * Invariants:
  *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
- *     token back wakes one waiting caller (channel_pass).
+ *     token back wakes one waiting caller (channel_pass). A caller who has begun calls and not finished them is awake.
  *  2. The reader never blocks in sending. It waits for room in the socket only together with waiting for input. A sender
  *     who is not the reader waits for room in short slices, because the reader may leave meanwhile.
  *  3. A call's memory is touched by others only while it is on the list; its caller leaves (channel_leave) only when no
@@ -483,26 +483,56 @@ static void channel_catch_up(struct far_channel *c) FAR_REQUIRES(c->lock)
 		channel_hear(c);
 }
 
-int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+static void channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
 {
-	far_cond_init(&call->cond);
-	far_mutex_lock(&c->lock);
 	channel_catch_up(c);
-	call->untouched = false;
+	call->untouched = call->linked = false;
 	call->done = call->waiting = call->got_message = call->bad_type = false;
 	if (c->dead || c->draining) {
 		call->untouched = true;
 		call->result = c->dead ? c->error : -ECONNRESET;
-		channel_pass(c);
 	} else {
 		call->result = channel_submit(c, call, deadline);
-		if (call->result == 0) {
-			channel_link(c, call);
-			channel_wait(c, call, deadline, silence);
-			channel_leave(c, call);
-		}
-		channel_pass(c);
+		call->linked = call->result == 0;
 	}
+	if (call->linked)
+		channel_link(c, call);
+}
+
+static void channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+	FAR_REQUIRES(c->lock)
+{
+	if (call->linked) {
+		channel_wait(c, call, deadline, silence);
+		channel_leave(c, call);
+	}
+	channel_pass(c);
+}
+
+void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline)
+{
+	far_cond_init(&call->cond);
+	far_mutex_lock(&c->lock);
+	channel_begin(c, call, deadline);
+	far_mutex_unlock(&c->lock);
+}
+
+int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+{
+	far_mutex_lock(&c->lock);
+	channel_finish(c, call, deadline, silence);
+	int r = call->result;
+	far_mutex_unlock(&c->lock);
+	far_cond_fini(&call->cond);
+	return r;
+}
+
+int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+{
+	far_cond_init(&call->cond);
+	far_mutex_lock(&c->lock);
+	channel_begin(c, call, deadline);
+	channel_finish(c, call, deadline, silence);
 	int r = call->result;
 	far_mutex_unlock(&c->lock);
 	far_cond_fini(&call->cond);

@@ -11,7 +11,7 @@
 
 struct far_channel;
 
-/* A unary call. It lives on its caller's stack from submission to return. */
+/* A unary call. It lives on its caller's stack from begin to finish. */
 struct far_call {
 	/* fixed before the call */
 	const char *path;          /* "/package.Service/Method" */
@@ -39,6 +39,7 @@ struct far_call {
 	unsigned http_status;
 	unsigned pinned;       /* a reader is reading into this call's memory */
 	bool waiting, leaving, done, got_message, bad_type;
+	bool linked;           /* on the channel's list, from begin to finish */
 	int refused;           /* why the reply is no good, -errno */
 };
 #define FAR_CALL_NO_STATUS 999u
@@ -63,6 +64,11 @@ void far_channel_put(struct far_channel *c);
 /* Make the call; ends at `deadline` at the latest. Returns call->result. `silence`: a connection on which nothing at all
  * was heard for so long (ns) when a call runs out of time is given up. */
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence);
+/* The same in two steps, for a caller with several calls: begin() only puts the request together, finish() sends it and
+ * whatever else there is, and waits. Whoever has begun calls finishes them one by one and waits for nothing else
+ * meanwhile. */
+void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline);
+int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence);
 /* Every pending and later call gets err. */
 void far_channel_kill(struct far_channel *c, int err);
 /* No new calls; those that are pending go on. */

@@ -19,6 +19,11 @@
 
 #define CLIENT_TRIES 3  /* of a call that the peer cannot have seen, or that was garbled */
 #define CLIENT_ROUNDS 8 /* of a call that fences ended */
+/* Long reads are made in parts, of this size at least; near by with so many on their way. */
+#define CLIENT_LONG ((size_t)FAR_MIB)
+#define CLIENT_PART ((size_t)256 * FAR_KIB)
+#define CLIENT_NEAR (2 * FAR_MSEC)
+#define CLIENT_AHEAD 2
 
 uint64_t far_client_deadline(const struct far_client *c)
 {
@@ -31,15 +36,15 @@ static int client_error(int r)
 	return r == -ECANCELED || r == -ENOTCONN ? -ECONNRESET : r;
 }
 
-/* A call that changes nothing. */
-static int client_ask(struct far_client *c, struct far_exchange *op)
+/* A call that changes nothing. It may have been made for the first time already. */
+static int client_ask_until(struct far_client *c, struct far_exchange *op, uint64_t deadline)
 {
-	uint64_t deadline = far_client_deadline(c);
 	unsigned tries = 0, rounds = 0;
 	int r;
 
 	for (;;) {
-		r = far_exchange(c, op, deadline);
+		r = op->made ? op->result : far_exchange(c, op, deadline);
+		op->made = false;
 		bool again = false;
 		switch (op->fate) {
 		case FAR_FATE_DONE:
@@ -56,6 +61,11 @@ static int client_ask(struct far_client *c, struct far_exchange *op)
 		if (!again)
 			return client_error(r);
 	}
+}
+
+static int client_ask(struct far_client *c, struct far_exchange *op)
+{
+	return client_ask_until(c, op, far_client_deadline(c));
 }
 
 /* After a change: whether it is made again. */
@@ -115,11 +125,37 @@ int far_client_write_again(struct far_client *c, uint64_t off, const void *buf, 
 
 /* -------------------------------------------------------------------------------------------- the operations */
 
+/* A long read in parts: while one part is checked the next one is on its way, and near by each stays in a CPU's cache from
+ * the store through the socket and both checksums. Far away all parts are asked for at once. */
+static int client_read_parts(struct far_client *c, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	struct far_exchange op[FAR_EXCHANGE_READS];
+	uint64_t deadline = far_client_deadline(c);
+	size_t part = far_max(CLIENT_PART, (size_t)far_div_up(len, FAR_EXCHANGE_READS));
+	bool near = atomic_load_explicit(&c->shortest, memory_order_relaxed) <= CLIENT_NEAR;
+	unsigned n = 0;
+
+	for (size_t at = 0; at < len; at += part)
+		op[n++] = (struct far_exchange){ .m = FAR_M_READ, .off = off + at, .len = far_min(part, len - at),
+						 .dst = (char *)buf + at, .flags = flags };
+	/* What was not made, or failed, is made by itself, with all that belongs to that. */
+	far_exchange_reads(c, op, n, near ? CLIENT_AHEAD : n, deadline);
+	int r = 0;
+	for (unsigned i = 0; i < n && r == 0; i++)
+		r = client_ask_until(c, &op[i], deadline);
+	return r;
+}
+
 static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
+	struct far_client *c = self;
 	struct far_exchange op = { .m = FAR_M_READ, .off = off, .len = len, .dst = buf, .flags = flags };
 
-	return flags & FAR_NOWAIT ? -EAGAIN : client_ask(self, &op);
+	if (flags & FAR_NOWAIT)
+		return -EAGAIN;
+	if (len >= CLIENT_LONG && far_client_kind(c) == FAR_CLIENT_REGION)
+		return client_read_parts(c, off, buf, len, flags);
+	return client_ask(c, &op);
 }
 
 static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t off, const void *src, uint64_t len,

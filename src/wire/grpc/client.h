@@ -47,6 +47,7 @@ struct far_client {
 	_Atomic unsigned kind;          /* enum far_client_kind; once known it stays */
 	_Atomic bool sums, sessions;
 	_Atomic uint64_t checksum_errors;
+	_Atomic uint64_t shortest, shortest_at; /* time that a call took, of late; FAR_NEVER: none was made yet */
 
 	struct far_mutex lock;
 	struct far_cond cond;

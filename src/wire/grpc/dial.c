@@ -59,6 +59,7 @@ static struct far_client *dial_new(const char *where, const char *export, const 
 	far_cond_init(&c->cond);
 	c->export_n = strlen(export);
 	c->where = c->lanes.where;
+	atomic_store_explicit(&c->shortest, FAR_NEVER, memory_order_relaxed);
 	c->timeout = 10 * FAR_SEC;
 	c->writable = !opts->read_only;
 	c->no_sums = opts->no_checksums;

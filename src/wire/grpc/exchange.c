@@ -13,6 +13,8 @@
 
 #include <string.h>
 
+#define EXCHANGE_MEMORY (10 * FAR_SEC)
+
 static const char *exchange_path(const struct far_exchange *op)
 {
 	static const char *const region[] = {
@@ -38,6 +40,8 @@ struct exchange_call {
 	uint64_t kinds_n;
 	uint8_t sum[FAR_GRPC_SUM]; /* came with a read, or is expected from a change */
 	bool has_sum;
+	bool begun; /* of several that are made at once */
+	uint64_t began;
 	uint8_t head[FAR_H2_HEAD - FAR_GRPC_PREFIX];
 	uint8_t body[FAR_H2_HEAD + 512]; /* of a request that does not fit the head */
 };
@@ -265,52 +269,131 @@ static void exchange_judge(struct far_client *c, struct far_exchange *op, struct
 		far_channel_kill(channel, -ECONNRESET);
 }
 
-/* Make the call once, on this connection. */
-static int exchange_on(struct far_client *c, struct far_exchange *op, struct far_channel *channel, uint64_t deadline)
+/* Put the call together for this connection. 0, or why it is not begun. */
+static int exchange_prepare(struct far_client *c, struct far_exchange *op, struct far_channel *channel, struct exchange_call *k)
 {
-	bool patient = false;
-	struct exchange_call k;
-
-	memset(&k, 0, offsetof(struct exchange_call, head));
+	memset(k, 0, offsetof(struct exchange_call, head));
 	op->told_by = far_channel_tag(channel, 0);
 	op->region = far_client_kind(c) == FAR_CLIENT_REGION;
 	if (op->m == FAR_M_DESCRIBE || op->m == FAR_M_LEASE || op->m == FAR_M_WATCH)
 		op->seen = far_hello_seen(c);
-	k.op = op;
-	k.call.path = exchange_path(op);
-	k.call.tell_deadline = op->region;
+	k->op = op;
+	k->call.path = exchange_path(op);
+	k->call.tell_deadline = op->region;
 	if (op->m == FAR_M_READ) {
-		k.call.fields = true;
-		k.call.pb = (struct far_pb_stream){ .value = exchange_read_value, .bytes = exchange_read_bytes, .opaque = &k };
+		k->call.fields = true;
+		k->call.pb = (struct far_pb_stream){ .value = exchange_read_value, .bytes = exchange_read_bytes, .opaque = k };
 	} else {
-		k.call.buf = op->reply;
-		k.call.buf_cap = op->reply_cap;
+		k->call.buf = op->reply;
+		k->call.buf_cap = op->reply_cap;
 	}
-	int r = 0;
-	if (op->region)
-		exchange_request(c, op, &k);
-	else
-		r = exchange_request_plain(op, &k);
-	if (r == 0) {
-		uint64_t bytes = op->m == FAR_M_READ || op->m == FAR_M_WRITE ? op->len : 0, began = far_now();
-		far_channel_load(channel, (int64_t)bytes);
-		r = far_channel_call(channel, &k.call, deadline, c->timeout);
-		far_channel_load(channel, -(int64_t)bytes);
-		op->reply_n = k.call.buf_n;
-		if (r == 0)
-			r = exchange_check(c, op, &k);
-		op->fate = exchange_fate(c, op, channel, &k.call, r);
-		patient = r == -ETIMEDOUT && far_now() - began >= far_min(c->timeout, c->lanes.quiet + c->lanes.patience);
+	if (!op->region)
+		return exchange_request_plain(op, k);
+	exchange_request(c, op, k);
+	return 0;
+}
+
+/* The shortest that a call took of late tells how far away the peer is. */
+static void exchange_learn(struct far_client *c, uint64_t took, uint64_t now)
+{
+	if (took < atomic_load_explicit(&c->shortest, memory_order_relaxed) ||
+	    now - atomic_load_explicit(&c->shortest_at, memory_order_relaxed) > EXCHANGE_MEMORY) {
+		atomic_store_explicit(&c->shortest, took, memory_order_relaxed);
+		atomic_store_explicit(&c->shortest_at, now, memory_order_relaxed);
 	}
+}
+
+/* The call has ended with r: look at what came. Returns the operation's outcome. */
+static int exchange_ended(struct far_client *c, struct far_exchange *op, struct far_channel *channel,
+			  struct exchange_call *k, int r)
+{
+	uint64_t now = far_now(), took = now - k->began;
+
+	op->reply_n = k->call.buf_n;
+	if (r == 0)
+		exchange_learn(c, took, now);
+	if (r == 0)
+		r = exchange_check(c, op, k);
+	op->fate = exchange_fate(c, op, channel, &k->call, r);
+	bool patient = r == -ETIMEDOUT && took >= far_min(c->timeout, c->lanes.quiet + c->lanes.patience);
 	exchange_judge(c, op, channel, r, patient);
-	if (r && k.call.grpc_status && k.call.grpc_status != FAR_CALL_NO_STATUS)
-		far_log(FAR_LOG_DEBUG, "%s: %s: status %u: %s", c->where, k.call.path, k.call.grpc_status, k.call.text);
+	if (r && k->call.grpc_status && k->call.grpc_status != FAR_CALL_NO_STATUS)
+		far_log(FAR_LOG_DEBUG, "%s: %s: status %u: %s", c->where, k->call.path, k->call.grpc_status, k->call.text);
 	return r;
+}
+
+/* Make the call once, on this connection. */
+static int exchange_on(struct far_client *c, struct far_exchange *op, struct far_channel *channel, uint64_t deadline)
+{
+	struct exchange_call k;
+	int r = exchange_prepare(c, op, channel, &k);
+
+	if (r) {
+		exchange_judge(c, op, channel, r, false);
+		return r;
+	}
+	int64_t bytes = op->m == FAR_M_READ || op->m == FAR_M_WRITE ? (int64_t)op->len : 0;
+	k.began = far_now();
+	far_channel_load(channel, bytes);
+	r = far_channel_call(channel, &k.call, deadline, c->timeout);
+	far_channel_load(channel, -bytes);
+	return exchange_ended(c, op, channel, &k, r);
+}
+
+/* A connection for it, with a reference. */
+static int exchange_pick(struct far_client *c, struct far_exchange *op, uint64_t deadline, struct far_channel **channel)
+{
+	int r = far_lanes_pick(&c->lanes, (op->flags & FAR_BULK) ? FAR_LANE_BULK : FAR_LANE_DEMAND, deadline, channel, NULL);
+
+	op->fate = FAR_FATE_DONE;
+	if (r && r != -ESTALE && r != -ESHUTDOWN && (r == -EBADMSG || !far_error_is_transient(r)))
+		op->fate = FAR_FATE_AGAIN; /* most likely the greeting was garbled */
+	return r;
+}
+
+static void exchange_begin_read(struct far_client *c, struct far_exchange *op, struct far_channel *channel,
+				struct exchange_call *k, uint64_t deadline)
+{
+	op->result = exchange_prepare(c, op, channel, k);
+	op->made = true;
+	k->began = far_now();
+	k->begun = op->result == 0;
+	if (!k->begun) {
+		exchange_judge(c, op, channel, op->result, false);
+		return;
+	}
+	far_channel_load(channel, (int64_t)op->len);
+	far_channel_begin(channel, &k->call, deadline);
+}
+
+void far_exchange_reads(struct far_client *c, struct far_exchange *op, unsigned n, unsigned ahead, uint64_t deadline)
+{
+	struct exchange_call k[FAR_EXCHANGE_READS];
+	struct far_channel *channel;
+	unsigned begun = 0;
+
+	FAR_ASSERT(n <= FAR_EXCHANGE_READS);
+	op->result = exchange_pick(c, op, deadline, &channel);
+	op->made = op->result != 0;
+	if (op->made)
+		return;
+	bool well = true;
+	for (unsigned i = 0; i < n && (well || i < begun); i++) {
+		for (; well && begun < far_min(n, i + ahead); begun++)
+			exchange_begin_read(c, &op[begun], channel, &k[begun], deadline);
+		if (k[i].begun) {
+			/* What comes of the later ones waits in the socket while this one's checksum is computed. */
+			int r = far_channel_finish(channel, &k[i].call, deadline, c->timeout);
+			far_channel_load(channel, -(int64_t)op[i].len);
+			op[i].result = exchange_ended(c, &op[i], channel, &k[i], r);
+		}
+		well = well && op[i].result == 0;
+	}
+	far_channel_put(channel);
 }
 
 int far_exchange(struct far_client *c, struct far_exchange *op, uint64_t deadline)
 {
-	int lane = (op->flags & FAR_BULK) ? FAR_LANE_BULK : FAR_LANE_DEMAND;
 	bool change = op->m == FAR_M_WRITE || op->m == FAR_M_ZERO || op->m == FAR_M_DISCARD;
 	struct far_channel *channel = op->channel;
 	int r = 0;
@@ -319,9 +402,7 @@ int far_exchange(struct far_client *c, struct far_exchange *op, uint64_t deadlin
 	if (channel)
 		far_channel_get(channel);
 	else
-		r = far_lanes_pick(&c->lanes, lane, deadline, &channel, NULL);
-	if (r && r != -ESTALE && r != -ESHUTDOWN && (r == -EBADMSG || !far_error_is_transient(r)))
-		op->fate = FAR_FATE_AGAIN; /* most likely the greeting was garbled */
+		r = exchange_pick(c, op, deadline, &channel);
 	if (r)
 		return r;
 	r = change && far_hello_fenced(c) ? -ESTALE : exchange_on(c, op, channel, deadline);
