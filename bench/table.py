@@ -417,23 +417,28 @@ def row_dirty(o):
     show('the longest stall meanwhile', r['longest_us'] / 1e3, 'ms', 100, 'of a 128 KiB write', None, upwards=False)
 
 
-def go_pair():
-    """The Go family's server and client of the Backend service, built where Go and its modules are at hand."""
-    binary = os.path.join(BUILD, 'bench', 'gopair')
-    source = os.path.join(HERE, 'bench', 'go')
+def go_build(folder_, cgo='0'):
+    """A program of the Go family's, built where Go and its modules are at hand."""
+    source = os.path.join(HERE, 'bench', folder_)
+    binary = os.path.join(BUILD, 'bench', {'go': 'gopair'}.get(folder_, folder_))
     if os.path.exists(binary) and os.path.getmtime(binary) > os.path.getmtime(os.path.join(source, 'main.go')):
         return binary
     if not shutil.which('go'):
-        raise Skip('go is not installed: no pair to hold it against')
-    env = dict(os.environ, CGO_ENABLED='0', GOFLAGS='-mod=readonly -buildvcs=false', TMPDIR=things.dir)
+        raise Skip('go is not installed: nothing to hold it against')
+    env = dict(os.environ, CGO_ENABLED=cgo, GOFLAGS='-mod=readonly -buildvcs=false', TMPDIR=things.dir)
     try:
         out = subprocess.run(['go', 'build', '-o', binary, '.'], cwd=source, env=env, capture_output=True, text=True,
                              timeout=120)
     except subprocess.TimeoutExpired:
-        raise Skip('the Go pair was not built within 120 s')
+        raise Skip('bench/%s was not built within 120 s' % folder_)
     if out.returncode:
-        raise Skip('the Go pair does not build: %s' % out.stderr.strip()[-200:])
+        raise Skip('bench/%s does not build: %s' % (folder_, out.stderr.strip()[-200:]))
     return binary
+
+
+def go_pair():
+    """The Go family's server and client of the Backend service."""
+    return go_build('go')
 
 
 @row('grpc')
@@ -611,6 +616,182 @@ def row_sums(o):
     a, b = pairs(o.pairs, lambda: pull(uri), lambda: pull(uri + '?sums=0'))
     show('reading while pulling, checksums on', a / b, 'x', 0.95, rates(a, b),
          'FUSE <- region <- gRPC farpage.v1 <- memory, against the same without checksums')
+
+
+# The pointer. Its other side is bench/bare: a handler that does the least, or memory of the program's own.
+
+def numbers(*argv):
+    """What a program of bench/ prints."""
+    out = subprocess.run([str(a) for a in argv], capture_output=True, text=True, timeout=300)
+    if out.returncode:
+        raise Broken('%s: %s' % (os.path.basename(argv[0]), out.stderr.strip()[-200:]))
+    return [float(w) for w in out.stdout.split() if w not in '.!']
+
+
+def bare(*argv):
+    return numbers(os.path.join(BUILD, 'bench', 'bare'), *argv)
+
+
+def pointer(case, mechanism, *options):
+    return farpage_rows('pointer', '--case', case, '--mechanism', mechanism, *options)[0]
+
+
+def mechanisms(name, list_, fn):
+    """fn for each; one that this kernel lacks is a line of its own."""
+    for m in list_:
+        try:
+            fn(m)
+        except Skip as e:
+            print('%-44s skip: %s' % ('%s, %s' % (name, m), e))
+
+
+def both(n, ours, theirs, key=lambda x: x):
+    """Alternate; the whole results, best of each (less is better)."""
+    a, b = [], []
+    for _ in range(n):
+        a.append(ours())
+        b.append(theirs())
+    return min(a, key=key), min(b, key=key)
+
+
+@row('pointer-seq')
+def row_pointer_seq(o):
+    size = 512 * MIB
+    need_memory(4 * size)
+
+    def one(m):
+        a, b, how = [], [], ''
+        for _ in range(o.pairs):
+            r = pointer('seq', m, '--mode', 'managed', '--size', size)
+            a.append(value(r))
+            how = r['how']
+            b.append(bare('seq', size, 4096, 'same')[0])
+        show('first touch in order, %s' % m, max(a) / max(b), 'x', 6 if m == 'copy' else 14, rates(max(a), max(b)),
+             how + ', mapping counted, against a bare 4 KiB handler on the same CPU')
+    mechanisms('first touch in order', ('copy', 'move', 'continue'), one)
+
+
+@row('pointer-share')
+def row_pointer_share(o):
+    size = 512 * MIB
+    need_memory(2 * size)
+    how = pointer('share', 'share', '--size', size)['how']
+    a, b = pairs(o.pairs, lambda: value(pointer('share', 'share', '--size', size)), lambda: bare('plain', size)[0])
+    show('map, populate, read: shareable backend', a / b, 'x', 0.95, rates(a, b),
+         how + ', against a plain mapping with MAP_POPULATE')
+
+
+@row('pointer-single')
+def row_pointer_single(o):
+    size, n = 512 * MIB, 1000
+    need_memory(3 * size)
+    for chunk in (4096, 65536):
+        a, b = both(o.pairs, lambda: pointer('single', 'copy', '--chunk', chunk, '--ops', n, '--size', size),
+                    lambda: bare('single', size, chunk, n, 100), key=lambda r: r['p50_us'] if isinstance(r, dict) else r[0])
+        what = 'single faults at random, %d KiB each' % (chunk >> 10)
+        show(what + ': p50 over bare', a['p50_us'] - b[0], 'us', 3, '%.1f against %.1f us' % (a['p50_us'], b[0]),
+             a['how'] + ', against one bare handler a CPU, 100 us apart', upwards=False)
+        show(what[:13] + ', %d KiB: p99 over bare' % (chunk >> 10), a['p99_us'] - b[1], 'us', 10,
+             '%.1f against %.1f us' % (a['p99_us'], b[1]), None, upwards=False)
+
+
+@row('pointer-first')
+def row_pointer_first(o):
+    size = 512 * MIB
+    need_memory(3 * size)
+    for chunk in (4096, 65536, MIB, 8 * MIB):
+        n = min(300, size // chunk)
+        a, b = both(min(o.pairs, 3), lambda: pointer('first', 'copy', '--chunk', chunk, '--size', size),
+                    lambda: bare('single', size, 4096, n, max(100, chunk // 250)),
+                    key=lambda r: r['p50_us'] if isinstance(r, dict) else r[0])
+        show('first byte of a fault, chunk %d KiB' % (chunk >> 10), a['p50_us'] - b[0], 'us', 4,
+             '%.1f against %.1f us, p50' % (a['p50_us'], b[0]),
+             a['how'] + ', against a bare 4 KiB fault' if chunk == 4096 else None, upwards=False)
+
+
+@row('pointer-local')
+def row_pointer_local(o):
+    size = 512 * MIB
+    need_memory(4 * size)
+
+    def huge(r):
+        return int(r['how'].split(', ')[2].split()[0]) >= 50
+
+    def read(m):
+        r = pointer('read', m, '--size', size)
+        kind = 'huge' if huge(r) else '4k'
+        a, b = pairs(o.pairs, lambda: value(pointer('read', m, '--size', size)), lambda: bare('read', size, kind)[0])
+        show('reads when all is local, %s' % m, a / b, 'x', 0.98, rates(a, b),
+             r['how'] + ', against memory in %s pages' % kind)
+
+    def store(m):
+        r = pointer('store', m, '--size', size)
+        kind = 'huge' if huge(r) else '4k'
+        a, b = both(o.pairs, lambda: pointer('store', m, '--size', size), lambda: bare('store', size, kind),
+                    key=lambda r: value(r) if isinstance(r, dict) else r[0])
+        show('second stores into a page, %s' % m, b[0] / value(a), 'x', 1.0, '%.2f against %.2f ns' % (value(a), b[0]),
+             a['how'] + ', against memory in %s pages' % kind)
+        show('first store into a page, %s' % m, a['p50_us'], 'us', 1.3, 'mean over all pages', None, upwards=False)
+    mechanisms('reads when all is local', ('copy', 'move', 'continue'), read)
+    mechanisms('stores when all is local', ('copy', 'continue'), store)
+
+
+@row('pointer-find')
+def row_pointer_find(o):
+    need_memory(4 * GIB)
+
+    def one(m):
+        a, b = both(o.pairs, lambda: pointer('find', m, '--size', GIB), lambda: bare('hash', GIB),
+                    key=lambda r: value(r) if isinstance(r, dict) else r[0])
+        show('finding stores, 1 GiB, 1 %% of pages, %s' % m, b[0] / value(a), 'x', 80,
+             '%.2f against %.1f ms' % (value(a), b[0]), a['how'] + ', against XXH3 of each 64 KiB')
+    mechanisms('finding stores', ('copy', 'continue'), one)
+
+
+@row('pointer-pull')
+def row_pointer_pull(o):
+    size = GIB
+    need_memory(4 * size)
+
+    def one(m):
+        how = pointer('pull', m, '--size', 64 * MIB)['how']
+        a, b = pairs(o.pairs, lambda: value(pointer('pull', m, '--size', size)), raw_tcp)
+        show('pull over gRPC into a pointer, %s' % m, a / b, 'x', 0.4 if m == 'copy' else 0.6, rates(a, b),
+             how + ', mapping counted, against one raw TCP stream (%s)' % congestion())
+    mechanisms('pull over gRPC', ('move', 'continue', 'copy'), one)
+
+
+@row('pointer-absent')
+def row_pointer_absent(o):
+    r = min((pointer('absent', 'copy', '--rtt', '40ms') for _ in range(1 if o.quick else 3)), key=value)
+    show('64 threads, 64 absent chunks of a pointer', value(r), 'RTT', 2, 'the last one served, 40 ms', r['how'],
+         upwards=False)
+
+
+@row('pointer-go')
+def row_pointer_go(o):
+    size = 256 * MIB
+    need_memory(4 * size)
+    binary = go_build('gouffd', '1')
+    best = None
+    for m in ('move', 'copy'):
+        try:
+            how = pointer('seq', m, '--mode', 'managed', '--size', size)['how']
+            best = m
+            break
+        except Skip:
+            continue
+    if not best:
+        raise Skip('userfaultfd does not work here')
+    a, b = pairs(o.pairs, lambda: value(pointer('seq', best, '--mode', 'managed', '--size', size)),
+                 lambda: numbers(binary, size)[0])
+    show('first touch in order, %s, against Go' % best, a / b, 'x', 10, rates(a, b), how + ', against userfaultfd-go v0.1.2')
+
+
+@row('pointer-trace')
+def row_pointer_trace(o):
+    r = max((pointer('trace', 'copy', '--size', 512 * MIB) for _ in range(1 if o.quick else 2)), key=value)
+    show('second start with the trace of the first', value(r), 'x', 10, r['note'], r['how'])
 
 
 # ---------------------------------------------------------------------------------------------------------- main

@@ -471,8 +471,9 @@ struct far_handover {
 	uint64_t features;  /* of the userfaultfd: UFFD_FEATURE_* */
 	struct far_handover_range *range; /* malloc()ed */
 	size_t n;
+	int process;        /* pidfd of the process, by which its end is noticed at once; -1: not given */
 };
-#define FAR_HANDOVER_INIT { .size = sizeof(struct far_handover), .uffd = -1, .pagemap = -1, .mem = -1 }
+#define FAR_HANDOVER_INIT { .size = sizeof(struct far_handover), .uffd = -1, .pagemap = -1, .mem = -1, .process = -1 }
 /* Send h's descriptors and ranges; with our format, wait for the acknowledgement. Nothing of h changes owner. */
 FAR_API int far_uffd_send(int socket, const struct far_handover *h, struct far_error *err);
 /* Receive what a peer sends in any of the formats. With our format far_uffd_accept() must follow. */

@@ -351,11 +351,7 @@ static int rig_mount(struct rig_work *w, struct far_backend *b, char *target, st
 	return far_mnt_open(&mc, &w->mnt, err);
 }
 
-/*
- * Memory that nobody used for a while is slow to come by, above all on a virtual machine that gives it back to its host.
- * Take as much as the local copy and the page cache will need, and put it back: then it is the mount that is measured.
- */
-static void rig_warm(uint64_t bytes)
+void bench_rig_warm(uint64_t bytes)
 {
 	uint64_t free_bytes = (uint64_t)sysconf(_SC_AVPHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
 	size_t len = (size_t)far_min(bytes, far_min(free_bytes / 2, RIG_WARM_MAX));
@@ -383,7 +379,7 @@ static void rig_mount_child(struct rig_work *w)
 	if (!r && !c->grpc)
 		r = rig_store(w, &b, &err);
 	if (!r && !c->empty)
-		rig_warm(c->managed ? 2 * c->size : c->size);
+		bench_rig_warm(c->managed ? 2 * c->size : c->size);
 	rig_usage(&before);
 	uint64_t begin = far_now();
 	if (!r && c->grpc)

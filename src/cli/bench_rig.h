@@ -42,4 +42,8 @@ int bench_rig_wait(struct bench_rig *r, unsigned percent);
 uint64_t bench_rig_delay(void *rig, uint64_t off);
 void bench_rig_close(struct bench_rig *r);
 
+/* Memory that nobody used for a while is slow to come by, above all on a virtual machine that gives it back to its host.
+ * Take as much as will be needed (2 GiB at most), and put it back: then it is farpage that is measured. */
+void bench_rig_warm(uint64_t bytes);
+
 #endif

@@ -427,6 +427,7 @@ const struct bench_set bench_sets[] = {
 	{ "scatter", "4 KiB writes to distinct absent chunks", bench_scatters },
 	{ "dirty", "writes past the budget of dirty bytes", bench_dirty },
 	{ "huge", "opening a region of 1 TiB, and its idle cost", bench_huge },
+	{ "pointer", "a region as memory: first touches, single faults, stores, pull", bench_pointer },
 	{ NULL, NULL, NULL },
 };
 

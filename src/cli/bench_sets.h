@@ -18,6 +18,11 @@ struct bench {
 	unsigned ops, threads;
 	enum bench_way way;
 	uint64_t seed;
+	/* of pointers only */
+	const char *only;         /* one case; NULL: all */
+	enum far_mechanism mechanism;
+	enum far_tracking tracking;
+	bool read_only;
 	bool quiet;               /* print no table */
 	struct bench_rows rows;
 	bool failed;
@@ -28,6 +33,8 @@ struct bench_set {
 	void (*run)(struct bench *b);
 };
 extern const struct bench_set bench_sets[]; /* ended by a NULL name */
+void bench_pointer(struct bench *b); /* the set "pointer"; the only one with named cases */
+bool bench_pointer_has(const char *name);
 
 /* One act on a file that is there already. */
 struct bench_act {

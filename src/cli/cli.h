@@ -36,7 +36,7 @@ struct cli_verb {
 };
 
 extern const struct cli_verb cli_bench, cli_serve, cli_mount, cli_copy, cli_info, cli_doctor, cli_status, cli_flush, cli_wait,
-	cli_stop, cli_pull, cli_pin, cli_unpin, cli_evict, cli_check;
+	cli_stop, cli_pull, cli_pin, cli_unpin, cli_evict, cli_check, cli_page;
 
 /* Parse "--key value", "--key=value", "-x value", positional arguments and "--" into conf (already holding defaults)
  * and *args, whose strings stay argv's. CLI_GO, or the exit code to leave with: --help was printed, or an error. */

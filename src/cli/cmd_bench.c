@@ -5,6 +5,7 @@
 #include "cli/cli.h"
 
 #include "base/clock.h"
+#include "cli/bench_pointer.h"
 #include "cli/bench_sets.h"
 
 #include <signal.h>
@@ -12,15 +13,17 @@
 #include <string.h>
 
 struct bench_conf {
-	char *on, *svg;
-	bool json, quiet;
+	char *on, *svg, *only, *picture;
+	bool json, quiet, read_only;
 	uint64_t size, seconds, block, rtt, chunk;
 	int64_t ops, threads, seed;
-	int way, mode, backend;
+	int way, mode, backend, mechanism, tracking;
 };
 
 static const char *const bench_modes[] = { "both", "direct", "managed", NULL };
 static const char *const bench_backends[] = { "memory", "file", "directory", "grpc", NULL };
+static const char *const bench_mechanisms[] = { "auto", "share", "move", "continue", "copy", "sigsegv", NULL };
+static const char *const bench_trackings[] = { "auto", "none", "async", "sync", "hash", NULL };
 static const char *const bench_ways[] = { "buffered", "direct", "mapped", NULL };
 
 #define OPT(k, knd, field) { .key = (k), .kind = FAR_OPT_##knd, .offset = offsetof(struct bench_conf, field)
@@ -49,6 +52,14 @@ static const struct far_opt bench_options[] = {
 	OPT("threads", INT, threads), .min = 1, .max = 4096, .value_name = "N", .def = "1, or 64 for absent chunks",
 	    .help = "that read at once" },
 	OPT("seed", INT, seed), .max = 1e15, .value_name = "N", .def = "1", .help = "of random offsets" },
+	OPT("case", STRING, only), .value_name = "CASE", .def = "all", .help = "of the set pointer" },
+	OPT("mechanism", ENUM, mechanism), .names = bench_mechanisms, .value_name = "share|move|continue|copy|sigsegv",
+	    .def = "the case's own", .help = "how a pointer's pages are filled" },
+	OPT("tracking", ENUM, tracking), .names = bench_trackings, .value_name = "async|sync|hash", .def = "auto",
+	    .help = "how stores through a pointer are found" },
+	OPT("read-only", BOOL, read_only), .help = "map pointers read-only where nothing is stored" },
+	OPT("picture", STRING, picture), .value_name = "FILE",
+	    .help = "let a pointer run for two seconds and draw its chunk map over time into FILE" },
 	FAR_OPT_END
 };
 #undef OPT
@@ -65,6 +76,11 @@ static int bench_check_conf(const struct bench_conf *c, const struct cli_args *a
 {
 	const struct bench_set *s = bench_sets;
 
+	if (c->picture && (args->n || c->on))
+		return cli_usage(&cli_bench, "--picture is a run of its own: leave NAME and --on out");
+	if (c->only && (!args->n || strcmp(args->v[0], "pointer") != 0 || !bench_pointer_has(c->only)))
+		return cli_usage(&cli_bench, "--case goes with the set pointer and is one of seq, share, single, first, read, "
+				 "store, find, pull, absent, trace");
 	if (c->block % 4096 || c->chunk % 4096 || c->size % 4096)
 		return cli_usage(&cli_bench, "--size, --chunk and --block are multiples of 4096");
 	if (!c->on && c->chunk & (c->chunk - 1))
@@ -87,10 +103,15 @@ static int bench_go(const struct bench_conf *c, const struct cli_args *args)
 {
 	struct bench b = { .mode = (enum far_mode)c->mode, .backend = (enum bench_backend)c->backend, .size = c->size, .ns = c->seconds, .block = c->block, .rtt = c->rtt, .chunk = c->chunk,
 			   .ops = (unsigned)c->ops, .threads = (unsigned)c->threads, .way = (enum bench_way)c->way,
-			   .seed = (uint64_t)c->seed, .quiet = c->json };
+			   .seed = (uint64_t)c->seed, .only = c->only,
+			   .mechanism = (enum far_mechanism)c->mechanism, .tracking = (enum far_tracking)c->tracking,
+			   .read_only = c->read_only, .quiet = c->json };
+	struct far_error err = { 0 };
 	int code = CLI_OK;
 
 	signal(SIGPIPE, SIG_IGN);
+	if (c->picture)
+		return bench_picture(c->picture, &err) < 0 ? cli_fail("cannot draw", &err) : CLI_OK;
 	if (c->on)
 		code = bench_on(&b, bench_act_find(args->v[0]), c->on);
 	for (const struct bench_set *s = bench_sets; s->name && !c->on; s++)

@@ -6,16 +6,15 @@
 #include "cli/cli.h"
 
 #include "cli/progress.h"
+#include "frontend/pointer.h"
+#include "frontend/uffd.h"
 
 #include <fcntl.h>
 #include <json-c/json.h>
-#include <linux/userfaultfd.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -32,8 +31,8 @@ enum doctor_state { DOCTOR_OK, DOCTOR_LIMITED, DOCTOR_NO };
 
 struct doctor_line {
 	enum doctor_state state;
-	char found[200];
-	char next[240]; /* "" if nothing is to be done */
+	char found[280];
+	char next[280]; /* "" if nothing is to be done */
 };
 
 static void doctor_set(struct doctor_line *l, enum doctor_state state, const char *found, const char *next)
@@ -114,26 +113,79 @@ static void doctor_read_ahead(struct doctor_line *l)
 			   "mount as root for 1 MiB, or raise /sys/class/bdi/0:*/read_ahead_kb after mounting");
 }
 
+/* The features that newer kernels have, and what is lost without them. */
 static void doctor_userfaultfd(struct doctor_line *l)
 {
-	char value[16] = "";
-	struct uffdio_api api = { .api = UFFD_API };
-	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	static const unsigned bits[] = { FAR_UFFD_WP, FAR_UFFD_WP_SHMEM, FAR_UFFD_WP_ASYNC, FAR_UFFD_SCAN, FAR_UFFD_MOVE,
+					 FAR_UFFD_POISON, FAR_UFFD_MINOR, FAR_UFFD_MINOR_WP, FAR_UFFD_EVENTS, FAR_UFFD_FORK,
+					 FAR_UFFD_HUGE, FAR_UFFD_THP };
+	unsigned have = far_uffd_have();
+	char list[2][100] = { "", "" };
 
-	doctor_read("/proc/sys/vm/unprivileged_userfaultfd", value, sizeof value);
-	if (fd < 0 && errno == ENOSYS)
-		doctor_set(l, DOCTOR_NO, "this kernel has none: regions cannot be pointers", "use a kernel with CONFIG_USERFAULTFD");
-	else if (fd < 0)
-		doctor_set(l, DOCTOR_NO, far_strerror(errno), "allow the userfaultfd system call (a container's seccomp profile?)");
-	else if (geteuid() == 0 || value[0] == '1')
-		doctor_set(l, DOCTOR_OK, "allowed, faults of system calls included", "");
-	else
-		doctor_set(l, DOCTOR_LIMITED, "user mode only: a system call on an absent page gives EFAULT",
-			   "as root: sysctl vm.unprivileged_userfaultfd=1");
-	if (fd >= 0 && ioctl(fd, UFFDIO_API, &api) == 0)
-		snprintf(l->found + strlen(l->found), sizeof l->found - strlen(l->found), "; features %#llx",
-			 (unsigned long long)api.features);
-	far_fd_close(&fd);
+	if (!(have & FAR_UFFD_ANY)) {
+		doctor_set(l, DOCTOR_NO, far_uffd_why(), "without it pointers are read-only and served by SIGSEGV");
+		return;
+	}
+	for (size_t i = 0; i < FAR_ARRAY_LEN(bits); i++) {
+		char *to = list[!(have & bits[i])];
+		snprintf(to + strlen(to), sizeof list[0] - strlen(to), "%s%s", to[0] ? ", " : "", far_uffd_word(bits[i]));
+	}
+	snprintf(l->found, sizeof l->found, "%s; %s%s%s",
+		 have & FAR_UFFD_KERNEL ? "faults of system calls included" : "user mode only: a system call on an absent page gives EFAULT",
+		 list[0], list[1][0] ? "; not " : "", list[1]);
+	if (!(have & FAR_UFFD_KERNEL)) {
+		l->state = DOCTOR_LIMITED;
+		snprintf(l->next, sizeof l->next, "as root: sysctl vm.unprivileged_userfaultfd=1");
+	} else if (getenv("FARPAGE_WITHOUT") && list[1][0]) {
+		l->state = DOCTOR_LIMITED;
+		snprintf(l->next, sizeof l->next, "FARPAGE_WITHOUT=%.100s hides some of it", getenv("FARPAGE_WITHOUT"));
+	} else if (!(have & FAR_UFFD_WP_ASYNC)) {
+		l->state = DOCTOR_LIMITED;
+		snprintf(l->next, sizeof l->next, "Linux 6.8 has all of it");
+	}
+}
+
+/* What a pointer to a large remote region takes, and why not what is faster. */
+static void doctor_pointer(struct doctor_line *l, bool writable)
+{
+	struct far_mount_opts opts = FAR_MOUNT_OPTS_INIT;
+	struct far_facts facts = FAR_FACTS_INIT;
+	unsigned have = far_uffd_have();
+	enum far_mechanism m;
+	enum far_tracking t;
+	struct far_error err = { 0 };
+
+	facts.bytes = FAR_GIB;
+	facts.caps = FAR_CAP_REMOTE | (writable ? FAR_CAP_WRITE : 0);
+	if (far_pointer_settle(have, &facts, &opts, writable, true, &m, &t, &err)) {
+		l->state = DOCTOR_NO;
+		snprintf(l->found, sizeof l->found, "%.250s", err.text);
+		snprintf(l->next, sizeof l->next, "see userfaultfd above");
+		return;
+	}
+	snprintf(l->found, sizeof l->found, "%s: %s%s%s", far_mechanism_word(m), far_pointer_words(m), writable ? "; " : "",
+		 writable ? far_pointer_tracking_words(t) : "");
+	for (enum far_mechanism faster = writable ? FAR_MECH_CONTINUE : FAR_MECH_MOVE; faster < m && m == FAR_MECH_COPY; faster++) {
+		size_t n = strlen(l->next);
+		snprintf(l->next + n, sizeof l->next - n, "%s%s would be faster, but %s", n ? "; " : "",
+			 far_mechanism_word(faster), far_pointer_why_not(have, &facts, &opts, writable, true, faster));
+	}
+	if (m == FAR_MECH_SIGSEGV) {
+		l->state = DOCTOR_LIMITED;
+		snprintf(l->next, sizeof l->next, "see userfaultfd above; system calls on absent pages give EFAULT");
+	} else if (t == FAR_TRACK_HASH) {
+		l->state = DOCTOR_LIMITED;
+	}
+}
+
+static void doctor_pointer_read(struct doctor_line *l)
+{
+	doctor_pointer(l, false);
+}
+
+static void doctor_pointer_write(struct doctor_line *l)
+{
+	doctor_pointer(l, true);
 }
 
 static void doctor_module(struct doctor_line *l, const char *module, const char *device, const char *what)
@@ -221,6 +273,8 @@ static const struct {
 	{ "fusermount3", "fusermount3", doctor_fusermount },
 	{ "read_ahead", "read-ahead", doctor_read_ahead },
 	{ "userfaultfd", "userfaultfd", doctor_userfaultfd },
+	{ "pointer_read", "read-only pointer", doctor_pointer_read },
+	{ "pointer_write", "writable pointer", doctor_pointer_write },
 	{ "nbd", "kernel nbd", doctor_nbd },
 	{ "ublk", "ublk", doctor_ublk },
 	{ "files", "descriptors", doctor_files },
@@ -233,9 +287,9 @@ static const char *const doctor_words[] = { "ok", "limited", "no" };
 
 static void doctor_print(const char *name, const struct doctor_line *l)
 {
-	printf("%-8s %-16s %s\n", doctor_words[l->state], name, l->found);
+	printf("%-8s %-17s %s\n", doctor_words[l->state], name, l->found);
 	if (l->next[0])
-		printf("%-25s -> %s\n", "", l->next);
+		printf("%-26s -> %s\n", "", l->next);
 }
 
 static void doctor_json(struct json_object *out, const char *key, const struct doctor_line *l)

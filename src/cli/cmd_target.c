@@ -211,6 +211,23 @@ static void target_print_serve(struct json_object *o)
 	}
 }
 
+static void target_print_page(struct json_object *o)
+{
+	struct json_object *list;
+	char a[24], b[24], c[24];
+
+	printf("paging %s, process %" PRIu64 "\n", progress_size(a, sizeof a, target_int(o, "size")), target_int(o, "pid"));
+	if (!json_object_object_get_ex(o, "clients", &list))
+		return;
+	for (size_t i = json_object_array_length(list); i-- > 0;) {
+		struct json_object *e = json_object_array_get_idx(list, i);
+		printf("  client %" PRIu64 ", process %" PRIu64 "%s: %s, %s local, %s unsaved, %" PRIu64 " faults, %" PRIu64 " wait now\n",
+		       target_int(e, "client"), target_int(e, "process"), target_bool(e, "writable") ? ", writable" : "",
+		       progress_size(a, sizeof a, target_int(e, "size")), progress_size(b, sizeof b, target_int(e, "local")),
+		       progress_size(c, sizeof c, target_int(e, "dirty")), target_int(e, "faults"), target_int(e, "blocked"));
+	}
+}
+
 static int target_status_run(int argc, char **argv)
 {
 	struct target t = { 0 };
@@ -227,6 +244,8 @@ static int target_status_run(int argc, char **argv)
 			puts(json_object_to_json_string_ext(reply, JSON_C_TO_STRING_PRETTY | JSON_C_TO_STRING_NOSLASHESCAPE));
 		else if (strcmp(target_string(reply, "kind"), "serve") == 0)
 			target_print_serve(reply);
+		else if (strcmp(target_string(reply, "kind"), "page") == 0)
+			target_print_page(reply);
 		else
 			target_print_mount(reply);
 	}

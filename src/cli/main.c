@@ -7,12 +7,12 @@
 
 static const struct cli_verb *const main_verbs[] = {
 	&cli_serve, &cli_mount, &cli_copy, &cli_info, &cli_doctor, &cli_status, &cli_flush, &cli_wait, &cli_stop,
-	&cli_pull, &cli_pin, &cli_unpin, &cli_evict, &cli_check, &cli_bench,
+	&cli_pull, &cli_pin, &cli_unpin, &cli_evict, &cli_check, &cli_page, &cli_bench,
 };
 
 /* Words that later versions give a meaning; nothing else may take them. */
 static const char *const main_reserved[] = {
-	"finalise", "seed", "leech", "snapshot", "page", "nbd", "ram-ul", "ram-dl",
+	"finalise", "seed", "leech", "snapshot", "nbd", "ram-ul", "ram-dl",
 	"delta", "tapisk",
 };
 
@@ -24,7 +24,7 @@ static void main_welcome(void)
 	puts("  farpage mount grpc://127.0.0.1:1337 dir                     # on the other: dir/region is that file");
 	puts("  farpage doctor                                              # what this machine can do");
 	puts("");
-	puts("Verbs: serve mount copy info doctor status flush pull pin unpin wait evict stop check bench; 'farpage VERB --help' lists options.");
+	puts("Verbs: serve mount copy info doctor status flush pull pin unpin wait evict stop check page bench; 'farpage VERB --help' lists options.");
 	puts("The manual: farpage(1).");
 }
 

@@ -23,13 +23,15 @@ struct far_memory;
 struct far_memory_conf {
 	int uffd;             /* borrowed */
 	int pagemap;          /* of the process that has the memory; borrowed */
-	int mem;              /* its /proc/PID/mem; borrowed; -1: it is ours, read in place */
+	bool foreign;         /* it is another process': not read in place, not dropped */
+	int mem;              /* its /proc/PID/mem; borrowed; -1: not given */
 	const struct far_handover_range *range; /* copied; `off` rises, together they cover the region up to whole pages */
 	size_t n;
 	uint64_t bytes;       /* the region's size */
 	unsigned shift;       /* of its chunks */
 	enum far_mechanism mechanism; /* MOVE, CONTINUE or COPY */
 	enum far_tracking tracking;
+	bool evicts;          /* there is a budget: chunks will be dropped under a program that may store into them */
 	unsigned have;        /* enum far_uffd_have */
 	char *alias;          /* CONTINUE: the second mapping of the shared memory; borrowed */
 	int shared;           /* CONTINUE: its descriptor; borrowed */
@@ -44,17 +46,35 @@ const struct far_region_memory *far_memory_calls(struct far_memory *m);
 uint64_t far_memory_addr(struct far_memory *m, uint64_t off, uint64_t *len);
 /* The offset at an address; false: none of ours. */
 bool far_memory_off(struct far_memory *m, uint64_t addr, uint64_t *off);
-/* A page that is still missing in a chunk that is local and pinned appears, as zeros; whoever waits for it goes on. */
+/* A page that is still missing in a chunk that is local and pinned appears, as zeros; whoever waits for it goes on.
+ * -ENODATA: read-only, and not known to be zero: the program has dropped it, it is to be fetched again. */
 int far_memory_appear(struct far_memory *m, uint64_t addr);
 /* Pages of [addr, addr+len) raise SIGBUS from now on; whoever waits there goes on into that. */
 int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len);
 int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len);
 uint64_t far_memory_poisoned(struct far_memory *m); /* bytes */
+bool far_memory_has_poison(const struct far_memory *m);
+/* The first poisoned page in [from, end). */
+bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, uint64_t *off);
 
 /* The program changed its mappings. remove: the range [addr, addr+len) is about to be dropped: true if it is we who do it. */
 bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_unmapped(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint64_t len);
+/* ... and it was the program, in a region that can be written: these are zeros now. */
+int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len);
+/* [off, off+len) may have been stored: the next collect tells. */
+void far_memory_suspect(struct far_memory *m, uint64_t off, uint64_t len);
+/*
+ * Another process' memory that is not writable (memory_given.c). Its program drops pages: forget() takes note, and is false
+ * for any other memory. Around reading events: reading(begin), reading(end).
+ */
+bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len);
+bool far_memory_is_gone(struct far_memory *m, uint64_t off);
+void far_memory_reading(struct far_memory *m, bool begin);
+/* Nobody serves it from now on: what is missing there becomes zero if it is zero, else it raises SIGBUS. Receivers run, the
+ * region has been stopped. */
+void far_memory_leave(struct far_memory *m, struct far_region *r);
 /* Drop the pages of [off, off+len), whatever is in them. */
 int far_memory_drop(struct far_memory *m, uint64_t off, uint64_t len);
 

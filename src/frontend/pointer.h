@@ -12,6 +12,7 @@
 struct far_pointer;
 
 struct far_pointer_conf {
+	const char *source;         /* for messages; copied */
 	struct far_backend *below;  /* owned from success on, unless `borrowed` */
 	bool borrowed;
 	bool writable;
@@ -37,11 +38,21 @@ void far_pointer_stop(struct far_pointer *p);
 /* After stop. The memory is unmapped. Does not flush. */
 void far_pointer_close(struct far_pointer *p);
 
-/* What would be chosen here for a region like this, in words: "huge pages by UFFDIO_MOVE; ...". For doctor and status. */
+/* What is chosen here for a region like this (choose.c). opts->mechanism and opts->tracking, if set, are returned as they
+ * are. FAR_MECH_AUTO: nothing works. */
 enum far_mechanism far_pointer_choose(unsigned have, const struct far_facts *f, const struct far_mount_opts *o, bool writable,
 				      bool managed);
 enum far_tracking far_pointer_tracking(unsigned have, enum far_mechanism m, const struct far_mount_opts *o, bool writable);
+/* Both, and what is forced is checked: -EOPNOTSUPP with the reason. */
+int far_pointer_settle(unsigned have, const struct far_facts *f, const struct far_mount_opts *o, bool writable, bool managed,
+		       enum far_mechanism *m, enum far_tracking *t, struct far_error *err);
+/* Why this one would not be chosen; "": it could be. */
+const char *far_pointer_why_not(unsigned have, const struct far_facts *f, const struct far_mount_opts *o, bool writable,
+				bool managed, enum far_mechanism m);
 const char *far_mechanism_word(enum far_mechanism m); /* "share", "move", "continue", "copy", "sigsegv" */
 const char *far_tracking_word(enum far_tracking t);   /* "none", "async", "sync", "hash" */
+/* In words, for doctor. */
+const char *far_pointer_words(enum far_mechanism m);
+const char *far_pointer_tracking_words(enum far_tracking t);
 
 #endif

@@ -23,11 +23,13 @@ enum far_uffd_have {
 	FAR_UFFD_EVENTS = 1 << 9,   /* remap, remove, unmap */
 	FAR_UFFD_FORK = 1 << 10,    /* fork (CAP_SYS_PTRACE) */
 	FAR_UFFD_HUGE = 1 << 11,    /* shared memory in huge pages can be had (far_hugemem_open) */
+	FAR_UFFD_MINOR_WP = 1 << 12, /* UFFDIO_CONTINUE can arm (6.4) */
+	FAR_UFFD_THP = 1 << 13,     /* private memory in huge pages can be had (MADV_HUGEPAGE) */
 };
 
-/* What is here and not masked. FARPAGE_WITHOUT: a list of move, poison, wp_async, scan, wp, minor, huge, events, fork,
- * kernel, uffd, fuse, and 6.1: what Debian 12's own kernel lacks (move, poison, wp_async, scan). Read and asked for at
- * the first call. */
+/* What is here and not masked. FARPAGE_WITHOUT: a list of move, poison, wp_async, scan, wp, wp_shmem, minor, minor_wp,
+ * huge, thp, events, fork, kernel, uffd, fuse, and 6.1: what Debian 12's own kernel lacks (move, poison, wp_async, scan,
+ * minor_wp). Read and asked for at the first call. */
 unsigned far_uffd_have(void);
 /* The same with this list in place of the environment's, asked for anew: for tests. */
 unsigned far_uffd_probe(const char *without);
@@ -51,12 +53,22 @@ int far_uffd_unregister(int fd, uint64_t addr, uint64_t len);
  * one, is how many bytes from the start were done, also on failure. Addresses and lengths are multiples of a page.
  *   -EEXIST  the page at *done is there already      -ENOENT  it is not registered any more (unmapped, moved)
  *   -ESRCH   the process is gone                      -EBUSY, -EINVAL (MOVE) the page cannot be moved; copy it
+ *   -ETIMEDOUT the thread's deadline passed while the mappings were changing
  */
+/* The mappings go on changing until the program's fork, mremap, munmap or madvise has had its event read. Before a call of
+ * this thread waits for that for more than a moment, fn(arg) is called: a receiver leaves its seat there, so that another
+ * reads the event. NULL: none. */
+void far_uffd_on_wait(void (*fn)(void *arg), void *arg);
+
 enum far_uffd_flag {
 	FAR_UFFD_NO_WAKE = 1, /* whoever waits there goes on waiting */
 	FAR_UFFD_ARM = 2,     /* the pages are write-protected as they appear */
+	FAR_UFFD_ONCE = 4,    /* far_uffd_copy(): -EAGAIN rather than wait; *done bytes have been done all the same */
 };
+/* What a call that waits out -EAGAIN does in between; *turns is 0 at first. 0, or -ETIMEDOUT at the thread's deadline. */
+int far_uffd_wait(unsigned *turns);
 int far_uffd_copy(int fd, uint64_t addr, const void *src, uint64_t len, unsigned flags, uint64_t *done);
+/* ARM costs a page of memory each: zeros are copied then. Asynchronous tracking needs none (see far_uffd_written). */
 int far_uffd_zero(int fd, uint64_t addr, uint64_t len, unsigned flags, uint64_t *done);
 int far_uffd_continue(int fd, uint64_t addr, uint64_t len, unsigned flags, uint64_t *done);
 /* Holes in the source are passed over. Both ranges lie in this process; `addr` is registered with fd. */
@@ -66,12 +78,23 @@ int far_uffd_protect(int fd, uint64_t addr, uint64_t len, bool protect, unsigned
 int far_uffd_wake(int fd, uint64_t addr, uint64_t len);
 
 /* Runs of pages in [addr, addr+len) that were written since they were armed; re-armed in the same step if `arm`. Calls
- * fn for each; stops and returns what it returns if that is not 0. pagemap: an open /proc/PID/pagemap. */
+ * fn for each; stops and returns what it returns if that is not 0, but not before all that was armed has been told.
+ * Pages that are absent, or zeros nobody stored into (far_uffd_zero without ARM, a load from them), are not written;
+ * poisoned ones are once, when they are first armed. pagemap: an open /proc/PID/pagemap. -EPERM: not registered with
+ * PROTECT by a descriptor that has WP_ASYNC. */
 int far_uffd_written(int pagemap, uint64_t addr, uint64_t len, bool arm,
 		     int (*fn)(void *opaque, uint64_t addr, uint64_t len), void *opaque);
+/* The same, three times as fast, where every page was filled with bytes and none was dropped or poisoned since: absent
+ * pages and zeros would be told as written and be marked. */
+int far_uffd_written_whole(int pagemap, uint64_t addr, uint64_t len, bool arm,
+			   int (*fn)(void *opaque, uint64_t addr, uint64_t len), void *opaque);
 /* Whether each page of [addr, addr+len) is here (in memory or swapped out): one bool a page. By reading the pagemap,
- * which every kernel has. */
+ * which every kernel has. A page that is only marked counts as here: poisoned, or protected by far_uffd_protect() while it
+ * was absent (asynchronous tracking and shared memory). */
 int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here);
+
+/* Whether it is in this mapping now: for shared memory, where a mark stays behind when a page goes. */
+int far_uffd_mapped(int pagemap, uint64_t addr, uint64_t len, bool *here);
 
 /* What read(2) of the descriptor gives, one at a time. */
 struct far_uffd_event {

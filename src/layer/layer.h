@@ -56,4 +56,9 @@ void far_retry_stats(struct far_backend *b, struct far_retry_stats *st);
 void far_tracked_start(struct far_backend *b);
 int far_tracked_take(struct far_backend *b, bool go_on, uint64_t **offsets, size_t *n);
 
+/* window.c: parts of `inner`, one after the other (their kinds mean nothing), as one region. They lie inside it; one whose
+ * chunk is not 0 is wrapped in `chunked` first, or has one part that is all of it. inner is closed with it if `owned`, and
+ * changes owner only on success. */
+int far_window_new(struct far_backend *inner, bool owned, const struct far_extent *part, size_t n, struct far_backend **out);
+
 #endif

@@ -17,6 +17,7 @@
 #include "base/thread.h"
 #include "frontend/fuse_mount.h"
 #include "mount/control.h"
+#include "mount/face.h"
 
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -40,7 +41,8 @@
 #define CHILD_ARGS 48
 #define CHILD_END_SLACK (5 * FAR_SEC)
 
-struct far_mount {
+struct child {
+	struct far_mount face;
 	/* fixed after open */
 	struct far_mount_opts o;
 	char dir[64];             /* of the sockets */
@@ -58,7 +60,7 @@ struct far_mount {
 
 /* ----------------------------------------------------------------------------------------------------------- hooks */
 
-static void child_locals(struct far_mount *m, struct json_object *req)
+static void child_locals(struct child *m, struct json_object *req)
 {
 	struct json_object *list, *pair;
 
@@ -74,7 +76,7 @@ static void child_locals(struct far_mount *m, struct json_object *req)
 /* The child asks or tells; on a thread of the control socket. */
 static struct json_object *child_hook_cb(void *opaque, const char *op, struct json_object *req)
 {
-	struct far_mount *m = opaque;
+	struct child *m = opaque;
 	struct far_status st = FAR_STATUS_INIT;
 	int r = 0;
 
@@ -199,7 +201,7 @@ static bool child_has_hooks(const struct far_mount_opts *o)
 	return o->before_flush || o->before_close || o->chunk_local || o->progress;
 }
 
-static int child_spawn(struct far_mount *m, const char *exe, char **argv, int life, int backend, int errors)
+static int child_spawn(struct child *m, const char *exe, char **argv, int life, int backend, int errors)
 {
 	extern char **environ;
 	posix_spawn_file_actions_t act;
@@ -227,7 +229,7 @@ static int child_spawn(struct far_mount *m, const char *exe, char **argv, int li
 }
 
 /* The last line that the child wrote to its standard error, as the error's sentence. */
-static int child_error(struct far_mount *m, int errors, struct far_error *err)
+static int child_error(struct child *m, int errors, struct far_error *err)
 {
 	char text[2000] = "", *line = text, *end;
 	int status = 0, code = EIO;
@@ -249,7 +251,7 @@ static int child_error(struct far_mount *m, int errors, struct far_error *err)
 }
 
 /* Wait for "PATH\n" on the life socket. */
-static int child_ready(struct far_mount *m, int errors, struct far_error *err)
+static int child_ready(struct child *m, int errors, struct far_error *err)
 {
 	char line[PATH_MAX + 1];
 	size_t at = 0;
@@ -269,7 +271,7 @@ static int child_ready(struct far_mount *m, int errors, struct far_error *err)
 	return m->path ? 0 : far_error_set(err, ENOMEM, "cannot mount: out of memory");
 }
 
-static int child_start(struct far_mount *m, const char *uri, const char *target, struct far_error *err)
+static int child_start(struct child *m, const char *uri, const char *target, struct far_error *err)
 {
 	struct child_args a = { .n = 0 };
 	char exe[PATH_MAX + 64];
@@ -342,7 +344,7 @@ out:
 
 /* ---------------------------------------------------------------------------------------------------- open, close */
 
-static void child_free(struct far_mount *m)
+static void child_free(struct child *m)
 {
 	far_fd_close(&m->fd);
 	far_fd_close(&m->life_fd);
@@ -359,7 +361,7 @@ static void child_free(struct far_mount *m)
 	free(m);
 }
 
-static int child_prepare(struct far_mount *m, struct far_error *err)
+static int child_prepare(struct child *m, struct far_error *err)
 {
 	const char *run = getenv("XDG_RUNTIME_DIR");
 	int r;
@@ -386,16 +388,19 @@ static int child_prepare(struct far_mount *m, struct far_error *err)
 	return r ? r : far_server_export(m->server, "default", m->backend, err);
 }
 
+static const struct far_face_ops child_face;
+
 static int child_open(struct far_backend *b, const char *uri, const char *target, const struct far_mount_opts *opts,
 		      struct far_mount **out, struct far_error *err)
 {
-	struct far_mount *m = calloc(1, sizeof *m);
+	struct child *m = calloc(1, sizeof *m);
 
 	if (!m)
 		return far_error_set(err, ENOMEM, "cannot mount on %s: out of memory", target);
 	m->o = (struct far_mount_opts)FAR_MOUNT_OPTS_INIT;
 	if (opts)
 		memcpy(&m->o, opts, far_min(opts->size, sizeof m->o));
+	m->face.ops = &child_face;
 	m->backend = b;
 	m->life_fd = m->fd = -1;
 	m->pid = -1;
@@ -413,7 +418,7 @@ static int child_open(struct far_backend *b, const char *uri, const char *target
 		child_free(m);
 		return r;
 	}
-	*out = m;
+	*out = &m->face;
 	return 0;
 }
 
@@ -429,13 +434,22 @@ int far_mount_open(struct far_backend *b, const char *target, const struct far_m
 	return child_open(b, "fd:", target, opts, out, err);
 }
 
-const char *far_path(const struct far_mount *m)
+/* ------------------------------------------------------------------------------------------------------- the face */
+
+static struct child *child_of(struct far_mount *m)
 {
-	return m->path;
+	return (struct child *)m;
 }
 
-int far_fd(struct far_mount *m)
+static const char *child_path(const struct far_mount *m)
 {
+	return ((const struct child *)m)->path;
+}
+
+static int child_fd(struct far_mount *face)
+{
+	struct child *m = child_of(face);
+
 	far_mutex_lock(&m->lock);
 	if (m->fd < 0) {
 		m->fd = open(m->path, (m->o.read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
@@ -447,7 +461,7 @@ int far_fd(struct far_mount *m)
 	return r;
 }
 
-static int child_ask(struct far_mount *m, struct json_object *req, int timeout_ms, struct json_object **reply)
+static int child_ask(struct child *m, struct json_object *req, int timeout_ms, struct json_object **reply)
 {
 	struct far_error err = { 0 };
 	int r = far_control_call(m->control, NULL, req, timeout_ms, reply, &err);
@@ -466,9 +480,10 @@ static struct json_object *child_request(const char *op, int timeout_ms)
 	return req;
 }
 
-int far_mount_flush(struct far_mount *m)
+static int child_flush(struct far_mount *face)
 {
-	int fd = far_fd(m);
+	struct child *m = child_of(face);
+	int fd = child_fd(face);
 
 	/* Pages that were stored through a mapping are the kernel's to write back: fsync, from a process that does not
 	 * serve. It says no more than EIO; the server knows the code. */
@@ -479,16 +494,16 @@ int far_mount_flush(struct far_mount *m)
 	return why ? why : r;
 }
 
-int far_mount_wait(struct far_mount *m, unsigned percent, int timeout_ms)
+static int child_wait(struct far_mount *m, unsigned percent, int timeout_ms)
 {
 	struct json_object *req = child_request("wait", timeout_ms);
 
 	far_control_put(&req, "percent", json_object_new_int((int)far_min(percent, 100)));
-	return child_ask(m, req, -1, NULL);
+	return child_ask(child_of(m), req, -1, NULL);
 }
 
 /* Ask for something on a range. */
-static int child_ask_range(struct far_mount *m, const char *op, uint64_t off, uint64_t len, int timeout_ms)
+static int child_ask_range(struct child *m, const char *op, uint64_t off, uint64_t len, int timeout_ms)
 {
 	struct json_object *req = child_request(op, timeout_ms);
 	char range[48];
@@ -500,30 +515,24 @@ static int child_ask_range(struct far_mount *m, const char *op, uint64_t off, ui
 	return child_ask(m, req, -1, NULL);
 }
 
-int far_mount_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int timeout_ms)
+static int child_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int timeout_ms)
 {
-	return child_ask_range(m, "wait", off, len, timeout_ms);
+	return child_ask_range(child_of(m), "wait", off, len, timeout_ms);
 }
 
-int far_mount_pin(struct far_mount *m, uint64_t off, uint64_t len)
+static int child_range(struct far_mount *m, enum far_face_range what, uint64_t off, uint64_t len)
 {
-	return child_ask_range(m, "pin", off, len, -1);
+	static const char *const words[] = { [FAR_FACE_PIN] = "pin", [FAR_FACE_UNPIN] = "unpin", [FAR_FACE_EVICT] = "evict" };
+
+	if (what >= FAR_ARRAY_LEN(words))
+		return -EOPNOTSUPP;
+	return child_ask_range(child_of(m), words[what], off, len, -1);
 }
 
-int far_mount_unpin(struct far_mount *m, uint64_t off, uint64_t len)
-{
-	return child_ask_range(m, "unpin", off, len, -1);
-}
-
-int far_mount_evict(struct far_mount *m, uint64_t off, uint64_t len)
-{
-	return child_ask_range(m, "evict", off, len, -1);
-}
-
-int far_mount_status(struct far_mount *m, struct far_status *st)
+static int child_status(struct far_mount *m, struct far_status *st)
 {
 	struct json_object *reply = NULL;
-	int r = child_ask(m, child_request("status", -1), 10000, &reply);
+	int r = child_ask(child_of(m), child_request("status", -1), 10000, &reply);
 
 	if (!r)
 		far_control_read_status(reply, st);
@@ -532,7 +541,7 @@ int far_mount_status(struct far_mount *m, struct far_status *st)
 }
 
 /* Wait for the child to end; what has not ended by then is killed: it has been told twice. */
-static void child_reap(struct far_mount *m)
+static void child_reap(struct child *m)
 {
 	uint64_t until = far_now() + (m->o.deadline_ms ? m->o.deadline_ms : 30000) * FAR_MSEC + CHILD_END_SLACK;
 	int status;
@@ -546,10 +555,10 @@ static void child_reap(struct far_mount *m)
 	m->pid = -1;
 }
 
-int far_mount_close(struct far_mount *m)
+static int child_close(struct far_mount *face)
 {
-	if (!m)
-		return 0;
+	struct child *m = child_of(face);
+
 	far_fd_close(&m->fd);
 	int r = child_ask(m, child_request("stop", -1), -1, NULL);
 	child_reap(m);
@@ -562,3 +571,14 @@ int far_mount_close(struct far_mount *m)
 	far_close(b);
 	return r;
 }
+
+static const struct far_face_ops child_face = {
+	.path = child_path,
+	.fd = child_fd,
+	.flush = child_flush,
+	.wait = child_wait,
+	.wait_range = child_wait_range,
+	.range = child_range,
+	.status = child_status,
+	.close = child_close,
+};

@@ -2,7 +2,7 @@
  * Copyright the farpage authors */
 /*
  * A thread of a read-only mount asks what has changed, each `interval`. For each range: the region forgets it, then the
- * page cache does, in this order; whoever reads in between gets new bytes. So a change is seen at most an interval, the
+ * page cache or the pointer's pages do, in this order; whoever reads in between gets new bytes. So a change is seen at most an interval, the
  * round trip and the forgetting after it happened.
  *
  *     FOLLOWING -> LOST         no answer, or older content than was seen; said once
@@ -17,6 +17,7 @@
 #include "base/clock.h"
 #include "base/thread.h"
 #include "frontend/fuse.h"
+#include "frontend/pointer.h"
 
 #include <stdlib.h>
 
@@ -46,7 +47,9 @@ static int follower_drop(struct far_follower *f, uint64_t off, uint64_t len)
 {
 	int r = f->c.region ? far_region_refresh(f->c.region, off, len) : 0;
 
-	return r ? r : far_fuse_invalidate(f->c.fuse, off, len);
+	if (!r && f->c.pointer)
+		r = far_pointer_refresh(f->c.pointer, off, len);
+	return r || !f->c.fuse ? r : far_fuse_invalidate(f->c.fuse, off, len);
 }
 
 static void follower_lost(struct far_follower *f, const char *why)
@@ -72,7 +75,7 @@ static int follower_apply(struct far_follower *f, size_t n, bool all)
 	uint64_t bytes = far_size(f->c.remote);
 	int r = 0;
 
-	if ((all || n) && f->c.region)
+	if ((all || n) && f->c.region && f->c.fuse)
 		r = far_fuse_not_local(f->c.fuse); /* nobody reads past the region from now on */
 	if (all)
 		return r ? r : follower_drop(f, 0, bytes);

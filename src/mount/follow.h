@@ -8,12 +8,14 @@
 #include "region/region.h"
 
 struct far_fuse;
+struct far_pointer;
 struct far_follower;
 
 struct far_follower_conf {
 	struct far_backend *remote;  /* the stack below the gate; stays the caller's, as do the others */
-	struct far_region *region;   /* NULL: a direct mount */
-	struct far_fuse *fuse;
+	struct far_region *region;   /* NULL: a direct mount, or a pointer's own */
+	struct far_fuse *fuse;       /* one of these two is set */
+	struct far_pointer *pointer;
 	struct far_admit *gate;      /* NULL: none */
 	const char *source;
 	uint64_t interval;           /* ns */

@@ -3,8 +3,8 @@
 /*
  * A mount is a stack that is built bottom up and taken apart top down:
  *
- *     frontend (FUSE)
- *     region: chunk map, puller, pusher      managed only
+ *     frontend: FUSE, or a pointer, which has a region of its own (mount_pointer.c)
+ *     region: chunk map, puller, pusher      managed only; under a pointer only if a local store was given
  *     admit                                  open while it is certain that we may speak to this remote (lease.c)
  *     retry                                  one budget for the whole mount
  *     chunked                                if the remote takes whole chunks only
@@ -21,46 +21,17 @@
 
 #include "base/clock.h"
 #include "base/options.h"
-#include "frontend/fuse.h"
 #include "layer/layer.h"
 #include "mount/aside.h"
-#include "mount/follow.h"
 #include "mount/holders.h"
-#include "mount/lease.h"
-#include "region/region.h"
+#include "mount/mount_int.h"
 
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #define MNT_FAR_AWAY FAR_MSEC /* a longer round trip than this asks for a managed mount */
-
-struct far_mnt {
-	struct far_mount_opts o;
-	enum far_mode mode;
-	char why[96];
-	char *source;
-	uint64_t bytes;
-	bool writable;
-	bool alone;                   /* the remote is a store here, locked for us */
-	bool aside;                   /* another mount keeps the local store: see aside.h */
-	struct far_kept kept;         /* what is local, and whether it belongs to this remote */
-	struct far_backend *below;    /* the stack under the gate: for questions that must not wait for it */
-	struct far_admit *gate;       /* NULL: none */
-	struct far_origin heard;      /* the last that the map was told; of the thread of the leaser or follower */
-	struct far_leaser *leaser;    /* NULL: a store on this host that is not managed */
-	struct far_follower *follower; /* NULL: writable */
-	struct far_backend *remote;   /* direct: the whole stack; managed: owned by the region */
-	struct far_region *region;    /* NULL when direct */
-	struct far_fuse *fuse;        /* NULL once unmounted */
-	_Atomic(struct far_fuse *) ready; /* the frontend, once mounted */
-	struct far_backend *local;    /* the region's; NULL if it may lose chunks again by itself */
-	_Atomic bool all_local;       /* whoever of this and `ready` comes second tells the frontend */
-	char *path;
-	uint64_t deadline;            /* ns; FAR_NEVER: wait */
-};
 
 /* The shortest of three reads of the first bytes. */
 static int mnt_round_trip(struct far_backend *b, uint64_t *rtt, struct far_error *err)
@@ -145,6 +116,7 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 
 	if (m->o.local_backend) {
 		b = m->o.local_backend;
+		m->local_taken = true;
 	} else {
 		if (strcmp(uri, "mem:") == 0) /* huge pages, if all of it will be here anyway and no kernel may read it */
 			e = asprintf(&full, "mem:%" PRIu64 "%s", m->bytes,
@@ -168,8 +140,7 @@ static int mnt_open_local(struct far_mnt *m, const struct far_mnt_conf *conf, st
 	for (size_t k = conf->n_local_layers; k-- > 0 && !e;)
 		e = mnt_wrap(&b, conf->local_layers[k], err);
 	if (e) {
-		if (!m->o.local_backend)
-			far_close(b);
+		far_close(b);
 		return e;
 	}
 	struct far_backend *aside;
@@ -200,17 +171,22 @@ static void mnt_all_local_cb(void *opaque)
 
 static int mnt_open_region(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
+	struct far_mount_opts inner;
 	struct far_region_conf rc = { .remote = m->remote, .opts = &m->o, .all_local = mnt_all_local_cb, .opaque = m,
 				      .persist = m->kept.p };
 
 	if (mnt_has_map(m))
 		m->o.chunk = far_persist_info(m->kept.p)->chunk;
+	if (m->wants_pointer) {
+		far_mnt_pointer_inner(m, &inner);
+		rc.opts = &inner;
+	}
 	int e = mnt_open_local(m, conf, &rc.local, &rc.local_is_zero, err);
 	if (e)
 		return e;
 	m->local = m->o.local_max ? NULL : rc.local; /* before the first callback */
 	e = far_region_open(&rc, &m->region, err);
-	if (e && !m->o.local_backend)
+	if (e)
 		far_close(rc.local);
 	m->kept.open = !e;
 	return e;
@@ -247,13 +223,17 @@ static void mnt_fenced_cb(void *opaque, const struct far_origin *o, const char *
 	if (m->region) {
 		far_region_fence(m->region);
 		far_region_remember(m->region, NULL, NULL, true);
-		far_region_status(m->region, &st);
 	}
-	if (st.dirty && m->kept.p)
+	if (far_mnt_top(m)) {
+		far_region_fence(far_mnt_top(m));
+		far_region_status(far_mnt_top(m), &st);
+	}
+	if (st.dirty && m->kept.p && !m->pointer)
 		snprintf(saved, sizeof saved, ". %s are unsaved: end this mount, then save them with 'farpage copy --dirty %.150s file:NEW'",
 			 far_format_size(size, sizeof size, st.dirty), m->o.local);
 	else if (st.dirty)
-		snprintf(saved, sizeof saved, ". %s are unsaved: copy what you need from the file before this mount ends", far_format_size(size, sizeof size, st.dirty));
+		snprintf(saved, sizeof saved, ". %s are unsaved: copy what you need from the %s before this mount ends", far_format_size(size, sizeof size, st.dirty),
+			 m->pointer ? "memory" : "file");
 	far_log(FAR_LOG_ERROR, "%s. Writes fail from now on and nothing is pushed%s", why, saved);
 }
 
@@ -314,7 +294,7 @@ static int mnt_find_cb(void *opaque, struct far_error *err)
 static int mnt_watch_remote(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
 	struct far_follower_conf fc = {
-		.remote = m->below, .region = m->region, .fuse = m->fuse, .gate = m->gate, .source = m->source,
+		.remote = m->below, .region = m->region, .fuse = m->fuse, .pointer = m->pointer, .gate = m->gate, .source = m->source,
 		.interval = (m->o.follow_ms ? m->o.follow_ms : 1000) * FAR_MSEC, .heard = mnt_heard_cb, .opaque = m,
 		.from = FAR_ORIGIN_INIT,
 	};
@@ -336,7 +316,19 @@ static int mnt_watch_remote(struct far_mnt *m, const struct far_mnt_conf *conf, 
 	return e ? far_error_set(err, -e, "cannot start a thread: %s", far_strerror(e)) : 0;
 }
 
-static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
+static int mnt_pull_first(struct far_mnt *m, struct far_error *err)
+{
+	struct far_region *r = far_mnt_top(m);
+
+	if (!r || !m->o.pull_first || m->mode != FAR_MODE_MANAGED || far_leaser_offline(m->leaser))
+		return 0;
+	uint64_t old = far_deadline_limit(FAR_NEVER);
+	int e = far_region_wait_local(r, m->o.pull_first);
+	far_deadline_restore(old);
+	return e ? far_error_set(err, -e, "cannot pull the first %" PRIu64 " bytes: %s", m->o.pull_first, far_strerror(e)) : 0;
+}
+
+static int mnt_open_fuse(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
 {
 	struct far_fuse_conf fc = {
 		.b = m->region ? far_region_backend(m->region) : m->remote,
@@ -351,17 +343,8 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		.max_blocked = m->o.max_blocked ? m->o.max_blocked : 256,
 		.deadline = m->deadline,
 	};
-	int e = 0;
+	int e = far_fuse_open(&fc, &m->fuse, err);
 
-	if (m->region && m->o.pull_first && !far_leaser_offline(m->leaser)) {
-		uint64_t old = far_deadline_limit(FAR_NEVER);
-		e = far_region_wait_local(m->region, m->o.pull_first);
-		far_deadline_restore(old);
-		if (e)
-			return far_error_set(err, -e, "cannot pull the first %" PRIu64 " bytes: %s", m->o.pull_first,
-					     far_strerror(e));
-	}
-	e = far_fuse_open(&fc, &m->fuse, err);
 	if (e)
 		return e;
 	atomic_store(&m->ready, m->fuse);
@@ -369,6 +352,18 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		far_fuse_all_local(m->fuse, m->local);
 	m->path = strdup(far_fuse_path(m->fuse));
 	return m->path ? 0 : far_error_set(err, ENOMEM, "no memory for the path");
+}
+
+static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err)
+{
+	int e;
+
+	if (m->wants_pointer) {
+		e = far_mnt_pointer_open(m, err);
+		return e ? e : mnt_pull_first(m, err);
+	}
+	e = mnt_pull_first(m, err);
+	return e ? e : mnt_open_fuse(m, conf, err);
 }
 
 /* Who may write, whole chunks for who needs them, one retry budget a mount, the gate. On failure m->remote is what it was
@@ -428,7 +423,7 @@ static int mnt_build(struct far_mnt *m, const struct far_mnt_conf *conf, struct 
 	if (!e)
 		e = mnt_claim(m, conf, err);
 	bool mapped = mnt_has_map(m);
-	if (!e && m->mode == FAR_MODE_MANAGED)
+	if (!e && m->mode == FAR_MODE_MANAGED && (!m->wants_pointer || m->o.local || m->o.local_backend))
 		e = mnt_open_region(m, conf, err);
 	if (!e && mapped)
 		mnt_say_mapped(m, conf);
@@ -442,10 +437,12 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 
 	if (!m) {
 		far_close(conf->remote);
+		far_close(conf->opts.local_backend);
 		far_persist_close(conf->persist);
 		return far_error_set(err, ENOMEM, "no memory for a mount");
 	}
 	m->o = conf->opts;
+	m->wants_pointer = conf->pointer;
 	if (!m->o.deadline_ms)
 		m->o.deadline_ms = 30000;
 	m->deadline = m->o.on_fail == FAR_ON_FAIL_WAIT ? FAR_NEVER : m->o.deadline_ms * FAR_MSEC;
@@ -487,12 +484,15 @@ const char *far_mnt_why(const struct far_mnt *m)
 /* With --durable local what was flushed is not on the remote yet. */
 int far_mnt_push(struct far_mnt *m)
 {
+	struct far_region *r = m->region ? m->region : far_mnt_top(m);
 	int err = far_mnt_flush(m);
-	return err || !m->region ? err : far_region_push(m->region);
+	return err || !r ? err : far_region_push(r);
 }
 
 int far_mnt_flush(struct far_mnt *m)
 {
+	if (m->pointer)
+		return far_mnt_pointer_flush(m);
 	if (m->region)
 		return far_region_flush(m->region);
 	int err = m->o.before_flush ? m->o.before_flush(m->o.opaque) : 0;
@@ -501,38 +501,51 @@ int far_mnt_flush(struct far_mnt *m)
 
 int far_mnt_wait(struct far_mnt *m, uint64_t off, uint64_t len)
 {
-	return m->region ? far_region_wait(m->region, off, len) : -EOPNOTSUPP;
+	struct far_region *r = far_mnt_top(m);
+
+	if (!r) /* the pages of a backend that shares them are here */
+		return m->pointer ? 0 : -EOPNOTSUPP;
+	return far_region_wait(r, off, len);
 }
 
 int far_mnt_wait_percent(struct far_mnt *m, unsigned percent)
 {
 	uint64_t want = percent >= 100 ? m->bytes : (uint64_t)((double)m->bytes * percent / 100.0);
+
+	if (m->pointer)
+		return far_mnt_pointer_wait_percent(m, want);
 	return m->region ? far_region_wait_local(m->region, want) : -EOPNOTSUPP;
 }
 
 int far_mnt_prefetch(struct far_mnt *m, uint64_t off, uint64_t len)
 {
-	if (!m->region)
-		return -EOPNOTSUPP;
-	far_region_prefetch(m->region, off, len);
+	struct far_region *r = far_mnt_top(m);
+
+	if (!r)
+		return m->pointer ? 0 : -EOPNOTSUPP;
+	far_region_prefetch(r, off, len);
 	return 0;
 }
 
 int far_mnt_evict(struct far_mnt *m, uint64_t off, uint64_t len)
 {
-	if (!m->region)
-		return -EOPNOTSUPP;
+	struct far_region *r = far_mnt_top(m);
+
+	if (!r)
+		return m->pointer ? 0 : -EOPNOTSUPP;
 	int e = m->fuse ? far_fuse_not_local(m->fuse) : 0;
 	if (e)
 		return e;
-	return far_region_evict(m->region, off, len);
+	return far_region_evict(r, off, len);
 }
 
 int far_mnt_pin(struct far_mnt *m, uint64_t off, uint64_t len, bool pin)
 {
-	if (!m->region)
-		return -EOPNOTSUPP;
-	return pin ? far_region_pin(m->region, off, len) : far_region_unpin(m->region, off, len);
+	struct far_region *r = far_mnt_top(m);
+
+	if (!r)
+		return m->pointer ? 0 : -EOPNOTSUPP;
+	return pin ? far_region_pin(r, off, len) : far_region_unpin(r, off, len);
 }
 
 void far_mnt_status(struct far_mnt *m, struct far_status *st)
@@ -542,7 +555,9 @@ void far_mnt_status(struct far_mnt *m, struct far_status *st)
 	struct far_origin o = FAR_ORIGIN_INIT;
 	size_t size = st->size;
 
-	if (m->region) {
+	if (m->pointer) {
+		far_mnt_pointer_status(m, &s);
+	} else if (m->region) {
 		far_region_status(m->region, &s);
 	} else {
 		s.mode = FAR_MODE_DIRECT;
@@ -605,22 +620,23 @@ static int mnt_unmount(struct far_mnt *m, uint64_t until, char *holders, size_t 
 }
 
 /* The last push. Each call has the deadline, the whole may take longer. Where pushes wait for ever, this one does not if
- * the bytes are safe in the local store: it goes on as long as something moves. */
+ * the bytes are safe in the local store, nor at the end of a pointer, which a program may be waiting for in its own last
+ * lines: it goes on as long as something moves. */
 static int mnt_last_push(struct far_mnt *m)
 {
 	struct far_status st = FAR_STATUS_INIT;
 	uint64_t before;
 	int err;
 
-	if (!m->region || !m->kept.p || m->deadline != FAR_NEVER)
+	if (m->deadline != FAR_NEVER || (!m->pointer && !(m->region && m->kept.p)))
 		return far_mnt_push(m);
 	do {
-		far_region_status(m->region, &st);
+		far_mnt_status(m, &st);
 		before = st.pushed;
 		uint64_t old = far_deadline_limit(far_now() + m->o.deadline_ms * FAR_MSEC);
 		err = far_mnt_push(m);
 		far_deadline_restore(old);
-		far_region_status(m->region, &st);
+		far_mnt_status(m, &st);
 	} while (err == -ETIMEDOUT && st.pushed != before);
 	return err;
 }
@@ -654,21 +670,26 @@ void far_mnt_close(struct far_mnt *m)
 	if (m->leaser && far_leaser_state(m->leaser) == FAR_LEASE_HELD)
 		mnt_let_go(m);
 	/* Whoever is blocked in a backend must get out before the frontend's threads can end. */
-	if (m->region) {
+	if (m->region)
 		far_region_stop(m->region);
-		far_region_join(m->region); /* they may be telling the frontend something */
-	} else if (m->fuse) {
+	else if (m->fuse)
 		far_stop(m->remote);
-	}
+	if (m->pointer)
+		far_pointer_stop(m->pointer);
+	if (m->region)
+		far_region_join(m->region); /* they may be telling the frontend something */
 	far_follower_close(m->follower);
 	far_fuse_close(m->fuse);
 	far_leaser_close(m->leaser);
-	if (m->region) {
+	far_pointer_close(m->pointer);
+	if (m->region)
 		far_region_close(m->region);
-	} else {
+	else if (!m->pointer)
 		far_close(m->remote);
+	if (!m->region)
 		far_persist_close(m->kept.p);
-	}
+	if (!m->local_taken)
+		far_close(m->o.local_backend);
 	free(m->path);
 	free(m->source);
 	free(m);

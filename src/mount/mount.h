@@ -20,10 +20,12 @@ struct far_mnt_conf {
 	const char *target;
 	bool network;                     /* the URI names a network peer: AUTO measures the round trip */
 	bool offline;                     /* the remote was opened by what the map knows and has not been reached */
+	bool pointer;                     /* shown as memory of this process, not as a file: `target` is only said to others */
 	bool asked_managed;               /* an option that only a managed mount has was given */
 	char *const *local_layers;        /* --local-layer, outermost first */
 	size_t n_local_layers;
-	struct far_mount_opts opts;       /* chunk and the rest; strings are borrowed until open returns */
+	struct far_mount_opts opts;       /* chunk and the rest; strings are borrowed until close, a local_backend is owned as
+					   * the remote is */
 };
 
 /* Opens the region (pulling starts), then the frontend, in parallel with the pull. */
@@ -41,6 +43,13 @@ int far_mnt_prefetch(struct far_mnt *m, uint64_t off, uint64_t len);
 int far_mnt_evict(struct far_mnt *m, uint64_t off, uint64_t len);
 int far_mnt_pin(struct far_mnt *m, uint64_t off, uint64_t len, bool pin);
 void far_mnt_status(struct far_mnt *m, struct far_status *st);
+uint64_t far_mnt_bytes(const struct far_mnt *m); /* the region's size */
+/* Of a pointer; -EOPNOTSUPP for a file. */
+void *far_mnt_addr(const struct far_mnt *m);
+int far_mnt_populate(struct far_mnt *m, uint64_t off, uint64_t len);
+int far_mnt_discard(struct far_mnt *m, uint64_t off, uint64_t len);
+int far_mnt_heal(struct far_mnt *m, uint64_t off, uint64_t len);
+int far_mnt_stored(struct far_mnt *m, uint64_t off, uint64_t len);
 /* True once somebody else has unmounted it. Waits until `until`. */
 bool far_mnt_ended(struct far_mnt *m, uint64_t until);
 /*

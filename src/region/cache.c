@@ -17,6 +17,8 @@
 
 #define CACHE_BATCH 64
 #define CACHE_LOCAL_TRIES 3
+#define CACHE_PAGE ((uint64_t)4096)
+#define CACHE_STAGE_CHUNKS (FAR_STAGE / 4096)
 #define CACHE_SAY_AGAIN (60 * FAR_SEC)
 #define CACHE_SAY_BAD 20
 
@@ -62,29 +64,53 @@ void far_cache_unreadable(struct far_region *r, uint64_t i, int err, bool lost)
 /* Bytes [from, to) of a chunk at `base`, whose data is in buf, into the local store. */
 static int cache_store(struct far_region *r, uint64_t base, const char *buf, uint64_t from, uint64_t to, unsigned flags)
 {
-	return far_write(r->local, base + from, buf + from, (size_t)(to - from), flags & FAR_BULK);
+	return far_write(r->local, base + from, buf + from, (size_t)(to - from), flags & (FAR_BULK | FAR_FILL));
 }
 
-static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, const char *buf, unsigned flags)
+/* The whole of a chunk, or of several, in the order that serves who waits at `first` (bytes from base): that page first. */
+static int cache_store_all(struct far_region *r, uint64_t base, const char *buf, uint64_t len, uint64_t first, unsigned flags)
 {
-	uint64_t base = i << r->shift, len = far_chunkmap_len(r->map, i), from = 0, to;
-	struct far_partial *e;
+	if (first >= len || len <= 4 * CACHE_PAGE)
+		return cache_store(r, base, buf, 0, len, flags);
+	uint64_t from = first / CACHE_PAGE * CACHE_PAGE, to = far_min(from + CACHE_PAGE, len);
+	int err = cache_store(r, base, buf, from, to, flags);
+	if (!err && from)
+		err = cache_store(r, base, buf, 0, from, flags);
+	return err || to == len ? err : cache_store(r, base, buf, to, len, flags);
+}
+
+/* [base, base+len), one chunk or several, has come from the remote; *e says what of it is wanted. */
+static int cache_put(struct far_region *r, struct far_partial *e, uint64_t base, const char *buf, uint64_t len, uint64_t first,
+		     unsigned flags)
+{
+	uint64_t from = 0, to;
 	int err = 0;
 
-	far_chunkmap_fill_begin(r->map, f, &e);
+	if (!e && r->memory.self)
+		r->memory.came(r->memory.self, base, buf, len);
 	if (!e) {
-		bool skip = atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len);
-		if (!skip)
-			err = cache_store(r, base, buf, 0, len, flags);
-		if (!skip)
-			cache_local_wrote(r, err);
-		if (err && far_discard(r->local, base, len, 0))
+		if (atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len)) {
+			if (first >= len)
+				return 0;
+			from = first / CACHE_PAGE * CACHE_PAGE; /* who waits for it is served at once */
+			return cache_store(r, base, buf, from, far_min(from + CACHE_PAGE, len), flags);
+		}
+		err = cache_store_all(r, base, buf, len, first, flags);
+		/* In memory the program may have stored beside what came: that stays. */
+		if (err && ((flags & FAR_FILL) || far_discard(r->local, base, len, 0)))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 	} else {
 		for (; !err && far_partial_missing(e, &from, &to); from = to)
 			err = cache_store(r, base, buf, from, to, flags);
-		cache_local_wrote(r, err);
 	}
+	cache_local_wrote(r, err);
+	return err;
+}
+
+static void cache_filled(struct far_region *r, struct far_partial *e, uint64_t i, const char *buf, int err)
+{
+	uint64_t base = i << r->shift, len = far_chunkmap_len(r->map, i);
+
 	if (!err) {
 		far_persist_verified(r->persist, i, 1);
 		if (!e || !far_chunkmap_has_news(r->map, i)) /* what was written here has been pushed: it is in buf too */
@@ -94,6 +120,43 @@ static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, con
 	far_chunkmap_fill_end(r->map, i, e, !err);
 	if (!err && r->o.chunk_local)
 		r->o.chunk_local(r->o.opaque, base, len);
+}
+
+/* *shown: the page at `first` is there now. */
+static int cache_fill(struct far_region *r, struct far_fetch *f, uint64_t i, const char *buf, uint64_t first, bool *shown,
+		      unsigned flags)
+{
+	uint64_t len = far_chunkmap_len(r->map, i);
+	struct far_partial *e;
+
+	far_chunkmap_fill_begin(r->map, f, &e);
+	bool whole = !e;
+	int err = cache_put(r, e, i << r->shift, buf, len, first, flags);
+	cache_filled(r, e, i, buf, err);
+	*shown |= !err && whole && first < len;
+	return err;
+}
+
+/* n chunks in a staged buffer: in one step if all of each is wanted. Writers in the middle of a copy are waited for with
+ * others' chunks in hand, which is safe, for they wait for nothing. */
+static int cache_fill_staged(struct far_region *r, struct far_fetch *f, uint64_t i, uint64_t n, const char *buf, unsigned flags)
+{
+	struct far_partial *e[CACHE_STAGE_CHUNKS];
+	bool whole = true;
+	int err = 0;
+
+	for (uint64_t k = 0; k < n; k++) {
+		far_chunkmap_fill_begin(r->map, f, &e[k]);
+		whole &= !e[k];
+	}
+	if (whole)
+		err = cache_put(r, NULL, i << r->shift, buf, n << r->shift, UINT64_MAX, flags);
+	for (uint64_t k = 0; k < n; k++) {
+		const char *at = buf + (k << r->shift);
+		if (!whole && !err)
+			err = cache_put(r, e[k], (i + k) << r->shift, at, r->chunk, UINT64_MAX, flags);
+		cache_filled(r, e[k], i + k, at, err);
+	}
 	return err;
 }
 
@@ -105,29 +168,50 @@ void far_cache_arrived(struct far_region *r)
 		r->all_local(r->all_local_opaque);
 }
 
-int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, unsigned flags)
+/* What was claimed has been read into buf. `urgent`: offset that somebody waits for. */
+static int cache_fill_run(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, const char *buf, bool staged,
+			  uint64_t urgent, bool *shown, unsigned flags)
+{
+	uint64_t many = staged ? FAR_STAGE >> r->shift : 1;
+	int err = 0;
+
+	for (uint64_t i = first; !err && i < first + n; i += many) {
+		const char *at = buf + ((i - first) << r->shift);
+		err = many > 1 ? cache_fill_staged(r, f, i, many, at, flags)
+			       : cache_fill(r, f, i, at, urgent - (i << r->shift), shown, flags);
+	}
+	return err;
+}
+
+int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, uint64_t urgent, unsigned flags)
 {
 	uint64_t off = first << r->shift, len = far_min(n << r->shift, r->bytes - off);
-	char *buf = far_buf_get((size_t)len);
+	char *stage = r->memory.stage ? r->memory.stage(r->memory.self, off, len) : NULL;
+	char *buf = stage ? stage : far_buf_get((size_t)len);
 	int err = buf ? 0 : -ENOMEM;
+	bool shown = false;
 
 	atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
 	if (!err) {
 		err = far_read(r->remote, off, buf, (size_t)len, flags);
-		if (err)
+		if (err && !(flags & FAR_NOWAIT && err == -EAGAIN))
 			far_region_remote_failed(r, err);
-		else
+		else if (!err)
 			atomic_fetch_add_explicit(&r->pulled, len, memory_order_relaxed);
 	}
 	atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
-	for (uint64_t i = first; !err && i < first + n; i++)
-		err = cache_fill(r, f, i, buf + ((i - first) << r->shift), flags);
+	if (!err)
+		err = cache_fill_run(r, f, first, n, buf, stage != NULL, urgent, &shown,
+				     r->memory.self ? flags | FAR_FILL : flags);
 	far_chunkmap_fetch_end(r->map, f, err);
-	far_buf_put(buf, (size_t)len);
+	if (stage)
+		r->memory.unstage(r->memory.self, stage, len);
+	else
+		far_buf_put(buf, (size_t)len);
 	far_cache_arrived(r);
 	if (flags & FAR_BULK) /* who fetches on demand trims after it has used the chunk: the rest may all be dirty */
 		far_evict_trim(r);
-	return err;
+	return err ? err : shown;
 }
 
 static int cache_need_now(struct far_region *r, uint64_t i, uint64_t max)
@@ -136,13 +220,15 @@ static int cache_need_now(struct far_region *r, uint64_t i, uint64_t max)
 
 	max = far_min(max, far_max((io ? far_min(io, 4 * FAR_MIB) : 4 * FAR_MIB) >> r->shift, 1));
 	struct far_fetch *f = far_chunkmap_claim(r->map, i, max, &n);
-	if (!f)
-		return n ? -ENOMEM : far_chunkmap_wait(r->map, i);
+	if (!f) {
+		int err = n ? -ENOMEM : far_chunkmap_wait(r->map, i);
+		return err == -EAGAIN ? 0 : err; /* whoever had it could not go on: look again */
+	}
 	len = n << r->shift;
 	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
 	far_pull_demand_begin(r, len);
 	far_pull_fault(r, i, n);
-	int err = far_cache_fetch(r, f, i, n, 0);
+	int err = far_cache_fetch(r, f, i, n, UINT64_MAX, 0);
 	far_pull_demand_end(r, len, err);
 	return err;
 }

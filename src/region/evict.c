@@ -64,9 +64,11 @@ static void evict_run(struct far_region *r, struct evict_batch *b, bool anyway)
 		uint64_t i = b->chunk[k], len = far_chunkmap_len(r->map, i);
 		int err = forgot || keep ? forgot : far_discard(r->local, i << r->shift, len, 0);
 
-		if (keep || (err && anyway))
+		/* What a program has stored and nobody has seen yet is not thrown away. */
+		bool gone = !err || (anyway && !(r->memory.self && err == -EBUSY));
+		if (keep || (err && gone))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
-		far_chunkmap_evict_end(r->map, i, !err || anyway);
+		far_chunkmap_evict_end(r->map, i, gone);
 		if (far_evict_kept(r, i))
 			far_region_prefetch(r, i << r->shift, len);
 	}

@@ -12,6 +12,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#define ORDER_TRACE_HEAD "farpage-trace 1\n"
+#define ORDER_GROUP_MAX 1024 /* runs of a trace that are pulled by place, not by time */
+
 static int order_add(struct far_order *o, uint64_t first, uint64_t n)
 {
 	if (!n)
@@ -73,7 +76,23 @@ static int order_range(void *opaque, uint64_t off, uint64_t len)
 	return len ? order_add(b->o, first, ((off + len - 1) >> b->shift) - first + 1) : 0;
 }
 
-static int order_trace(struct order_build *b, const char *path, uint64_t bytes, struct far_error *err)
+static int order_trace_line(struct order_build *b, const char *line, uint64_t bytes, unsigned long number, const char *path,
+			    struct far_error *err)
+{
+	uint64_t off, len;
+	char rest;
+
+	/* A first line in the middle: traces were merged by writing one behind the other. */
+	if (line[0] == '#' || line[0] == '\n' || !strcmp(line, ORDER_TRACE_HEAD))
+		return 0;
+	if (sscanf(line, "%" SCNu64 " %" SCNu64 " %c", &off, &len, &rest) != 2)
+		return far_error_set(err, EINVAL, "%s line %lu is not 'OFFSET LENGTH'", path, number);
+	if (off < bytes && len && order_range(b, off, far_min(len, bytes - off))) /* a longer region's is fine */
+		return far_error_set(err, ENOMEM, "no memory for the pull order");
+	return 0;
+}
+
+static int order_trace_read(struct order_build *b, const char *path, uint64_t bytes, struct far_error *err)
 {
 	FILE *f = fopen(path, "re");
 	char line[128];
@@ -82,21 +101,51 @@ static int order_trace(struct order_build *b, const char *path, uint64_t bytes, 
 
 	if (!f)
 		return far_error_set(err, errno, "cannot read the trace %s: %s", path, far_strerror(errno));
-	if (!fgets(line, sizeof line, f) || strcmp(line, "farpage-trace 1\n") != 0)
+	if (!fgets(line, sizeof line, f) || strcmp(line, ORDER_TRACE_HEAD) != 0)
 		r = far_error_set(err, EINVAL, "%s is not a trace of this version: its first line must be "
 				  "'farpage-trace 1'", path);
-	while (!r && fgets(line, sizeof line, f)) {
-		uint64_t off, len;
-		char rest;
-		number++;
-		if (line[0] == '#' || line[0] == '\n')
-			continue;
-		if (sscanf(line, "%" SCNu64 " %" SCNu64 " %c", &off, &len, &rest) != 2)
-			r = far_error_set(err, EINVAL, "%s line %lu is not 'OFFSET LENGTH'", path, number);
-		else if (off < bytes && len && order_range(b, off, far_min(len, bytes - off))) /* a longer region's is fine */
-			r = far_error_set(err, ENOMEM, "no memory for the pull order");
-	}
+	while (!r && fgets(line, sizeof line, f))
+		r = order_trace_line(b, line, bytes, ++number, path, err);
 	fclose(f);
+	return r;
+}
+
+static int order_by_place(const void *a, const void *b)
+{
+	const struct far_order_run *x = a, *y = b;
+	return x->first < y->first ? -1 : x->first > y->first;
+}
+
+/* Sort the runs and add them, joined across gaps of one chunk: that costs less than another call. */
+static int order_join(struct far_order *o, struct far_order_run *run, size_t n)
+{
+	int r = 0;
+
+	qsort(run, n, sizeof *run, order_by_place);
+	for (size_t i = 0; i < n && !r;) {
+		uint64_t first = run[i].first, end = first;
+		for (; i < n && (end == first || run[i].first <= end + 1); i++)
+			end = far_max(end, run[i].first + run[i].n);
+		r = order_add(o, first, end - first);
+	}
+	return r;
+}
+
+/* Touches of one run of a program are in the order of time, which is any order in the region, one call a chunk. What was
+ * touched soon after one another is needed soon after one another, so it may be fetched by place: in groups that grow,
+ * because the first touches are the ones that somebody waits for already. */
+static int order_trace(struct order_build *b, const char *path, uint64_t bytes, struct far_error *err)
+{
+	struct far_order raw = { 0 };
+	struct order_build read = { &raw, b->shift };
+	int r = order_trace_read(&read, path, bytes, err), e = 0;
+	size_t group = 1;
+
+	for (size_t at = 0; !r && !e && at < raw.n; at += group, group = far_min(2 * group, ORDER_GROUP_MAX))
+		e = order_join(b->o, raw.run + at, far_min(group, raw.n - at));
+	if (e)
+		r = far_error_set(err, ENOMEM, "no memory for the pull order");
+	far_order_fini(&raw);
 	return r;
 }
 
@@ -233,7 +282,7 @@ int far_trace_close(struct far_trace *t) FAR_NO_TSA
 		return 0;
 	FILE *f = fopen(t->path, "we");
 	if (f) {
-		fprintf(f, "farpage-trace 1\n");
+		fputs(ORDER_TRACE_HEAD, f);
 		for (size_t i = 0; i < t->order.n; i++) {
 			uint64_t off = t->order.run[i].first << t->shift;
 			fprintf(f, "%" PRIu64 " %" PRIu64 "\n", off,

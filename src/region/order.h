@@ -15,7 +15,7 @@ struct far_order {
 };
 
 /* "sequential" (also NULL), "ranges:0-1M,900M-" (bytes, end exclusive, open end: to the end), "trace:FILE" (the format
- * is in doc/trace.md), "hint:mp4" (first 1 MiB and last 1/256, at least 2 MiB: where a film's index lies). What is named comes first, the rest follows from the start. -EINVAL, or the file's error. */
+ * is in doc/trace.md), "hint:mp4" (first 1 MiB and last 1/256, at least 2 MiB: where a film's index lies). What is named comes first, the rest follows from the start, as one last run. -EINVAL, or the file's error. */
 int far_order_parse(struct far_order *o, const char *text, uint64_t bytes, unsigned shift, struct far_error *err);
 /* By falling priority(off); equal ones by rising offset. */
 int far_order_by(struct far_order *o, int64_t (*priority)(void *opaque, uint64_t off), void *opaque, uint64_t bytes,

@@ -303,7 +303,10 @@ static void pull_report(struct far_region *r)
 static void pull_fetch_locked(struct far_pull *p, uint64_t first, uint64_t end) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
-	uint64_t n, max = far_max(p->extent >> r->shift, 1);
+	uint64_t n, max = far_max(p->extent >> r->shift, 1), whole = FAR_STAGE >> r->shift;
+
+	if (r->memory.stage && whole) /* so that what follows is whole huge pages */
+		max = max < whole || first % whole ? far_min(max, whole - first % whole) : max / whole * whole;
 	struct far_fetch *f = far_chunkmap_claim(r->map, first, far_min(end - first, max), &n);
 
 	if (!f) {
@@ -320,7 +323,7 @@ static void pull_fetch_locked(struct far_pull *p, uint64_t first, uint64_t end) 
 	far_mutex_unlock(&p->lock);
 
 	uint64_t old = far_deadline_limit(began + r->o.deadline_ms * FAR_MSEC);
-	int err = far_cache_fetch(r, f, first, n, FAR_BULK);
+	int err = far_cache_fetch(r, f, first, n, UINT64_MAX, FAR_BULK);
 	far_deadline_restore(old);
 	pull_report(r);
 
@@ -456,8 +459,7 @@ void far_pull_fault(struct far_region *r, uint64_t i, uint64_t n)
 		p->fault[p->n_fault++ % PULL_FAULTS] = i + n - far_min(n, PULL_FAULTS) + k;
 	int64_t stride = pull_stride_locked(p);
 	bool hit = stride && stride == p->stride && i == p->next;
-	uint64_t most = far_max(8 * FAR_MIB >> r->shift, 4);
-	p->ahead = !stride ? p->ahead / 2 : hit ? far_min(2 * p->ahead, most) : far_max(p->ahead / 2, 1);
+	p->ahead = !stride ? p->ahead / 2 : hit ? far_min(2 * p->ahead, r->ahead_max) : far_max(p->ahead / 2, 1);
 	p->stride = stride;
 	atomic_store_explicit(&p->trigger, PULL_NO_TRIGGER, memory_order_relaxed);
 	if (stride && p->ahead) {
@@ -475,7 +477,7 @@ void far_pull_touched(struct far_region *r, uint64_t i, uint64_t n)
 	if (t - i >= n || !atomic_compare_exchange_strong(&p->trigger, &t, PULL_NO_TRIGGER))
 		return;
 	far_mutex_lock(&p->lock);
-	p->ahead = far_min(2 * far_max(p->ahead, 1), far_max(8 * FAR_MIB >> r->shift, 4));
+	p->ahead = far_min(2 * far_max(p->ahead, 1), r->ahead_max);
 	pull_ahead_locked(p);
 	far_mutex_unlock(&p->lock);
 }
@@ -589,6 +591,8 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 		free(p);
 		return r->o.priority ? far_error_set(err, -e, "no memory for the pull order") : e;
 	}
+	if (r->ahead_only && !r->o.priority)
+		p->order.n--; /* what nobody named */
 	far_mutex_init(&p->lock);
 	far_cond_init(&p->work);
 	far_cond_init(&p->progress);

@@ -100,11 +100,22 @@ static void push_resize_locked(struct far_push *p, uint64_t took, bool zeros) FA
 		*extent *= 2;
 }
 
+/* From the local store, what is being pushed. */
+static int push_read(struct far_region *r, uint64_t off, char *buf, size_t len)
+{
+	if (r->memory.self)
+		r->memory.arm(r->memory.self, off, len);
+	int err = far_read(r->local, off, buf, len, 0);
+	if (!err && r->memory.self)
+		r->memory.pushed(r->memory.self, off, buf, len);
+	return err;
+}
+
 static bool push_reads_zero(struct far_region *r, uint64_t i, char *buf)
 {
 	size_t len = (size_t)far_chunkmap_len(r->map, i);
 
-	if (far_read(r->local, i << r->shift, buf, len, 0) || !far_is_zero(buf, len))
+	if (push_read(r, i << r->shift, buf, len) || !far_is_zero(buf, len))
 		return false;
 	far_persist_sum(r->persist, i, buf, len);
 	return true;
@@ -138,7 +149,7 @@ static int push_move(struct far_push *p, struct push_job *j, unsigned flags)
 	struct far_region *r = p->r;
 	uint64_t off = j->first << r->shift, len = far_min(j->n << r->shift, r->bytes - off);
 	char *buf = far_buf_get((size_t)len);
-	int err = buf ? far_read(r->local, off, buf, (size_t)len, 0) : -ENOMEM;
+	int err = buf ? push_read(r, off, buf, (size_t)len) : -ENOMEM;
 
 	j->local = err && err != -ENOMEM;
 	for (uint64_t i = j->first; r->persist && !err && i < j->first + j->n; i++)
@@ -220,7 +231,7 @@ static int push_range(struct far_region *r, uint64_t base, uint64_t from, uint64
 {
 	size_t len = (size_t)(to - from);
 	char *buf = far_buf_get(len);
-	int err = buf ? far_read(r->local, base + from, buf, len, 0) : -ENOMEM;
+	int err = buf ? push_read(r, base + from, buf, len) : -ENOMEM;
 
 	*local = err && err != -ENOMEM;
 	if (!err) {

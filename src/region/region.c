@@ -77,6 +77,10 @@ static int region_take(struct far_region *r, const struct far_region_conf *conf,
 	r->remote = conf->remote;
 	r->local = conf->local;
 	r->persist = conf->persist;
+	if (conf->memory)
+		r->memory = *conf->memory;
+	r->ahead_only = conf->ahead_only;
+	r->remote_borrowed = conf->remote_borrowed;
 	r->bytes = facts->bytes;
 	r->writable = (facts->caps & FAR_CAP_WRITE) && !r->o.read_only;
 	r->local_zero = conf->local_is_zero;
@@ -90,6 +94,8 @@ static int region_take(struct far_region *r, const struct far_region_conf *conf,
 				     ": they must be the same", far_size(r->local), r->bytes);
 	r->chunk = r->o.chunk;
 	r->shift = (unsigned)__builtin_ctzll(r->chunk);
+	/* A program that reads memory says nothing until it meets the next absent page. */
+	r->ahead_max = far_max((r->memory.self ? 64 * FAR_MIB : 8 * FAR_MIB) >> r->shift, 4);
 	return 0;
 }
 
@@ -160,6 +166,11 @@ struct far_backend *far_region_backend(struct far_region *r)
 	return r->face;
 }
 
+int far_region_collect(struct far_region *r)
+{
+	return r->memory.self ? r->memory.collect(r->memory.self, r) : 0;
+}
+
 int far_region_flush(struct far_region *r)
 {
 	if (atomic_load_explicit(&r->fenced, memory_order_acquire))
@@ -169,6 +180,9 @@ int far_region_flush(struct far_region *r)
 		return err;
 	if (!r->writable)
 		return 0;
+	err = far_region_collect(r);
+	if (err)
+		return err;
 	if (r->o.durable == FAR_DURABLE_LOCAL)
 		return r->persist ? far_persist_commit(r->persist) : far_flush(r->local);
 	/* The local store is flushed beside it: persist.c, rule 5. */
@@ -191,6 +205,22 @@ int far_region_push(struct far_region *r)
 int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced)
 {
 	return far_persist_remember(r->persist, NULL, facts, origin, fenced);
+}
+
+enum far_region_look far_region_look(struct far_region *r, uint64_t off)
+{
+	switch (far_chunkmap_state(r->map, off >> r->shift)) {
+	case FAR_ABSENT:
+	case FAR_EVICTING:
+		return FAR_LOOK_ABSENT;
+	case FAR_FETCHING:
+	case FAR_FILLING:
+		return FAR_LOOK_FETCHING;
+	case FAR_CLEAN:
+		return FAR_LOOK_LOCAL;
+	default:
+		return FAR_LOOK_DIRTY;
+	}
 }
 
 void far_region_status(struct far_region *r, struct far_status *st)
@@ -232,7 +262,8 @@ void far_region_stop(struct far_region *r)
 	far_push_stop(r);
 	far_chunkmap_stop(r->map);
 	far_stop(r->face);
-	far_stop(r->remote);
+	if (!r->remote_borrowed)
+		far_stop(r->remote);
 	if (!r->persist) /* else it is still flushed */
 		far_stop(r->local);
 }
@@ -263,7 +294,8 @@ void far_region_close(struct far_region *r)
 	far_evict_close(r);
 	far_chunkmap_close(r->map);
 	free((void *)r->bad);
-	far_close(r->remote);
+	if (!r->remote_borrowed)
+		far_close(r->remote);
 	far_close(r->local);
 	free(r);
 }

@@ -12,6 +12,8 @@
 
 struct far_region;
 
+#define FAR_STAGE ((uint64_t)2 << 20) /* a huge page */
+
 /*
  * A local store that a program changes without asking: memory behind a pointer. Nobody else's calls change its bytes once
  * a chunk is local, but fills (far_write with FAR_FILL) and discards.
@@ -23,9 +25,13 @@ struct far_region_memory {
 	int (*collect)(void *self, struct far_region *r);
 	/* [off, off+len) is about to be read for a push: what is stored there from now on is found by a later collect. */
 	void (*arm)(void *self, uint64_t off, uint64_t len);
+	/* Whether all pages of [off, off+len) are here, in a chunk that is not local: else nothing was stored there. */
+	bool (*there)(void *self, uint64_t off, uint64_t len);
 	/* These bytes were read for that push. */
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
-	/* A buffer from which a fill of whole huge pages costs no copy; NULL: none for this length, take any. */
+	/* These bytes, whole chunks, are what the remote has, and are about to be filled in. */
+	void (*came)(void *self, uint64_t off, const void *buf, uint64_t len);
+	/* A buffer from which a fill of whole huge pages costs no copy, for a range of whole aligned FAR_STAGE; NULL: take any. */
 	void *(*stage)(void *self, uint64_t off, uint64_t len);
 	void (*unstage)(void *self, void *buf, uint64_t len);
 };
@@ -33,8 +39,10 @@ struct far_region_memory {
 struct far_region_conf {
 	const struct far_region_memory *memory; /* what `local` is, if it is memory behind a pointer; else NULL. Copied */
 	struct far_backend *remote;  /* owned from success on */
+	bool remote_borrowed;        /* ... but not this one: it is neither stopped nor closed */
 	struct far_backend *local;   /* same size, any I/O; owned from success on */
 	struct far_persist *persist; /* the chunk map's file; NULL: state lives in memory. Owned from success on */
+	bool ahead_only;             /* pull only what is asked for or foreseen, whatever the order */
 	bool local_is_zero;          /* it reads as zeros everywhere now: zero chunks need no write */
 	/* Called once on a thread of the puller or of a caller when all of it is local for the first time; NULL: nobody
 	 * wants to know. */
@@ -72,18 +80,25 @@ int far_region_refresh(struct far_region *r, uint64_t off, uint64_t len);
 /* The chunk map's file remembers what is known of the remote. Nothing to do without one. */
 int far_region_remember(struct far_region *r, const struct far_facts *facts, const struct far_origin *origin, bool fenced);
 /* Memory behind a pointer. A program waits at `off`: make that page local, then the chunk around it, and ask for what may
- * come next. 0: look again with far_region_hold(); 1: the page has been filled. FAR_NOWAIT: -EAGAIN if that needs a
- * fetch. Honours the thread's deadline. */
-int far_region_fault(struct far_region *r, uint64_t off, unsigned flags);
+ * come next. Before it blocks it asks may_block(opaque). 0: look again with far_region_hold(); 1: the page has been
+ * filled; -EAGAIN: it may not block and would have to. Honours the thread's deadline. */
+int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque);
 /* Pin the chunk of `off`; false: it is not local. */
+uint64_t far_region_chunk(const struct far_region *r); /* its size */
 bool far_region_hold(struct far_region *r, uint64_t off);
 void far_region_release(struct far_region *r, uint64_t off);
-/* [off, off+len) was stored by the program. allow(opaque, off, len), if there is one, lets it do so, for each part, after
- * the chunk cannot go away any more and before it counts as dirty. */
-int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, void (*allow)(void *opaque, uint64_t off, uint64_t len),
-		      void *opaque);
+/* [off, off+len), whole pages, was stored by the program, or will be as soon as allow(opaque, off, len) lets it: that is
+ * called, if given, for each part, when the chunk cannot go away any more and before it counts as dirty. It must not
+ * block. FAR_NOWAIT: -EAGAIN rather than wait (parts before that have been done; doing them again is harmless). */
+int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned flags,
+		      void (*allow)(void *opaque, uint64_t off, uint64_t len), void *opaque);
 /* Ask the puller to take [off, off+len) next. */
 void far_region_prefetch(struct far_region *r, uint64_t off, uint64_t len);
+/* What a flush does first: find what the program has stored. */
+int far_region_collect(struct far_region *r);
+/* What the chunk of `off` is at this moment, for who draws it. */
+enum far_region_look { FAR_LOOK_ABSENT, FAR_LOOK_FETCHING, FAR_LOOK_LOCAL, FAR_LOOK_DIRTY };
+enum far_region_look far_region_look(struct far_region *r, uint64_t off);
 void far_region_status(struct far_region *r, struct far_status *st);
 /* Blocked and later calls return -ESHUTDOWN. Does not flush. */
 void far_region_stop(struct far_region *r);

@@ -25,6 +25,8 @@ struct far_region {
 	uint64_t bytes, chunk;
 	unsigned shift;
 	bool writable;
+	bool ahead_only, remote_borrowed;
+	uint64_t ahead_max;   /* chunks that a sequential reader may be ahead of itself */
 	void (*all_local)(void *opaque);
 	void *all_local_opaque;
 	struct far_chunkmap *map;
@@ -32,11 +34,14 @@ struct far_region {
 	struct far_pull *pull;
 	struct far_push *push;
 	struct far_persist *persist; /* NULL: the map lives in memory */
+	struct far_region_memory memory; /* self NULL: the local store changes only through calls */
 	_Atomic uint64_t *bad;       /* bit i: it was said that chunk i cannot be read */
 	_Atomic uint64_t *kept;      /* bit i: chunk i is pinned by far_region_pin(); set and taken back under kept_lock */
 	struct far_mutex kept_lock;
 
 	/* atomic */
+	_Atomic uint64_t last_fault; /* chunk that a program last waited for */
+	_Atomic uint64_t fault_run;  /* how often in a row that was forward */
 	_Atomic bool stopped;
 	_Atomic bool fenced;
 	_Atomic bool was_all_local;  /* all_local has been called */
@@ -59,8 +64,9 @@ struct far_region {
 int far_cache_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags);
 int far_cache_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags);
 int far_cache_zero(void *self, uint64_t off, uint64_t len, unsigned flags);
-/* Carry out a claim: read the run from the remote, fill the local store, end the claim. flags: FAR_BULK. */
-int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, unsigned flags);
+/* Carry out a claim: read the run from the remote, fill the local store, end the claim. urgent: an offset that a program
+ * waits for, UINT64_MAX: none. flags: FAR_BULK, FAR_NOWAIT. 1: done, and the page at `urgent` is there; 0: done. */
+int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, uint64_t urgent, unsigned flags);
 /* Make chunk i local, and those after it up to max in the same call if they are absent too. */
 int far_cache_need(struct far_region *r, uint64_t i, uint64_t max);
 /* Chunks have become local: tell who waits for that. */

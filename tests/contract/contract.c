@@ -54,6 +54,11 @@ static void region_open(struct region *r, const struct contract_subject *s, uint
 {
 	struct far_open_opts opts = FAR_OPEN_OPTS_INIT;
 
+	const char *lacks = s->lacks ? s->lacks(s) : NULL;
+	if (lacks) {
+		fprintf(stderr, "skipped: not here: %s\n", lacks);
+		skip();
+	}
 	*r = (struct region){ .s = s, .bytes = bytes };
 	strcpy(r->dir, "/tmp/farpage-contract-XXXXXX");
 	assert_non_null(mkdtemp(r->dir));
@@ -804,8 +809,8 @@ static const struct contract_subject builtin[] = {
 };
 
 /* Subjects of other files. */
-extern const struct contract_subject contract_grpc[], contract_managed[];
-static const struct contract_subject *const others[] = { contract_grpc, contract_managed };
+extern const struct contract_subject contract_grpc[], contract_managed[], contract_pointer[], contract_memory[];
+static const struct contract_subject *const others[] = { contract_grpc, contract_managed, contract_pointer, contract_memory };
 
 static const struct {
 	const char *name;

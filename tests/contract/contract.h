@@ -25,6 +25,8 @@ struct contract_subject {
 	int (*open)(const struct contract_subject *s, const char *dir, uint64_t bytes, const struct far_open_opts *opts,
 		    struct far_backend **b, void **ctx);
 	void (*close)(void *ctx); /* may be NULL */
+	/* What this machine lacks for it; NULL, also from it: nothing. Its checks are skipped then. */
+	const char *(*lacks)(const struct contract_subject *s);
 	unsigned flags;
 	/* of the subjects that are made of a URI and layers: %d is the directory, %s the size */
 	const char *uri;

@@ -555,6 +555,39 @@ static void a_recorded_order_can_be_played(void **state)
 	unlink(path);
 }
 
+/* Two traces one behind the other; what was touched in any order is fetched in few calls. */
+static void traces_are_merged_and_joined(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+	char path[] = "/tmp/farpage-trace-XXXXXX", order[64];
+	FILE *file = fdopen(mkstemp(path), "w");
+
+	fprintf(file, "farpage-trace 1\n");
+	for (unsigned k = 0; k < 15; k++) /* 45, 43, 41 ... 17: down, every second one */
+		fprintf(file, "%u %u\n", (45 - 2 * k) * CHUNK, CHUNK);
+	fprintf(file, "farpage-trace 1\n\n# the second\n");
+	for (unsigned k = 0; k < 16; k++) /* 63 and 2, 62 and 3 ... */
+		fprintf(file, "%u %u\n", (k % 2 ? 1 + k / 2 : 63 - k / 2) * CHUNK, k == 15 ? 1 : CHUNK);
+	fprintf(file, "%u %u\n", 45 * CHUNK, CHUNK); /* again */
+	fclose(file);
+	snprintf(order, sizeof order, "trace:%s", path);
+	o.order = order;
+	o.pull_workers = 1;
+	o.window = 1;
+	setup(&f, 64, &o);
+	assert_int_equal(far_region_wait_local(f.r, UINT64_MAX), 0);
+	assert_int_equal(f.s.order[0], 45 * CHUNK); /* the first touch first */
+	assert_int_equal(f.s.order[1], 41 * CHUNK); /* then 43 and 41 in one call, with what lies between */
+	assert_int_equal(f.s.order[2], 33 * CHUNK); /* 39, 37, 35, 33 */
+	assert_int_equal(f.s.order[3], 17 * CHUNK); /* 31 to 17 */
+	assert_int_equal(f.s.order[4], 1 * CHUNK);  /* the second trace */
+	assert_int_equal(f.s.order[5], 56 * CHUNK);
+	assert_int_equal(f.s.order[6], 0);          /* the rest */
+	teardown(&f);
+	unlink(path);
+}
+
 static void bad_options_are_refused_with_a_sentence(void **state)
 {
 	const struct {
@@ -784,6 +817,7 @@ int main(void)
 		cmocka_unit_test(a_waited_range_comes_first),
 		cmocka_unit_test(the_order_is_kept),
 		cmocka_unit_test(a_recorded_order_can_be_played),
+		cmocka_unit_test(traces_are_merged_and_joined),
 		cmocka_unit_test(bad_options_are_refused_with_a_sentence),
 		cmocka_unit_test(writers_past_the_budget_wait_for_the_push),
 		cmocka_unit_test(the_local_budget_is_kept),

@@ -5,6 +5,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import time
@@ -104,10 +105,22 @@ def info_tells_what_a_region_is(w):
 
 def doctor_has_an_answer_to_each_question(w):
     o = json.loads(w.run('doctor', '--json', code=0).out)
-    for key in ('kernel', 'fuse', 'fusermount3', 'read_ahead', 'userfaultfd', 'nbd', 'ublk', 'files', 'threads', 'memory'):
+    for key in ('kernel', 'fuse', 'fusermount3', 'read_ahead', 'userfaultfd', 'pointer_read',
+                'pointer_write', 'nbd', 'ublk', 'files', 'threads', 'memory'):
         true(o[key]['state'] in ('ok', 'limited', 'no') and o[key]['found'], key)
         true(o[key]['state'] != 'no' or o[key]['next'], '%s: no next step' % key)
     equal(len([x for x in w.run('doctor', code=0).out.splitlines() if not x.startswith(' ')]), len(o), 'lines')
+    # what a kernel lacks changes what is chosen
+    for without, read, write in (('uffd', 'sigsegv', None), ('6.1', '(?:continue|copy)', 'copy.*the first store'),
+                                 ('6.1,huge', 'copy', 'copy'), ('wp,huge', '(?:move|copy)', '(?:copy.*hashing)')):
+        o = json.loads(w.run('doctor', '--json', code=0, env={'FARPAGE_WITHOUT': without}).out)
+        if without != 'uffd' and o['userfaultfd']['state'] == 'no':
+            continue
+        true(re.match(read, o['pointer_read']['found']), without)
+        if write:
+            true(re.match(write, o['pointer_write']['found']), without)
+        else:
+            equal(o['pointer_write']['state'], 'no', without)
 
 
 # ---------------------------------------------------------------------------------------------------- copy

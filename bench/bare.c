@@ -1,0 +1,262 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * What a pointer is held against: the least that serves page faults, and plain memory.
+ *
+ *     bare seq SIZE BYTES same|each       touch every page in order            MiB/s, us a fault
+ *     bare single SIZE BYTES N PAUSE_US   touch N random chunks of BYTES       p50 and p99 in us
+ *     bare plain SIZE                     map shared memory, populated; read   MiB/s
+ *     bare read SIZE 4k|huge              read private memory again and again  MiB/s
+ *     bare store SIZE 4k|huge             store into each page again and again ns a page
+ *     bare hash SIZE                      XXH3 of each 64 KiB                  ms
+ *
+ * A handler is a thread that is pinned to a CPU: a blocking read(2) of the userfaultfd, one UFFDIO_COPY of BYTES around
+ * the fault out of memory, and again. "same" has one, on the CPU of the program, which is the fastest there is for one
+ * program that stays where it is; "each" has one on every CPU.
+ */
+#define _GNU_SOURCE
+#include "cli/bench_touch.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <xxhash.h>
+#ifdef HAVE_XXH_DISPATCH
+#include <xxh_x86dispatch.h>
+#endif
+
+#define BARE_CHUNK 65536
+#define BARE_ROUNDS 5
+
+struct bare {
+	int fd;
+	uint64_t bytes;     /* one fault brings */
+	char *memory, *source;
+	size_t size;
+	int cpu;            /* of the next handler */
+};
+
+static int bare_fail(const char *what)
+{
+	fprintf(stderr, "bare: %s: %s\n", what, strerror(errno));
+	return 1;
+}
+
+static uint64_t bare_word(uint64_t off)
+{
+	return (off / 8 + 1) * 0x9e3779b97f4a7c15u;
+}
+
+static char *bare_map(size_t size, int advice)
+{
+	char *p = mmap(NULL, size + (2 << 20), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		return NULL;
+	p = (char *)(((uintptr_t)p + (2 << 20) - 1) & ~(uintptr_t)((2 << 20) - 1));
+	madvise(p, size, advice);
+	return p;
+}
+
+static void bare_fill(char *p, size_t size)
+{
+	for (size_t off = 0; off < size; off += 8)
+		*(uint64_t *)(void *)(p + off) = bare_word(off);
+}
+
+static void bare_pin(int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
+static void *bare_handler(void *arg)
+{
+	struct bare *b = arg;
+	struct uffd_msg msg;
+
+	bare_pin(__atomic_fetch_add(&b->cpu, 1, __ATOMIC_RELAXED));
+	for (;;) {
+		if (read(b->fd, &msg, sizeof msg) != (ssize_t)sizeof msg || msg.event != UFFD_EVENT_PAGEFAULT)
+			continue;
+		uint64_t off = (msg.arg.pagefault.address - (uintptr_t)b->memory) & ~(b->bytes - 1);
+		struct uffdio_copy c = { .dst = (uintptr_t)b->memory + off, .src = (uintptr_t)b->source + off,
+					 .len = b->bytes < b->size - off ? b->bytes : b->size - off };
+		if (ioctl(b->fd, UFFDIO_COPY, &c) < 0 && errno == EEXIST)
+			ioctl(b->fd, UFFDIO_WAKE, &(struct uffdio_range){ c.dst, c.len });
+	}
+	return NULL;
+}
+
+/* The memory, its source, and the handlers; `same`: one handler, on this thread's CPU, which is CPU 0 from now on. */
+static int bare_start(struct bare *b, size_t size, uint64_t bytes, int same)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	int n = same ? 1 : (int)sysconf(_SC_NPROCESSORS_ONLN);
+	pthread_t t;
+
+	*b = (struct bare){ .fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC), .bytes = bytes, .size = size };
+	if (b->fd < 0)
+		b->fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | 1 /* UFFD_USER_MODE_ONLY */);
+	if (b->fd < 0 || ioctl(b->fd, UFFDIO_API, &api) < 0)
+		return bare_fail("userfaultfd");
+	b->source = bare_map(size, MADV_HUGEPAGE);
+	if (!b->source)
+		return bare_fail("mmap");
+	bare_fill(b->source, size);
+	char *warm = bare_map(size, MADV_NOHUGEPAGE);
+	if (!warm)
+		return bare_fail("mmap");
+	touch_store_pages(warm, size, 1);
+	munmap(warm, size);
+	b->memory = bare_map(size, MADV_NOHUGEPAGE);
+	struct uffdio_register reg = { .range = { (uintptr_t)b->memory, size }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	if (!b->memory || ioctl(b->fd, UFFDIO_REGISTER, &reg) < 0)
+		return bare_fail("UFFDIO_REGISTER");
+	for (int i = 0; i < n; i++)
+		if ((errno = pthread_create(&t, NULL, bare_handler, b)) != 0)
+			return bare_fail("pthread_create");
+	if (same)
+		bare_pin(0);
+	touch_pause(20000000); /* they are in read(2) by then, or a little later: no matter */
+	return 0;
+}
+
+static int bare_check(const struct bare *b)
+{
+	for (size_t off = 0; off < b->size; off += TOUCH_PAGE)
+		if (touch_read(b->memory + off) != bare_word(off)) {
+			fprintf(stderr, "bare: wrong bytes at %zu\n", off);
+			return 1;
+		}
+	return 0;
+}
+
+static int bare_seq(size_t size, uint64_t bytes, int same)
+{
+	struct bare b;
+
+	if (bare_start(&b, size, bytes, same))
+		return 1;
+	uint64_t begin = touch_now();
+	touch_pages(b.memory, size);
+	double ns = (double)(touch_now() - begin);
+	printf("%.1f %.2f\n", (double)size / 1048576 / (ns / 1e9), ns / 1e3 / ((double)size / (double)bytes));
+	return bare_check(&b);
+}
+
+static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause)
+{
+	uint32_t *order = touch_shuffled((uint32_t)(size / bytes), 1);
+	uint64_t *ns;
+	struct bare b;
+
+	if (n > size / bytes)
+		n = size / bytes;
+	ns = calloc(n, sizeof *ns);
+	if (!order || !ns || bare_start(&b, size, bytes, 0))
+		return bare_fail("single");
+	uint64_t wrong = touch_chunks(b.memory, order, n, bytes, pause, 1, ns, bare_word);
+	struct touch_times t = touch_times(ns, n);
+	printf("%.2f %.2f\n", (double)t.p50 / 1e3, (double)t.p99 / 1e3);
+	free(order);
+	free(ns);
+	return wrong != 0;
+}
+
+static int bare_plain(size_t size)
+{
+	int fd = memfd_create("bare", MFD_CLOEXEC);
+	char *p;
+
+	if (fd < 0 || ftruncate(fd, (off_t)size) < 0)
+		return bare_fail("memfd");
+	p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (p == MAP_FAILED)
+		return bare_fail("mmap");
+	bare_fill(p, size);
+	munmap(p, size);
+	uint64_t begin = touch_now();
+	p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+	if (p == MAP_FAILED)
+		return bare_fail("mmap");
+	uint64_t sum = touch_sum(p, size);
+	printf("%.1f 0 %c\n", (double)size / 1048576 / ((double)(touch_now() - begin) / 1e9), sum ? '.' : '!');
+	return 0;
+}
+
+/* What memory of our own does, whose pages are all there. */
+static int bare_local(size_t size, int huge, int store)
+{
+	char *p = bare_map(size, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+	uint64_t best = UINT64_MAX, sum = 0;
+
+	if (!p)
+		return bare_fail("mmap");
+	bare_fill(p, size);
+	for (unsigned i = 0; i < BARE_ROUNDS; i++) {
+		uint64_t begin = touch_now();
+		if (store)
+			touch_store_pages(p, size, i);
+		else
+			sum += touch_sum(p, size);
+		uint64_t ns = touch_now() - begin;
+		best = ns < best ? ns : best;
+	}
+	if (store)
+		printf("%.3f 0\n", (double)best / (double)(size / TOUCH_PAGE));
+	else
+		printf("%.1f 0 %c\n", (double)size / 1048576 / ((double)best / 1e9), sum ? '.' : '!');
+	return 0;
+}
+
+static int bare_hash(size_t size)
+{
+	char *p = bare_map(size, MADV_HUGEPAGE);
+	uint64_t best = UINT64_MAX, sum = 0;
+
+	if (!p)
+		return bare_fail("mmap");
+	bare_fill(p, size);
+	for (unsigned i = 0; i < BARE_ROUNDS; i++) {
+		uint64_t begin = touch_now();
+		for (size_t off = 0; off < size; off += BARE_CHUNK)
+			sum += XXH3_64bits(p + off, BARE_CHUNK);
+		uint64_t ns = touch_now() - begin;
+		best = ns < best ? ns : best;
+	}
+	printf("%.3f 0 %c\n", (double)best / 1e6, sum ? '.' : '!');
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	size_t size = argc > 2 ? strtoull(argv[2], NULL, 10) & ~((size_t)(2 << 20) - 1) : 0;
+	uint64_t bytes = argc > 3 ? strtoull(argv[3], NULL, 10) : 0;
+	int pages = bytes >= TOUCH_PAGE && (bytes & (bytes - 1)) == 0, huge = argc > 3 && strcmp(argv[3], "huge") == 0;
+
+	if (size && argc == 5 && pages && strcmp(argv[1], "seq") == 0)
+		return bare_seq(size, bytes, strcmp(argv[4], "same") == 0);
+	if (size && argc == 6 && pages && strcmp(argv[1], "single") == 0)
+		return bare_single(size, bytes, strtoull(argv[4], NULL, 10), strtoull(argv[5], NULL, 10) * 1000);
+	if (size && argc == 3 && strcmp(argv[1], "plain") == 0)
+		return bare_plain(size);
+	if (size && argc == 4 && (strcmp(argv[1], "read") == 0 || strcmp(argv[1], "store") == 0))
+		return bare_local(size, huge, argv[1][0] == 's');
+	if (size && argc == 3 && strcmp(argv[1], "hash") == 0)
+		return bare_hash(size);
+	fprintf(stderr, "usage: bare seq SIZE BYTES same|each, single SIZE BYTES N PAUSE_US, plain SIZE, read SIZE 4k|huge,\n"
+			"       store SIZE 4k|huge, hash SIZE\n");
+	return 2;
+}

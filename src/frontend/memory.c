@@ -1,0 +1,813 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * A program's memory as a local store. The chunk map above says which chunks are local; here is only what the kernel
+ * says of pages:
+ *
+ *     missing   a touch is a fault. In a chunk that is not local: to be fetched. In one that is: zero (with CONTINUE:
+ *               whatever the second mapping has there).
+ *     present   the program's. Nobody but the program changes it, other than to drop it.
+ *     poisoned  a touch raises SIGBUS. A fill replaces it.
+ *
+ * A fill never replaces a page that is present: UFFDIO_COPY and its kin refuse, and what they refuse is passed over. So a
+ * store that happens while the rest of a chunk is still on its way cannot be lost.
+ *
+ * Dropping pages makes the kernel tell us that pages were dropped, as if the program had done it. `own` holds what we drop
+ * ourselves until that event has come.
+ *
+ * Addresses change when the program moves pieces (mremap): `table` is replaced as a whole, readers take no lock.
+ */
+#define _GNU_SOURCE
+#include "frontend/memory_int.h"
+
+#include "base/clock.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static const _Alignas(4096) char mem_zeros[64 * 1024];
+
+/* ------------------------------------------------------------------------------------------------------------- where */
+
+static uint64_t mem_page_up(uint64_t x)
+{
+	return far_div_up(x, MEM_PAGE) * MEM_PAGE;
+}
+
+uint64_t far_memory_addr(struct far_memory *m, uint64_t off, uint64_t *len)
+{
+	const struct mem_table *t = atomic_load_explicit(&m->table, memory_order_acquire);
+
+	for (size_t k = 0; k < t->n; k++) {
+		const struct far_handover_range *r = &t->range[k];
+		if (off - r->off < r->len) {
+			*len = r->len - (off - r->off);
+			return r->addr ? r->addr + (off - r->off) : 0;
+		}
+	}
+	*len = UINT64_MAX;
+	return 0;
+}
+
+bool far_memory_off(struct far_memory *m, uint64_t addr, uint64_t *off)
+{
+	const struct mem_table *t = atomic_load_explicit(&m->table, memory_order_acquire);
+
+	for (size_t k = 0; k < t->n; k++) {
+		const struct far_handover_range *r = &t->range[k];
+		if (r->addr && addr - r->addr < r->len) {
+			*off = r->off + (addr - r->addr);
+			return true;
+		}
+	}
+	return false;
+}
+
+int far_mem_each(struct far_memory *m, uint64_t off, uint64_t len,
+		 int (*fn)(void *opaque, uint64_t addr, uint64_t off, uint64_t len), void *opaque)
+{
+	int err = 0;
+
+	while (len && !err) {
+		uint64_t n, addr = far_memory_addr(m, off, &n);
+		n = far_min(n, len);
+		err = fn(opaque, addr, off, n);
+		off += n;
+		len -= n;
+	}
+	return err;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- lists */
+
+int far_mem_add_locked(struct mem_runs *r, uint64_t off, uint64_t len)
+{
+	if (r->n && r->v[r->n - 1].off + r->v[r->n - 1].len == off) {
+		r->v[r->n - 1].len += len;
+		return 0;
+	}
+	if (r->n == r->cap) {
+		size_t cap = r->cap ? 2 * r->cap : 16;
+		struct mem_run *v = reallocarray(r->v, cap, sizeof *v);
+		if (!v)
+			return -ENOMEM;
+		r->v = v;
+		r->cap = cap;
+	}
+	r->v[r->n++] = (struct mem_run){ off, len };
+	return 0;
+}
+
+/* Take [off, off+len) out of what the list has; how many bytes that were. */
+static uint64_t mem_cut_locked(struct mem_runs *r, uint64_t off, uint64_t len)
+{
+	uint64_t end = off + len, cut = 0;
+
+	for (size_t k = 0; k < r->n;) {
+		uint64_t a = r->v[k].off, b = a + r->v[k].len, from = far_max(a, off), to = far_min(b, end);
+		if (from >= to) {
+			k++;
+			continue;
+		}
+		cut += to - from;
+		r->v[k] = r->v[--r->n];
+		/* There was room for one; a second rest that finds none is only in the way of a list that shrinks. */
+		if (a < from)
+			r->v[r->n++] = (struct mem_run){ a, from - a };
+		if (to < b && far_mem_add_locked(r, to, b - to))
+			break;
+	}
+	return cut;
+}
+
+/* Before a call that makes the kernel report what we do. */
+static int mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	if (!(m->c.have & FAR_UFFD_EVENTS))
+		return 0;
+	far_mutex_lock(&m->lock);
+	int err = 0;
+	if (m->own.n == m->own.cap) { /* never joined with a neighbour: each is taken out by its own events */
+		size_t cap = m->own.cap ? 2 * m->own.cap : 16;
+		struct mem_run *v = reallocarray(m->own.v, cap, sizeof *v);
+		err = v ? 0 : -ENOMEM;
+		m->own.v = v ? v : m->own.v;
+		m->own.cap = v ? cap : m->own.cap;
+	}
+	if (!err)
+		m->own.v[m->own.n++] = (struct mem_run){ addr, len };
+	far_mutex_unlock(&m->lock);
+	return err;
+}
+
+static bool mem_own_take(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	bool ours = false;
+
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->own.n && !ours; k++) {
+		struct mem_run *v = &m->own.v[k];
+		if (addr < v->off || addr + len > v->off + v->len)
+			continue;
+		ours = true;
+		/* Pieces come from its start, in order. */
+		v->len -= addr + len - v->off;
+		v->off = addr + len;
+		if (!v->len)
+			*v = m->own.v[--m->own.n];
+	}
+	far_mutex_unlock(&m->lock);
+	return ours;
+}
+
+/* Drop pages of this process, whatever is in them. */
+int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	int err = mem_own_begin(m, addr, len);
+
+	if (err)
+		return err;
+	if (madvise((void *)(uintptr_t)addr, (size_t)len, MADV_DONTNEED) == 0)
+		return 0;
+	err = -errno; /* locked memory: nothing was dropped or reported */
+	mem_own_take(m, addr, len);
+	return err;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- filling */
+
+struct mem_fill {
+	struct far_memory *m;
+	const char *buf;  /* of offset `base` on */
+	uint64_t base, done;
+	bool staged;
+};
+
+/* Pages of an alias that the program does not have yet become visible. */
+static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
+{
+	bool here[64];
+	int err = 0;
+
+	for (uint64_t at = 0, n; at < len && !err; at += n) {
+		uint64_t pages = far_min((len - at) / MEM_PAGE, FAR_ARRAY_LEN(here)), k = 0, done;
+		n = pages * MEM_PAGE;
+		err = far_uffd_mapped(m->c.pagemap, addr + at, n, here);
+		while (!err && k < pages) {
+			uint64_t from = k;
+			for (; k < pages && here[k] == here[from]; k++)
+				;
+			if (here[from])
+				continue;
+			memcpy(m->c.alias + off + at + from * MEM_PAGE, src + at + from * MEM_PAGE, (size_t)((k - from) * MEM_PAGE));
+			err = far_uffd_continue(m->c.uffd, addr + at + from * MEM_PAGE, (k - from) * MEM_PAGE,
+						m->arms ? FAR_UFFD_ARM : 0, &done);
+			if (err == -EEXIST) /* nobody else fills it; it was there and not seen, by a kernel that had taken it away */
+				err = 0;
+		}
+	}
+	return err;
+}
+
+static int mem_fill_copy(struct far_memory *m, uint64_t addr, const char *src, uint64_t len)
+{
+	int err = 0;
+
+	for (uint64_t at = 0, done; at < len && (!err || err == -EEXIST); at += done) {
+		err = far_uffd_copy(m->c.uffd, addr + at, src + at, len - at, m->arms ? FAR_UFFD_ARM : 0, &done);
+		if (err == -EEXIST)
+			done += MEM_PAGE; /* the program has it already */
+		else if (!err)
+			done = len - at;
+	}
+	return err == -EEXIST ? 0 : err;
+}
+
+static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct mem_fill *f = opaque;
+	const char *src = f->buf + (off - f->base);
+	uint64_t done = 0;
+	int err = -EINVAL;
+
+	if (!addr) /* the program has unmapped it */
+		return 0;
+	if (f->m->c.mechanism == FAR_MECH_CONTINUE) {
+		err = mem_fill_alias(f->m, addr, off, src, len);
+	} else if (f->m->gone) {
+		err = far_mem_given_fill(f->m, addr, off, src, len);
+	} else {
+		if (f->staged && !(addr % FAR_STAGE) && !(len % FAR_STAGE))
+			err = far_uffd_move(f->m->c.uffd, addr, (uint64_t)(uintptr_t)src, len, 0, &done);
+		if (err)
+			err = mem_fill_copy(f->m, addr + done, src + done, len - done);
+	}
+	/* Unmapped or moved since we looked; gone with its process. */
+	return err == -ENOENT || err == -ESRCH ? 0 : err;
+}
+
+bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len)
+{
+	return m->c.mechanism == FAR_MECH_MOVE && !(off % FAR_STAGE) && !(len % FAR_STAGE) && !((uintptr_t)buf % FAR_STAGE);
+}
+
+static int mem_fill(struct far_memory *m, uint64_t off, const char *buf, uint64_t len)
+{
+	uint64_t whole = len / MEM_PAGE * MEM_PAGE;
+	struct mem_fill f = { .m = m, .buf = buf, .base = off, .staged = far_mem_is_staged(m, off, buf, len) };
+	_Alignas(64) char tail[MEM_PAGE];
+
+	if (off % MEM_PAGE || (whole != len && off + len != m->c.bytes))
+		return -EINVAL;
+	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
+		far_memory_heal(m, off, mem_page_up(len));
+	int err = whole ? far_mem_each(m, off, whole, mem_fill_piece, &f) : 0;
+	if (err || whole == len)
+		return err;
+	memcpy(tail, buf + whole, (size_t)(len - whole));
+	memset(tail + (len - whole), 0, (size_t)(MEM_PAGE - (len - whole)));
+	f = (struct mem_fill){ .m = m, .buf = tail, .base = off + whole };
+	return far_mem_each(m, off + whole, MEM_PAGE, mem_fill_piece, &f);
+}
+
+/* --------------------------------------------------------------------------------------------- bytes that are there */
+
+struct mem_io {
+	struct far_memory *m;
+	char *buf;
+	const char *from;
+	uint64_t base;
+};
+
+static int mem_foreign(int fd, uint64_t addr, char *buf, const char *from, uint64_t len)
+{
+	while (len) {
+		ssize_t n = buf ? pread(fd, buf, (size_t)len, (off_t)addr) : pwrite(fd, from, (size_t)len, (off_t)addr);
+		if (n <= 0)
+			return n < 0 && errno == EINTR ? 0 : -EIO;
+		addr += (uint64_t)n;
+		len -= (uint64_t)n;
+		buf = buf ? buf + n : NULL;
+		from = from ? from + n : NULL;
+	}
+	return 0;
+}
+
+/* Whole pages; what is not there is zero. */
+static int mem_read_pages(struct far_memory *m, uint64_t addr, char *buf, uint64_t len)
+{
+	uint64_t page = addr / MEM_PAGE * MEM_PAGE, end = mem_page_up(addr + len);
+	bool here[64];
+	int err = 0;
+
+	while (page < end && !err) {
+		uint64_t pages = far_min((end - page) / MEM_PAGE, FAR_ARRAY_LEN(here)), k = 0;
+		err = far_uffd_present(m->c.pagemap, page, pages * MEM_PAGE, here);
+		while (!err && k < pages) {
+			uint64_t first = k;
+			for (; k < pages && here[k] == here[first]; k++)
+				;
+			uint64_t from = far_max(addr, page + first * MEM_PAGE), to = far_min(addr + len, page + k * MEM_PAGE);
+			char *out = buf + (from - addr);
+			if (!here[first])
+				memset(out, 0, (size_t)(to - from));
+			else if (m->ours)
+				memcpy(out, (const void *)(uintptr_t)from, (size_t)(to - from));
+			else
+				err = mem_foreign(m->c.mem, from, out, NULL, to - from);
+		}
+		page += pages * MEM_PAGE;
+	}
+	return err;
+}
+
+static int mem_read_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct mem_io *io = opaque;
+	struct far_memory *m = io->m;
+	char *out = io->buf + (off - io->base);
+
+	if (m->c.mechanism == FAR_MECH_CONTINUE && m->c.alias) {
+		memcpy(out, m->c.alias + off, (size_t)len);
+		return 0;
+	}
+	if (!addr) /* unmapped while it was dirty, at least beside it: what the remote has is all that is left */
+		return m->c.remote ? far_read(m->c.remote, off, out, (size_t)len, 0) : -EFAULT;
+	return mem_read_pages(m, addr, out, len);
+}
+
+int far_mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	struct mem_io io = { .m = self, .buf = buf, .base = off };
+
+	return far_mem_each(self, off, len, mem_read_piece, &io);
+}
+
+/* The page at addr exists from now on. */
+static int mem_exist(struct far_memory *m, uint64_t addr)
+{
+	uint64_t done, off;
+
+	if (m->c.mechanism == FAR_MECH_CONTINUE) {
+		if (!far_memory_off(m, addr, &off))
+			return 0;
+		(void)*(volatile char *)(m->c.alias + off);
+		return far_uffd_continue(m->c.uffd, addr, MEM_PAGE, m->arms ? FAR_UFFD_ARM : 0, &done);
+	}
+	return far_uffd_copy(m->c.uffd, addr, mem_zeros, MEM_PAGE, m->arms ? FAR_UFFD_ARM : 0, &done);
+}
+
+static int mem_write_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct mem_io *io = opaque;
+	struct far_memory *m = io->m;
+	const char *from = io->from + (off - io->base);
+
+	for (uint64_t page = addr / MEM_PAGE * MEM_PAGE; addr && page < addr + len; page += MEM_PAGE) {
+		int err = mem_exist(m, page);
+		if (err && err != -EEXIST)
+			return err;
+	}
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		memcpy(m->c.alias + off, from, (size_t)len);
+	else if (addr && m->ours)
+		memcpy((void *)(uintptr_t)addr, from, (size_t)len);
+	else if (addr)
+		return mem_foreign(m->c.mem, addr, NULL, from, len);
+	return 0;
+}
+
+static int mem_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+{
+	struct mem_io io = { .m = self, .from = buf, .base = off };
+
+	if (flags & FAR_FILL)
+		return mem_fill(self, off, buf, len);
+	for (uint64_t at = off; at < off + len; at += far_mem_chunk(self))
+		far_mem_differs(self, at);
+	far_mem_differs(self, off + len - 1);
+	return far_mem_each(self, off, len, mem_write_piece, &io);
+}
+
+static int mem_flush(void *self)
+{
+	(void)self;
+	return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------------------ dropping */
+
+static int mem_drop_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		return fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) ? -errno : 0;
+	return addr ? far_mem_drop(m, addr, len) : 0;
+}
+
+int far_memory_drop(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	return m->ours ? far_mem_each(m, off, len, mem_drop_piece, m) : -EOPNOTSUPP;
+}
+
+/* Zeros: whole pages are dropped, so that they appear as zeros again; the rest is overwritten. */
+static int mem_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
+{
+	struct far_memory *m = self;
+	uint64_t end = off + len, a = far_min(mem_page_up(off), end);
+	uint64_t b = end == m->c.bytes ? mem_page_up(end) : end / MEM_PAGE * MEM_PAGE;
+	int err = 0;
+
+	if (!m->ours || a >= b)
+		a = b = end;
+	else
+		err = far_memory_drop(m, a, b - a);
+	if (err == -EINVAL) { /* locked in memory */
+		a = b = end;
+		err = 0;
+	}
+	for (uint64_t k = off; k < end; k += far_mem_chunk(m))
+		far_mem_differs(m, k);
+	for (uint64_t at = off; at < end && !err;) {
+		uint64_t stop = at < a ? a : end, n = far_min(stop - at, sizeof mem_zeros);
+		if (at >= a && at < b) {
+			at = b;
+			continue;
+		}
+		err = mem_write(m, at, mem_zeros, (size_t)n, flags & ~FAR_FILL);
+		at += n;
+	}
+	return err;
+}
+
+static int mem_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
+{
+	return far_mem_evict(self, off, len);
+}
+
+/* --------------------------------------------------------------------------------------------------- single pages */
+
+static bool mem_zero_chunk(struct far_memory *m, uint64_t off)
+{
+	uint64_t i = off >> m->c.shift;
+	return atomic_load_explicit(&m->zero[i / 64], memory_order_acquire) >> (i % 64) & 1;
+}
+
+/* -EEXIST: it is there by now. */
+static int mem_look(struct far_memory *m, uint64_t addr)
+{
+	bool here = false;
+	int err = m->c.pagemap < 0 ? 0 : far_uffd_present(m->c.pagemap, addr, MEM_PAGE, &here);
+	return err ? err : here ? -EEXIST : -ENODATA;
+}
+
+int far_memory_appear(struct far_memory *m, uint64_t addr)
+{
+	uint64_t off, n, done;
+
+	addr = addr / MEM_PAGE * MEM_PAGE;
+	if (!far_memory_off(m, addr, &off))
+		return far_uffd_wake(m->c.uffd, addr, MEM_PAGE);
+	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
+		far_memory_heal(m, off, MEM_PAGE);
+	bool gone = far_memory_is_gone(m, off);
+	bool zero = !m->zero || off >= m->c.bytes || gone || mem_zero_chunk(m, off);
+	int err = zero ? mem_exist(m, addr) : mem_look(m, addr);
+	if (err == -EEXIST)
+		return far_uffd_wake(m->c.uffd, addr, MEM_PAGE);
+	if (err)
+		return err == -ENOENT || err == -ESRCH ? 0 : err;
+	if (gone) /* those around it are not */
+		return 0;
+	/* A run of zeros: those behind it are needed next. The first that is there ends it. */
+	uint64_t chunk = far_mem_chunk(m), end = off / chunk * chunk + far_min(chunk, sizeof mem_zeros);
+	end = far_min(end, m->pages_len);
+	if (m->c.mechanism != FAR_MECH_CONTINUE && off + MEM_PAGE < end && far_memory_addr(m, off, &n)) {
+		n = far_min(n, end - off) - MEM_PAGE;
+		if (n)
+			far_uffd_copy(m->c.uffd, addr + MEM_PAGE, mem_zeros, n, m->arms ? FAR_UFFD_ARM : 0, &done);
+	}
+	return 0;
+}
+
+/* Without UFFDIO_POISON: a mapping of an empty file, whose use raises SIGBUS as well. */
+static int mem_poison_map(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	int fd = memfd_create("farpage-poison", MFD_CLOEXEC);
+	int err = fd < 0 ? -errno : mem_own_begin(m, addr, len);
+
+	if (!err && mmap((void *)(uintptr_t)addr, (size_t)len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+		err = -errno;
+		mem_own_take(m, addr, len);
+	}
+	if (fd >= 0)
+		close(fd);
+	return err ? err : far_uffd_wake(m->c.uffd, addr, len);
+}
+
+/* Memory again, which must not be touched before it is registered: until then it may not be accessed. */
+static int mem_unpoison_map(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len)
+{
+	void *at = (void *)(uintptr_t)addr;
+	bool shared = m->c.mechanism == FAR_MECH_CONTINUE, writable = m->c.tracking != FAR_TRACK_NONE;
+	unsigned modes = FAR_UFFD_MISSING | (shared ? FAR_UFFD_MINORS : 0) | (m->arms ? FAR_UFFD_PROTECT : 0);
+
+	if (mmap(at, (size_t)len, PROT_NONE, MAP_FIXED | (shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE),
+		 shared ? m->c.shared : -1, shared ? (off_t)off : 0) == MAP_FAILED)
+		return -errno;
+	madvise(at, (size_t)len, MADV_DONTFORK);
+	int err = far_uffd_register(m->c.uffd, addr, len, modes);
+	if (!err && mprotect(at, (size_t)len, PROT_READ | (writable || m->c.mechanism == FAR_MECH_MOVE ? PROT_WRITE : 0)))
+		err = -errno;
+	return err;
+}
+
+int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	uint64_t off, done = 0;
+	int err;
+
+	if (!far_memory_off(m, addr, &off))
+		return far_uffd_wake(m->c.uffd, addr, len);
+	if (!(m->c.have & FAR_UFFD_POISON) && !m->ours)
+		return -EOPNOTSUPP;
+	far_mutex_lock(&m->lock);
+	err = far_mem_add_locked(&m->poison, off, len);
+	atomic_store_explicit(&m->n_poison, (unsigned)m->poison.n, memory_order_release);
+	far_mutex_unlock(&m->lock);
+	if (err)
+		return err;
+	err = m->c.have & FAR_UFFD_POISON ? far_uffd_poison(m->c.uffd, addr, len, &done) : mem_poison_map(m, addr, len);
+	if (err) { /* it came while we gave up, or it is gone */
+		far_mutex_lock(&m->lock);
+		mem_cut_locked(&m->poison, off, len);
+		atomic_store_explicit(&m->n_poison, (unsigned)m->poison.n, memory_order_release);
+		far_mutex_unlock(&m->lock);
+		far_uffd_wake(m->c.uffd, addr, len);
+	}
+	return err == -EEXIST || err == -ENOENT || err == -ESRCH ? 0 : err;
+}
+
+struct mem_heal {
+	struct far_memory *m;
+	struct mem_runs runs;
+};
+
+static int mem_heal_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+	uint64_t cut;
+	int err = 0;
+
+	for (uint64_t at = off; at < off + len && !err; at += MEM_PAGE) {
+		far_mutex_lock(&m->lock);
+		cut = mem_cut_locked(&m->poison, at, MEM_PAGE);
+		atomic_store_explicit(&m->n_poison, (unsigned)m->poison.n, memory_order_release);
+		far_mutex_unlock(&m->lock);
+		/* A fill goes over the kernel's own mark; the empty file has to go first. */
+		if (cut && addr && !(m->c.have & FAR_UFFD_POISON))
+			err = mem_unpoison_map(m, addr + (at - off), at, MEM_PAGE);
+	}
+	return err;
+}
+
+int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	return far_mem_each(m, off, len, mem_heal_piece, m);
+}
+
+uint64_t far_memory_poisoned(struct far_memory *m)
+{
+	uint64_t sum = 0;
+
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->poison.n; k++)
+		sum += m->poison.v[k].len;
+	far_mutex_unlock(&m->lock);
+	return sum;
+}
+
+bool far_memory_has_poison(const struct far_memory *m)
+{
+	return atomic_load_explicit(&m->n_poison, memory_order_relaxed) != 0;
+}
+
+bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, uint64_t *off)
+{
+	bool found = false;
+
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->poison.n; k++) {
+		uint64_t a = far_max(m->poison.v[k].off, from), b = m->poison.v[k].off + m->poison.v[k].len;
+		if (a < far_min(b, end) && (!found || a < *off)) {
+			*off = a;
+			found = true;
+		}
+	}
+	far_mutex_unlock(&m->lock);
+	return found;
+}
+
+/* ---------------------------------------------------------------------------------------- what the program changed */
+
+bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	uint64_t attic = (uint64_t)(uintptr_t)m->attic;
+
+	return (attic && addr >= attic && addr < attic + m->attic_len) || mem_own_take(m, addr, len);
+}
+
+/* Put [off, off+len) at another address, 0: nowhere. Without memory for that the old table stays: then faults there are
+ * not found, and wait. */
+static void mem_place(struct far_memory *m, uint64_t off, uint64_t len, uint64_t to)
+{
+	struct mem_table *old = atomic_load_explicit(&m->table, memory_order_acquire);
+	struct mem_table *t = malloc(sizeof *t + (3 * old->n + 1) * sizeof t->range[0]);
+	uint64_t end = off + len;
+	size_t n = 0;
+
+	if (!t) {
+		far_log(FAR_LOG_ERROR, "no memory to follow a change of mappings: touches of the moved range will wait");
+		return;
+	}
+	for (size_t k = 0; k < old->n; k++) {
+		struct far_handover_range r = old->range[k];
+		uint64_t a = far_max(r.off, off), b = far_min(r.off + r.len, end);
+		if (a >= b) {
+			t->range[n++] = r;
+			continue;
+		}
+		if (r.off < a)
+			t->range[n++] = (struct far_handover_range){ r.addr, a - r.off, r.off };
+		t->range[n++] = (struct far_handover_range){ to ? to + (a - off) : 0, b - a, a };
+		if (b < r.off + r.len)
+			t->range[n++] = (struct far_handover_range){ r.addr ? r.addr + (b - r.off) : 0, r.off + r.len - b, b };
+	}
+	t->n = n;
+	t->older = old;
+	atomic_store_explicit(&m->table, t, memory_order_release);
+}
+
+/* By address, which may cover several pieces. */
+static void mem_replace(struct far_memory *m, uint64_t addr, uint64_t len, uint64_t to)
+{
+	for (uint64_t at = addr, off, n; at < addr + len; at += n) {
+		if (!far_memory_off(m, at, &off)) {
+			n = MEM_PAGE;
+			continue;
+		}
+		far_memory_addr(m, off, &n);
+		n = far_min(n, addr + len - at);
+		mem_place(m, off, n, to ? to + (at - addr) : 0);
+	}
+}
+
+void far_memory_unmapped(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	if (!mem_own_take(m, addr, len))
+		mem_replace(m, addr, len, 0);
+}
+
+void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint64_t len)
+{
+	mem_replace(m, from, len, to);
+}
+
+/* ----------------------------------------------------------------------------------------------------------- staging */
+
+void *far_mem_stage(void *self, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = self;
+	char *p = NULL, *raw;
+
+	if (off % FAR_STAGE || len % FAR_STAGE || len > MEM_STAGE)
+		return NULL;
+	far_mutex_lock(&m->stage_lock);
+	if (m->n_stage)
+		p = m->stage[--m->n_stage];
+	far_mutex_unlock(&m->stage_lock);
+	if (p)
+		return p;
+	raw = mmap(NULL, MEM_STAGE + FAR_STAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (raw == MAP_FAILED)
+		return NULL;
+	p = (char *)(far_div_up((uintptr_t)raw, FAR_STAGE) * FAR_STAGE);
+	if (p > raw)
+		munmap(raw, (size_t)(p - raw));
+	munmap(p + MEM_STAGE, (size_t)(raw + FAR_STAGE - p));
+	madvise(p, MEM_STAGE, MADV_HUGEPAGE);
+	madvise(p, MEM_STAGE, MADV_DONTFORK);
+	return p;
+}
+
+void far_mem_unstage(void *self, void *buf, uint64_t len)
+{
+	struct far_memory *m = self;
+	bool kept = false;
+
+	far_mutex_lock(&m->stage_lock);
+	if (m->n_stage < FAR_ARRAY_LEN(m->stage)) {
+		m->stage[m->n_stage++] = buf;
+		kept = true;
+	}
+	far_mutex_unlock(&m->stage_lock);
+	if (!kept)
+		munmap(buf, MEM_STAGE);
+}
+
+/* --------------------------------------------------------------------------------------------------------- open, close */
+
+static void mem_close(void *self) FAR_NO_TSA
+{
+	struct far_memory *m = self;
+
+	for (struct mem_table *t = atomic_load(&m->table), *older; t; t = older) {
+		older = t->older;
+		free(t);
+	}
+	while (m->n_stage)
+		munmap(m->stage[--m->n_stage], MEM_STAGE);
+	if (m->attic)
+		munmap(m->attic, (size_t)m->attic_len);
+	free((void *)m->hash);
+	free((void *)m->zero);
+	free((void *)m->gone);
+	free(m->own.v);
+	free(m->poison.v);
+	free(m->suspect.v);
+	far_cond_fini(&m->changed);
+	far_mutex_fini(&m->lock);
+	far_mutex_fini(&m->attic_lock);
+	far_mutex_fini(&m->stage_lock);
+	free(m);
+}
+
+static const struct far_ops mem_ops = {
+	FAR_OPS_INIT,
+	.read = far_mem_read,
+	.write = mem_write,
+	.flush = mem_flush,
+	.discard = mem_discard,
+	.zero = mem_zero,
+	.close = mem_close,
+};
+
+static int mem_table_first(struct far_memory *m, const struct far_memory_conf *conf)
+{
+	struct mem_table *t = malloc(sizeof *t + conf->n * sizeof t->range[0]);
+
+	if (!t)
+		return -ENOMEM;
+	*t = (struct mem_table){ .n = conf->n };
+	memcpy(t->range, conf->range, conf->n * sizeof t->range[0]);
+	atomic_store(&m->table, t);
+	return 0;
+}
+
+int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, struct far_backend **store)
+{
+	struct far_facts facts = { .size = sizeof facts, .caps = FAR_CAP_WRITE, .bytes = conf->bytes };
+	uint64_t chunks = far_div_up(conf->bytes, (uint64_t)1 << conf->shift);
+	struct far_memory *m = calloc(1, sizeof *m);
+
+	if (!m)
+		return -ENOMEM;
+	m->c = *conf;
+	m->c.range = NULL;
+	m->ours = !conf->foreign;
+	m->pages_len = mem_page_up(far_max(conf->bytes, 1));
+	m->arms = conf->tracking == FAR_TRACK_ASYNC || conf->tracking == FAR_TRACK_SYNC;
+	far_mutex_init(&m->lock);
+	far_mutex_init(&m->attic_lock);
+	far_mutex_init(&m->stage_lock);
+	far_cond_init(&m->changed);
+	/* Where unseen stores can be told from what came only by looking at the bytes. */
+	bool hashes = conf->tracking != FAR_TRACK_NONE && conf->tracking != FAR_TRACK_SYNC &&
+		      (conf->tracking == FAR_TRACK_HASH || conf->mechanism == FAR_MECH_MOVE || conf->evicts);
+	if (hashes)
+		m->hash = calloc((size_t)far_max(chunks, 1), sizeof *m->hash);
+	bool zeros = conf->tracking == FAR_TRACK_NONE && conf->mechanism != FAR_MECH_CONTINUE;
+	if (zeros)
+		m->zero = calloc((size_t)(chunks / 64 + 1), sizeof *m->zero);
+	int err = (hashes && !m->hash) || (zeros && !m->zero) ? -ENOMEM : mem_table_first(m, conf);
+	if (!err)
+		err = far_mem_given_open(m);
+	far_mem_track_open(m);
+	if (!err)
+		err = far_backend_new(&mem_ops, m, &facts, store);
+	if (err) {
+		mem_close(m);
+		return err;
+	}
+	*out = m;
+	return 0;
+}
+
+const struct far_region_memory *far_memory_calls(struct far_memory *m)
+{
+	return &m->calls;
+}

@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * Another process' memory whose stores are its own business (not handed over as writable), and how any such memory is left.
+ *
+ * When its program drops pages (a balloon, madvise) they are zero from then on, and the region has nothing to do with them:
+ * `gone` has a bit for each. A fill passes them over, a touch finds zeros. The kernel lets the program go on, and so drop the
+ * pages, as soon as the event has been read; a fill that had looked at `gone` before and reached the kernel after would
+ * bring old bytes back, and nobody could take them away again. So reading events and filling exclude each other:
+ *
+ *     fill      filling++, look at `reading` (set: filling--, wait), look at `gone`, one ioctl that does not wait, filling--
+ *     read      reading = true, wait for filling == 0, read and note, reading = false
+ *
+ * A fill that the kernel turns away until an event has been read waits outside, or the reader would wait for it.
+ */
+#define _GNU_SOURCE
+#include "frontend/memory_int.h"
+
+#include "base/clock.h"
+
+#include <stdlib.h>
+
+#define GIVEN_PIECE (64 * FAR_KIB) /* of a fill at once: the reader of events waits so long */
+
+int far_mem_given_open(struct far_memory *m)
+{
+	if (!m->c.foreign || m->c.tracking != FAR_TRACK_NONE || !(m->c.have & FAR_UFFD_EVENTS))
+		return 0;
+	m->gone = calloc((size_t)(m->pages_len / MEM_PAGE / 64 + 1), sizeof *m->gone);
+	return m->gone ? 0 : -ENOMEM;
+}
+
+bool far_memory_is_gone(struct far_memory *m, uint64_t off)
+{
+	uint64_t i = off / MEM_PAGE;
+
+	return m->gone && off < m->pages_len && atomic_load_explicit(&m->gone[i / 64], memory_order_acquire) >> (i % 64) & 1;
+}
+
+bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	uint64_t off;
+
+	if (!m->gone)
+		return false;
+	for (uint64_t at = addr; at < addr + len; at += MEM_PAGE)
+		if (far_memory_off(m, at, &off))
+			atomic_fetch_or_explicit(&m->gone[off / MEM_PAGE / 64], (uint64_t)1 << (off / MEM_PAGE % 64), memory_order_release);
+	return true;
+}
+
+void far_memory_reading(struct far_memory *m, bool begin)
+{
+	if (!m->gone)
+		return;
+	atomic_store(&m->reading, begin); /* in one order with `filling`: each sees the other */
+	while (begin && atomic_load(&m->filling))
+		far_cpu_relax();
+}
+
+static void given_fill_begin(struct far_memory *m)
+{
+	for (;;) {
+		atomic_fetch_add(&m->filling, 1);
+		if (!atomic_load(&m->reading))
+			return;
+		atomic_fetch_sub(&m->filling, 1);
+		while (atomic_load_explicit(&m->reading, memory_order_acquire))
+			far_thread_yield();
+	}
+}
+
+/* As many bytes from `off` on, at most len, as are all gone or all not. */
+static uint64_t given_run(struct far_memory *m, uint64_t off, uint64_t len, bool *gone)
+{
+	uint64_t n = MEM_PAGE;
+
+	for (*gone = far_memory_is_gone(m, off); n < len && far_memory_is_gone(m, off + n) == *gone; n += MEM_PAGE)
+		;
+	return n;
+}
+
+int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
+{
+	unsigned turns = 0;
+	int err = 0;
+
+	for (uint64_t at = 0, done; at < len && !err; at += done) {
+		bool gone;
+		given_fill_begin(m);
+		uint64_t n = given_run(m, off + at, far_min(len - at, GIVEN_PIECE), &gone);
+		done = n;
+		if (!gone)
+			err = far_uffd_copy(m->c.uffd, addr + at, src + at, n, FAR_UFFD_ONCE, &done);
+		atomic_fetch_sub(&m->filling, 1);
+		turns = err == -EAGAIN && !done ? turns : 0;
+		if (err == -EEXIST) /* the program has it already */
+			done += MEM_PAGE;
+		if (err == -EEXIST)
+			err = 0;
+		else if (err == -EAGAIN)
+			err = far_uffd_wait(&turns);
+	}
+	return err;
+}
+
+/* ------------------------------------------------------------------------------------------------ leaving it */
+
+/* One page that is missing: zero, if that is what it is, else SIGBUS from now on. */
+static int given_leave_page(struct far_memory *m, struct far_region *r, uint64_t addr, uint64_t off)
+{
+	int err = -ENODATA;
+
+	if (off >= m->c.bytes || far_memory_is_gone(m, off)) {
+		err = far_memory_appear(m, addr);
+	} else if (far_region_hold(r, off)) {
+		err = far_memory_appear(m, addr);
+		far_region_release(r, off);
+	}
+	return err ? far_memory_poison(m, addr, MEM_PAGE) : 0;
+}
+
+/* Which pages of [addr, addr+len) are there. Without a pagemap nobody knows: then each is asked for. */
+static int given_present(struct far_memory *m, uint64_t addr, uint64_t len, bool *here)
+{
+	if (m->c.pagemap >= 0)
+		return far_uffd_present(m->c.pagemap, addr, len, here);
+	for (uint64_t k = 0; k < len / MEM_PAGE; k++)
+		here[k] = false;
+	return 0;
+}
+
+void far_memory_leave(struct far_memory *m, struct far_region *r)
+{
+	bool here[64], all = m->c.have & FAR_UFFD_POISON;
+	int err = 0;
+
+	if (!all) /* it would be zeros; touches wait for who takes the memory over, or for ever */
+		return;
+	for (uint64_t off = 0, n; off < m->pages_len && !err; off += n) {
+		uint64_t together, addr = far_memory_addr(m, off, &together);
+		n = far_min(far_min(m->pages_len - off, together), sizeof here * MEM_PAGE);
+		if (!addr)
+			continue;
+		err = given_present(m, addr, n, here);
+		for (uint64_t k = 0; k < n / MEM_PAGE && !err; k++)
+			if (!here[k])
+				err = given_leave_page(m, r, addr + k * MEM_PAGE, off + k * MEM_PAGE);
+	}
+	/* Nothing is missing any more, so it can be ordinary memory again. */
+	for (uint64_t off = 0, n; off < m->pages_len && !err; off += n) {
+		uint64_t addr = far_memory_addr(m, off, &n);
+		n = far_min(m->pages_len - off, n);
+		if (addr)
+			far_uffd_unregister(m->c.uffd, addr, n);
+	}
+	if (err && err != -ESRCH)
+		far_log(FAR_LOG_ERROR, "memory of another process cannot be left in order (%s): touches of absent pages wait there",
+			far_strerror(err));
+}

@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* What memory.c (where the pages are, filling, reading, dropping) and memory_track.c (what was stored) share. */
+#ifndef FAR_MEMORY_INT_H
+#define FAR_MEMORY_INT_H
+
+#include "base/thread.h"
+#include "frontend/memory.h"
+
+#include <stdatomic.h>
+
+#define MEM_PAGE ((uint64_t)4096)
+#define MEM_RECENT 256 /* blocks of pushes that are looked at once more */
+
+/* Where the region lies. Never changed: a new one takes its place, old ones stay until the end. */
+struct mem_table {
+	struct mem_table *older;
+	size_t n;
+	struct far_handover_range range[];
+};
+
+struct mem_run {
+	uint64_t off, len;
+};
+struct mem_runs {
+	struct mem_run *v;
+	size_t n, cap;
+};
+
+struct far_memory {
+	struct far_memory_conf c; /* fixed; range is not used after open */
+	struct far_region_memory calls;
+	bool ours;                /* the memory of this process */
+	bool arms;                /* pages appear write-protected */
+	uint64_t pages_len;       /* the region in whole pages */
+	_Atomic(struct mem_table *) table;
+	_Atomic uint64_t *hash;   /* of each chunk's bytes as the remote has them; 0: not known. NULL: not kept */
+	_Atomic uint64_t *zero;   /* bit i: chunk i came as zeros. Read-only maps; NULL: any missing page of a local chunk is zero */
+	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
+	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
+	_Atomic bool reading;     /* with `gone`: an event may be read now */
+	_Atomic unsigned n_poison;
+	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
+
+	struct far_mutex lock;
+	struct far_cond changed;
+	struct mem_runs own FAR_GUARDED_BY(lock);      /* [addr, len) that we drop ourselves, whose events have not come yet */
+	struct mem_runs poison FAR_GUARDED_BY(lock);   /* by offset */
+	struct mem_runs suspect FAR_GUARDED_BY(lock);  /* stored, and nobody has been told yet */
+	bool collecting FAR_GUARDED_BY(lock);
+	unsigned evictions FAR_GUARDED_BY(lock);       /* that run; none begins while a collect runs */
+	unsigned n_recent FAR_GUARDED_BY(lock);
+	struct {
+		uint64_t off, len, hash, at;
+	} recent[MEM_RECENT] FAR_GUARDED_BY(lock);     /* the last pushes, a ring */
+
+	struct far_mutex attic_lock;
+	char *attic FAR_GUARDED_BY(attic_lock);        /* where evicted pages go before they are let go */
+	uint64_t attic_len, attic_at FAR_GUARDED_BY(attic_lock);
+
+	struct far_mutex stage_lock;
+	char *stage[64] FAR_GUARDED_BY(stage_lock);    /* free staging buffers of MEM_STAGE bytes */
+	unsigned n_stage FAR_GUARDED_BY(stage_lock);
+};
+#define MEM_STAGE (2 * FAR_STAGE) /* a puller's longest extent */
+
+int far_mem_add_locked(struct mem_runs *r, uint64_t off, uint64_t len);
+/* memory.c: pieces of [off, off+len) that lie together; 0 is unmapped. fn's first non-zero return ends it. */
+int far_mem_each(struct far_memory *m, uint64_t off, uint64_t len,
+		 int (*fn)(void *opaque, uint64_t addr, uint64_t off, uint64_t len), void *opaque);
+static inline uint64_t far_mem_chunk(const struct far_memory *m)
+{
+	return (uint64_t)1 << m->c.shift;
+}
+void *far_mem_stage(void *self, uint64_t off, uint64_t len);
+void far_mem_unstage(void *self, void *buf, uint64_t len);
+int far_mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags);
+bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len);
+/* Drop pages of this process, whatever is in them. */
+int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len);
+
+/* memory_given.c */
+int far_mem_given_open(struct far_memory *m);
+int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
+
+/* memory_track.c */
+void far_mem_track_open(struct far_memory *m);
+/* The chunk of `off` holds something else than the remote, or nobody knows. */
+void far_mem_differs(struct far_memory *m, uint64_t off);
+/* 0: [off, off+len), one chunk, is gone. -EBUSY: a store into it may not have been seen yet; the next collect tells. */
+int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len);
+
+#endif

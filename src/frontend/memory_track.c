@@ -1,0 +1,570 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * What a program has stored into its memory, found without its help.
+ *
+ *     async   the kernel notes each page that is written. collect reads the notes and clears them in one step; arm clears
+ *             those of what a push is about to read.
+ *     sync    pages are write-protected; a store is a fault, which the pager allows after telling. arm protects again.
+ *     hash    each chunk's bytes are compared with what the remote has, by a hash of them.
+ *
+ * A note that was cleared and not told yet is known to nobody but the collect that runs: so only one runs at a time, and
+ * whoever wants all stores told waits for it and then runs its own. What could not be told stays in `suspect`.
+ *
+ * Hashes also settle what the notes cannot: pages that were moved in count as written until they are looked at, and an
+ * eviction must not drop a store that nobody has noted. hash[i] is of the bytes that the remote has in chunk i, as they
+ * were filled in or read for a push (a push that fails leaves the chunk dirty, and then nobody asks); 0: not known.
+ *
+ * To evict, the pages are taken away from the program in one step (moved into the attic, where nobody can store), and only
+ * then looked at. If they are what the remote has they are let go, else they are put back and the next collect tells.
+ * With synchronous tracking a clean chunk's pages are protected, so none of this is needed.
+ *
+ * Direct I/O into a page pins it when it begins and changes it when it ends. A push in between has read the old bytes and
+ * armed the page, and no note tells of the change. So pushes of the last seconds are compared once more.
+ */
+#define _GNU_SOURCE
+#include "frontend/memory_int.h"
+
+#include "base/clock.h"
+#include "base/hash.h"
+#include "base/io.h"
+#include "base/pool.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define TRACK_RECENT (10 * FAR_SEC)
+#define TRACK_BLOCK (64 * FAR_KIB) /* of a push that is looked at once more */
+#define TRACK_ATTIC (4 * FAR_MIB)
+#define TRACK_SUSPECTS 4096
+
+/* ------------------------------------------------------------------------------------------------------------- hashes */
+
+static uint64_t track_hash(const void *buf, uint64_t len)
+{
+	uint64_t h = far_hash64(buf, (size_t)len);
+	return h ? h : 1;
+}
+
+static uint64_t track_chunk_len(struct far_memory *m, uint64_t i)
+{
+	return far_min(far_mem_chunk(m), m->c.bytes - (i << m->c.shift));
+}
+
+static void track_set(struct far_memory *m, uint64_t i, uint64_t h)
+{
+	atomic_store_explicit(&m->hash[i], h, memory_order_release);
+}
+
+void far_mem_differs(struct far_memory *m, uint64_t off)
+{
+	if (m->hash && off < m->c.bytes)
+		track_set(m, off >> m->c.shift, 0);
+}
+
+/* Whole chunks in buf are what the remote has; a part of one is nothing that could be compared. */
+static void track_same(struct far_memory *m, uint64_t off, const char *buf, uint64_t len)
+{
+	for (uint64_t at = 0; at < len;) {
+		uint64_t i = (off + at) >> m->c.shift, all = track_chunk_len(m, i);
+		bool whole = (off + at) == i << m->c.shift && len - at >= all;
+		uint64_t n = whole ? all : far_min(len - at, ((i + 1) << m->c.shift) - (off + at));
+		track_set(m, i, whole ? track_hash(buf + at, all) : 0);
+		at += n;
+	}
+}
+
+/* Which chunks are zero: what is missing there need not be asked for. */
+static void track_zero(struct far_memory *m, uint64_t off, const char *buf, uint64_t len)
+{
+	for (uint64_t at = 0; at < len; at += far_mem_chunk(m)) {
+		uint64_t i = (off + at) >> m->c.shift, bit = (uint64_t)1 << (i % 64);
+		if (far_is_zero(buf + at, (size_t)far_min(far_mem_chunk(m), len - at)))
+			atomic_fetch_or_explicit(&m->zero[i / 64], bit, memory_order_release);
+		else
+			atomic_fetch_and_explicit(&m->zero[i / 64], ~bit, memory_order_release);
+	}
+}
+
+static void track_came(void *self, uint64_t off, const void *buf, uint64_t len)
+{
+	struct far_memory *m = self;
+
+	if (m->zero)
+		track_zero(m, off, buf, len);
+	if (!m->hash)
+		return;
+	if (m->c.evicts || m->c.tracking == FAR_TRACK_HASH || far_mem_is_staged(m, off, buf, len))
+		track_same(m, off, buf, len);
+	else
+		for (uint64_t at = off; at < off + len; at += far_mem_chunk(m))
+			far_mem_differs(m, at);
+}
+
+static void track_remember_push(struct far_memory *m, uint64_t off, const char *buf, uint64_t len)
+{
+	uint64_t now = far_now();
+
+	for (uint64_t at = 0, n; at < len; at += n) {
+		n = far_min(len - at, TRACK_BLOCK - (off + at) % TRACK_BLOCK);
+		uint64_t h = track_hash(buf + at, n);
+		far_mutex_lock(&m->lock);
+		unsigned k = m->n_recent++ % MEM_RECENT;
+		m->recent[k].off = off + at;
+		m->recent[k].len = n;
+		m->recent[k].hash = h;
+		m->recent[k].at = now;
+		far_mutex_unlock(&m->lock);
+	}
+}
+
+static void track_pushed(void *self, uint64_t off, const void *buf, uint64_t len)
+{
+	struct far_memory *m = self;
+
+	if (m->hash)
+		track_same(m, off, buf, len);
+	track_remember_push(m, off, buf, len);
+}
+
+/* More than can be remembered: then everything is looked at. */
+void far_memory_suspect(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	far_mutex_lock(&m->lock);
+	if (m->suspect.n >= TRACK_SUSPECTS || far_mem_add_locked(&m->suspect, off, len))
+		atomic_store(&m->lost_track, true);
+	far_mutex_unlock(&m->lock);
+}
+
+/* --------------------------------------------------------------------------------------------------------------- arm */
+
+static int track_nothing(void *opaque, uint64_t addr, uint64_t len)
+{
+	return 0;
+}
+
+static int track_arm_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
+	int err = 0;
+
+	if (!addr)
+		return 0;
+	if (m->c.tracking == FAR_TRACK_ASYNC)
+		err = far_uffd_written(m->c.pagemap, addr, pages, true, track_nothing, NULL);
+	else if (m->c.tracking == FAR_TRACK_SYNC)
+		err = far_uffd_protect(m->c.uffd, addr, pages, true, 0);
+	/* It counts as written still, or as unprotected: then it is told as stored and pushed once more, nothing is lost. */
+	if (err && err != -ENOENT && err != -ESRCH)
+		far_memory_suspect(m, off, len);
+	return 0;
+}
+
+static void track_arm(void *self, uint64_t off, uint64_t len)
+{
+	uint64_t from = off / MEM_PAGE * MEM_PAGE;
+
+	far_mem_each(self, from, off + len - from, track_arm_piece, self);
+}
+
+static int track_there_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+	bool here[64];
+
+	for (uint64_t n; addr && len; addr += n, len -= n) {
+		n = far_min(len, FAR_ARRAY_LEN(here) * MEM_PAGE);
+		int err = m->c.mechanism == FAR_MECH_CONTINUE ? far_uffd_mapped(m->c.pagemap, addr, n, here)
+							      : far_uffd_present(m->c.pagemap, addr, n, here);
+		for (uint64_t k = 0; k < n / MEM_PAGE && !err; k++)
+			err = here[k] ? 0 : -ENOENT;
+		if (err)
+			return err;
+	}
+	return addr ? 0 : -ENOENT;
+}
+
+static bool track_there(void *self, uint64_t off, uint64_t len)
+{
+	uint64_t from = off / MEM_PAGE * MEM_PAGE, end = far_div_up(off + len, MEM_PAGE) * MEM_PAGE;
+
+	return far_mem_each(self, from, end - from, track_there_piece, self) == 0;
+}
+
+/* ----------------------------------------------------------------------------------------------------------- collect */
+
+/* Whether [off, off+len), inside one chunk, is known to hold what `hash` is of. */
+static bool track_is(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len, uint64_t hash)
+{
+	char *buf = hash ? far_buf_get((size_t)len) : NULL;
+	bool same = false;
+
+	if (buf && far_region_hold(r, off)) {
+		same = far_mem_read(m, off, buf, (size_t)len, 0) == 0 && track_hash(buf, len) == hash;
+		far_region_release(r, off);
+	}
+	far_buf_put(buf, (size_t)len);
+	return same;
+}
+
+/* [off, off+len) may have been stored. What cannot be told now is told later. */
+static int track_tell(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
+{
+	uint64_t end = far_min(off + len, m->c.bytes);
+	int err = 0;
+
+	while (off < end && !err) {
+		uint64_t i = off >> m->c.shift, n = far_min(end, (i + 1) << m->c.shift) - off;
+		uint64_t h = m->hash ? atomic_load_explicit(&m->hash[i], memory_order_acquire) : 0;
+		/* What was moved in counts as written all at once: look at each chunk. */
+		if (!h || !track_is(m, r, i << m->c.shift, track_chunk_len(m, i), h))
+			err = far_region_stored(r, off, n, 0, NULL, NULL);
+		if (err)
+			far_memory_suspect(m, off, end - off);
+		off += n;
+	}
+	return err;
+}
+
+struct track_scan {
+	struct far_memory *m;
+	uint64_t addr, off; /* of the piece */
+	struct mem_runs found;
+};
+
+static int track_found(void *opaque, uint64_t addr, uint64_t len)
+{
+	struct track_scan *s = opaque;
+
+	if (far_mem_add_locked(&s->found, s->off + (addr - s->addr), len))
+		atomic_store(&s->m->lost_track, true);
+	return 0;
+}
+
+static int track_scan_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct track_scan *s = opaque;
+
+	s->addr = addr;
+	s->off = off;
+	return addr ? far_uffd_written(s->m->c.pagemap, addr, len, true, track_found, s) : 0;
+}
+
+static int track_scan(struct far_memory *m, struct far_region *r)
+{
+	struct track_scan s = { .m = m };
+	int err = far_mem_each(m, 0, m->pages_len, track_scan_piece, &s);
+
+	if (err == -ESRCH || err == -ENOENT)
+		err = 0;
+	for (size_t k = 0; k < s.found.n; k++) { /* all of it, or it would be forgotten */
+		int e = track_tell(m, r, s.found.v[k].off, s.found.v[k].len);
+		err = err ? err : e;
+	}
+	free(s.found.v);
+	return err;
+}
+
+/* Compare everything that is local; without hashes all of it counts as stored. */
+static int track_compare_all(struct far_memory *m, struct far_region *r)
+{
+	uint64_t chunks = far_div_up(m->c.bytes, far_mem_chunk(m));
+	int err = 0;
+
+	for (uint64_t i = 0; i < chunks && !err; i++) {
+		uint64_t off = i << m->c.shift;
+		if (!far_region_hold(r, off))
+			continue;
+		far_region_release(r, off);
+		err = track_tell(m, r, off, track_chunk_len(m, i));
+	}
+	return err;
+}
+
+/* The last pushes once more: direct I/O may have ended after they read. */
+static int track_again(struct far_memory *m, struct far_region *r)
+{
+	uint64_t now = far_now();
+	int err = 0;
+
+	for (unsigned k = 0; k < MEM_RECENT && !err; k++) {
+		far_mutex_lock(&m->lock);
+		uint64_t off = m->recent[k].off, len = m->recent[k].len, h = m->recent[k].hash;
+		bool due = len && now - m->recent[k].at < TRACK_RECENT;
+		if (!due)
+			m->recent[k].len = 0;
+		far_mutex_unlock(&m->lock);
+		bool local = due && far_region_hold(r, off);
+		if (local)
+			far_region_release(r, off);
+		if (!local || track_is(m, r, off, len, h))
+			continue;
+		far_mutex_lock(&m->lock);
+		if (m->recent[k].off == off && m->recent[k].hash == h)
+			m->recent[k].len = 0;
+		far_mutex_unlock(&m->lock);
+		err = far_region_stored(r, off, len, 0, NULL, NULL);
+		if (err)
+			far_memory_suspect(m, off, len);
+	}
+	return err;
+}
+
+int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
+{
+	uint64_t end = far_min(off + len, m->c.bytes);
+	int err = 0;
+
+	/* With CONTINUE the kernel only took the program's view of it; else it drops the pages itself, soon. */
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		err = far_memory_drop(m, off, len);
+	for (uint64_t at = off, n; at < end && !err; at += n) {
+		n = far_min(end, at / far_mem_chunk(m) * far_mem_chunk(m) + far_mem_chunk(m)) - at;
+		if (far_region_hold(r, at)) {
+			err = far_region_stored(r, at, n, 0, NULL, NULL);
+			far_region_release(r, at);
+		} else { /* nothing is there that could be told of */
+			err = far_zero(far_region_backend(r), at, n, 0);
+		}
+	}
+	/* A push may read what is there before the kernel has dropped it: told once more, after the program went on. */
+	if (off < end)
+		far_memory_suspect(m, off, end - off);
+	return err;
+}
+
+static int track_suspects(struct far_memory *m, struct far_region *r)
+{
+	struct mem_runs s;
+	int err = 0;
+
+	far_mutex_lock(&m->lock);
+	s = m->suspect;
+	m->suspect = (struct mem_runs){ 0 };
+	far_mutex_unlock(&m->lock);
+	for (size_t k = 0; k < s.n; k++) {
+		int e = far_region_stored(r, s.v[k].off, s.v[k].len, 0, NULL, NULL);
+		if (e)
+			far_memory_suspect(m, s.v[k].off, s.v[k].len);
+		err = err ? err : e;
+	}
+	free(s.v);
+	if (atomic_exchange(&m->lost_track, false)) {
+		int e = track_compare_all(m, r);
+		if (e)
+			atomic_store(&m->lost_track, true);
+		err = err ? err : e;
+	}
+	return err;
+}
+
+static int track_collect(void *self, struct far_region *r)
+{
+	struct far_memory *m = self;
+	int err = 0, e;
+
+	if (m->c.tracking == FAR_TRACK_NONE)
+		return 0;
+	far_mutex_lock(&m->lock);
+	while (m->collecting && !err)
+		err = far_cond_wait_until(&m->changed, &m->lock, far_deadline()) ? 0 : -ETIMEDOUT;
+	if (!err)
+		m->collecting = true; /* no eviction begins from now on */
+	while (m->evictions && !err) /* microseconds */
+		far_cond_wait(&m->changed, &m->lock);
+	far_mutex_unlock(&m->lock);
+	if (err)
+		return err;
+
+	err = track_suspects(m, r);
+	e = track_again(m, r);
+	err = err ? err : e;
+	if (m->c.tracking == FAR_TRACK_ASYNC)
+		e = track_scan(m, r);
+	else if (m->c.tracking == FAR_TRACK_HASH)
+		e = track_compare_all(m, r);
+	err = err ? err : e;
+
+	far_mutex_lock(&m->lock);
+	m->collecting = false;
+	far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+	return err;
+}
+
+/* -------------------------------------------------------------------------------------------------------------- evict */
+
+/* A place of `len` bytes in the attic, empty. */
+static char *track_attic_locked(struct far_memory *m, uint64_t len) FAR_REQUIRES(m->attic_lock)
+{
+	if (!m->attic) {
+		uint64_t all = far_max(TRACK_ATTIC, far_mem_chunk(m));
+		void *p = mmap(NULL, (size_t)all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		if (p == MAP_FAILED)
+			return NULL;
+		madvise(p, (size_t)all, MADV_DONTFORK);
+		madvise(p, (size_t)all, MADV_NOHUGEPAGE);
+		if (far_uffd_register(m->c.uffd, (uint64_t)(uintptr_t)p, all, FAR_UFFD_MISSING)) {
+			munmap(p, (size_t)all);
+			return NULL;
+		}
+		m->attic_len = all;
+		m->attic = p;
+	}
+	if (m->attic_at + len > m->attic_len) {
+		if (madvise(m->attic, (size_t)m->attic_len, MADV_DONTNEED))
+			return NULL;
+		m->attic_at = 0;
+	}
+	return m->attic + m->attic_at;
+}
+
+/* The pages of [addr, addr+len) are at `to` now, in the attic: read them, missing ones are zero. */
+static bool track_attic_is(struct far_memory *m, const char *at, uint64_t len, uint64_t hash)
+{
+	bool here[16];
+	char *buf = far_buf_get((size_t)len);
+	int err = buf ? 0 : -ENOMEM;
+
+	for (uint64_t k = 0; k < len && !err; k += sizeof here * MEM_PAGE) {
+		uint64_t pages = far_min(far_div_up(len - k, MEM_PAGE), FAR_ARRAY_LEN(here));
+		err = far_uffd_present(m->c.pagemap, (uint64_t)(uintptr_t)at + k, pages * MEM_PAGE, here);
+		for (uint64_t p = 0; p < pages && !err; p++) {
+			size_t n = (size_t)far_min(MEM_PAGE, len - k - p * MEM_PAGE);
+			if (here[p])
+				memcpy(buf + k + p * MEM_PAGE, at + k + p * MEM_PAGE, n);
+			else
+				memset(buf + k + p * MEM_PAGE, 0, n);
+		}
+	}
+	bool same = !err && track_hash(buf, len) == hash;
+	far_buf_put(buf, (size_t)len);
+	return same;
+}
+
+static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash)
+	FAR_REQUIRES(m->attic_lock)
+{
+	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE, done, back;
+	char *at = track_attic_locked(m, pages);
+
+	if (!at)
+		return -EBUSY;
+	int err = far_uffd_move(m->c.uffd, (uint64_t)(uintptr_t)at, addr, pages, 0, &done);
+	/* After a failure in the middle (a page that is pinned or locked) all of it goes back. */
+	if (!err && track_attic_is(m, at, len, hash)) {
+		m->attic_at += pages;
+		return 0;
+	}
+	for (back = 0; back < pages;) {
+		uint64_t n = 0;
+		int e = far_uffd_move(m->c.uffd, addr + back, (uint64_t)(uintptr_t)at + back, pages - back, 0, &n);
+		back += n;
+		if (!e)
+			break;
+		if (e != -EEXIST) { /* nothing may be lost: by copying, which needs no more than memory */
+			uint64_t copied;
+			e = far_uffd_copy(m->c.uffd, addr + back, at + back, MEM_PAGE, 0, &copied);
+			FAR_ASSERT(!e || e == -EEXIST || e == -ENOENT);
+		}
+		back += MEM_PAGE;
+	}
+	m->attic_at += pages; /* what could not be moved back lies there until the attic is cleared */
+	far_memory_suspect(m, off, len);
+	return -EBUSY;
+}
+
+static int track_evict_alias(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash)
+{
+	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
+	int err = far_mem_drop(m, addr, pages); /* only the program's view of it */
+
+	if (!err && track_hash(m->c.alias + off, len) == hash)
+		return fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)pages) ? -errno : 0;
+	far_memory_suspect(m, off, len);
+	return -EBUSY;
+}
+
+/* While pages are in the attic a collect would not see what was stored there. */
+static bool track_evict_begin(struct far_memory *m)
+{
+	far_mutex_lock(&m->lock);
+	bool may = !m->collecting;
+	m->evictions += may;
+	far_mutex_unlock(&m->lock);
+	return may;
+}
+
+static void track_evict_end(struct far_memory *m)
+{
+	far_mutex_lock(&m->lock);
+	if (--m->evictions == 0)
+		far_cond_broadcast(&m->changed);
+	far_mutex_unlock(&m->lock);
+}
+
+static bool track_is_suspect(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	bool is = false;
+
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->suspect.n && !is; k++)
+		is = m->suspect.v[k].off < off + len && off < m->suspect.v[k].off + m->suspect.v[k].len;
+	far_mutex_unlock(&m->lock);
+	return is || atomic_load(&m->lost_track);
+}
+
+static int track_evict(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t n, addr = far_memory_addr(m, off, &n), i = off >> m->c.shift;
+	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
+	int err;
+
+	if (track_is_suspect(m, off, len)) /* it is told first */
+		return -EBUSY;
+	if (m->c.tracking == FAR_TRACK_NONE || m->c.tracking == FAR_TRACK_SYNC) {
+		err = far_memory_drop(m, off, pages);
+		return err == -EINVAL ? -EBUSY : err; /* locked in memory */
+	}
+	uint64_t h = m->hash ? atomic_load_explicit(&m->hash[i], memory_order_acquire) : 0;
+	if (!h) { /* nobody knows what the remote has: push it, then it is known */
+		far_memory_suspect(m, off, len);
+		return -EBUSY;
+	}
+	if (!addr || n < pages || off != i << m->c.shift || len != track_chunk_len(m, i))
+		return -EBUSY;
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		return track_evict_alias(m, addr, off, len, h);
+	if (!(m->c.have & FAR_UFFD_MOVE))
+		return -EBUSY;
+	far_mutex_lock(&m->attic_lock);
+	err = track_evict_moving_locked(m, addr, off, len, h);
+	far_mutex_unlock(&m->attic_lock);
+	return err;
+}
+
+int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	if (!track_evict_begin(m))
+		return -EBUSY;
+	int err = track_evict(m, off, len);
+	track_evict_end(m);
+	return err;
+}
+
+void far_mem_track_open(struct far_memory *m)
+{
+	m->calls = (struct far_region_memory){
+		.self = m,
+		.collect = track_collect,
+		.arm = track_arm,
+		.there = track_there,
+		.pushed = track_pushed,
+		.came = track_came,
+		.stage = m->c.mechanism == FAR_MECH_MOVE && m->ours ? far_mem_stage : NULL,
+		.unstage = far_mem_unstage,
+	};
+}

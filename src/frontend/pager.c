@@ -1,0 +1,807 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/*
+ * What happens to a page fault:
+ *
+ *     received   by the thread that sits on this CPU's seat
+ *     shown      the chunk is local and the page only missing: zeros, or what another fault has just brought
+ *     fetched    by that thread: on its seat as long as nothing blocks, after leaving it as soon as something does; parked
+ *                when no thread is left
+ *     failed     at the deadline, or with an error: the page is poisoned and the thread gets SIGBUS. With --on-fail wait
+ *                it is tried again for as long as the mapping stands
+ *
+ * A store into a protected page (synchronous tracking) is told to the region, then allowed.
+ *
+ * Events (remap, unmap, remove, fork) change what later faults mean, and two receivers could take an event and the fault
+ * after it in the wrong order. So reading and taking note is one step, under `lock`. What a remove means for the region
+ * may take longer; `removing` holds its range until that is done, and faults there wait for it.
+ *
+ * The receivers of this process are one object, made by the first map; after a fork the child has none and makes its own.
+ * Children that were asked to see a region have userfaultfds of their own, which the receiver on the first seat reads too.
+ *
+ * Locks: `lock` of the receivers guards the lists; it is held across read(2) of the non-blocking descriptor, nothing else.
+ */
+#define _GNU_SOURCE
+#include "frontend/pager.h"
+
+#include "base/clock.h"
+#include "base/crew.h"
+#include "base/pool.h"
+#include "base/thread.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define PAGER_THREADS 256
+#define PAGER_SLOTS 64             /* blocked faults that status can name */
+#define PAGER_AGAIN (100 * FAR_MSEC) /* between tries that wait for ever */
+#define PAGER_LOOK_MS 1000         /* whether the other process is still there */
+#define PAGER_PAGE ((uint64_t)4096)
+#define PAGER_GRANULE (64 * FAR_KIB) /* stores that one fault allows */
+
+struct pager_child {
+	struct pager_child *next;
+	int fd;
+};
+
+struct far_receivers {
+	/* fixed after open */
+	int uffd, stop_fd, child_fd; /* eventfds: one is written once and never read, the other when there is a child */
+	bool ours;
+	struct far_crew *crew;
+	void (*ended)(void *opaque);
+	void *opaque;
+	unsigned seats;
+	struct pager_seat {
+		struct far_receivers *v;
+		bool first;
+	} seat[CPU_SETSIZE];
+
+	_Atomic bool gone;         /* the process whose memory it is */
+	struct far_mutex lock;
+	struct far_cond changed;   /* a removal is done, a member has fewer users */
+	struct far_member *members FAR_GUARDED_BY(lock);
+	struct pager_child *children FAR_GUARDED_BY(lock);
+};
+
+struct pager_removing {
+	struct pager_removing *next;
+	uint64_t off, len;
+};
+
+struct far_member {
+	struct far_receivers *v;
+	struct far_member_conf c;
+	_Atomic bool stopped;
+	_Atomic uint64_t faults;
+	_Atomic unsigned n_removing, n_blocked;
+	struct {
+		_Atomic uint64_t off1, since; /* offset and one; 0: free */
+	} slot[PAGER_SLOTS];
+	/* under the receivers' lock */
+	struct far_member *next;
+	unsigned users;
+	struct pager_removing *removing;
+};
+
+/* One fault or event on its way. */
+struct pager_work {
+	struct far_receivers *v;
+	struct far_member *x; /* held */
+	struct far_seat *seat; /* NULL: this thread may block */
+	struct far_uffd_event e;
+	uint64_t off;
+	int child;             /* the child's descriptor; -1: it is the process itself */
+	int slot;
+	uint64_t until;
+};
+
+static void pager_ring(int fd)
+{
+	uint64_t one = 1;
+	(void)!write(fd, &one, sizeof one); /* it only fails when it is rung already */
+}
+
+/* ----------------------------------------------------------------------------------------------------------- blocking */
+
+static void pager_count(struct pager_work *w)
+{
+	struct far_member *x = w->x;
+
+	if (w->slot != -1)
+		return;
+	atomic_fetch_add_explicit(&x->n_blocked, 1, memory_order_relaxed);
+	w->slot = PAGER_SLOTS;
+	for (int k = 0; k < PAGER_SLOTS; k++) {
+		uint64_t none = 0;
+		if (!atomic_compare_exchange_strong_explicit(&x->slot[k].off1, &none, w->off + 1, memory_order_relaxed,
+							     memory_order_relaxed))
+			continue;
+		atomic_store_explicit(&x->slot[k].since, far_now(), memory_order_relaxed);
+		w->slot = k;
+		return;
+	}
+}
+
+static bool pager_may_block(void *opaque)
+{
+	struct pager_work *w = opaque;
+
+	if (w->seat && !far_crew_leave(w->seat))
+		return false;
+	w->seat = NULL;
+	pager_count(w);
+	return true;
+}
+
+static void pager_release(struct pager_work *w)
+{
+	struct far_member *x = w->x;
+
+	if (w->slot >= 0) {
+		if (w->slot < PAGER_SLOTS)
+			atomic_store_explicit(&x->slot[w->slot].off1, 0, memory_order_relaxed);
+		atomic_fetch_sub_explicit(&x->n_blocked, 1, memory_order_relaxed);
+	}
+	far_mutex_lock(&w->v->lock);
+	if (--x->users == 0)
+		far_cond_broadcast(&w->v->changed);
+	far_mutex_unlock(&w->v->lock);
+}
+
+/* ------------------------------------------------------------------------------------------------------------- faults */
+
+static bool pager_removing(struct far_member *x, uint64_t off) FAR_NO_TSA
+{
+	if (!atomic_load_explicit(&x->n_removing, memory_order_acquire))
+		return false;
+	far_mutex_lock(&x->v->lock);
+	struct pager_removing *q = x->removing;
+	while (q && off - q->off >= q->len)
+		q = q->next;
+	far_mutex_unlock(&x->v->lock);
+	return q != NULL;
+}
+
+static int pager_wait_removing(struct far_member *x, uint64_t off)
+{
+	int err = 0;
+
+	while (!err && pager_removing(x, off)) {
+		far_mutex_lock(&x->v->lock);
+		if (!far_cond_wait_until(&x->v->changed, &x->v->lock, far_min(far_deadline(), far_now() + 10 * FAR_MSEC)) &&
+		    far_now() >= far_deadline())
+			err = -ETIMEDOUT;
+		far_mutex_unlock(&x->v->lock);
+	}
+	return err;
+}
+
+/* The page is there, or its chunk is local: 1, 0 otherwise, or -errno. */
+static int pager_show(struct pager_work *w)
+{
+	struct far_member *x = w->x;
+
+	/* Behind the end, or memory that mremap has added there; given back by a program whose pages are its own. */
+	if (w->off >= far_size(far_region_backend(x->c.region)) || far_memory_is_gone(x->c.memory, w->off))
+		return far_memory_appear(x->c.memory, w->e.addr) ? -EIO : 1;
+	if (!far_region_hold(x->c.region, w->off))
+		return 0;
+	int err = far_memory_appear(x->c.memory, w->e.addr);
+	far_region_release(x->c.region, w->off);
+	if (err != -ENODATA)
+		return err ? err : 1;
+	/* Read-only, and the program has dropped the page: it is fetched again. */
+	if (!pager_may_block(w))
+		return -EAGAIN;
+	return far_region_refresh(x->c.region, w->off, 1);
+}
+
+/* 0: done; -EAGAIN: nobody is left to block; else why not. */
+static int pager_fetch(struct pager_work *w)
+{
+	struct far_member *x = w->x;
+	int err = 0;
+
+	if (far_memory_has_poison(x->c.memory) && !pager_may_block(w)) /* healing may change mappings */
+		return -EAGAIN;
+	while (!err) {
+		if (pager_removing(x, w->off)) {
+			err = pager_may_block(w) ? pager_wait_removing(x, w->off) : -EAGAIN;
+			continue;
+		}
+		err = pager_show(w);
+		if (err)
+			break;
+		err = far_region_fault(x->c.region, w->off, pager_may_block, w);
+	}
+	return err > 0 ? 0 : err;
+}
+
+static void pager_allow_cb(void *opaque, uint64_t off, uint64_t len)
+{
+	struct far_member *x = opaque;
+	uint64_t n, addr, end = off + len;
+
+	for (off = off / PAGER_PAGE * PAGER_PAGE; off < end; off += n) {
+		addr = far_memory_addr(x->c.memory, off, &n);
+		n = far_min(n, far_div_up(end - off, PAGER_PAGE) * PAGER_PAGE);
+		if (addr)
+			far_uffd_protect(far_receivers_uffd(x->v), addr, n, false, FAR_UFFD_NO_WAKE);
+	}
+}
+
+/* A store into a protected page. Where the chunk is local it is told for those around it, too. */
+static int pager_store(struct pager_work *w)
+{
+	struct far_member *x = w->x;
+	uint64_t bytes = far_size(far_region_backend(x->c.region)), off = w->off, len = PAGER_PAGE;
+	int err;
+
+	if (off >= bytes) {
+		pager_allow_cb(x, off, len);
+		return far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
+	}
+	bool held = far_region_hold(x->c.region, off);
+	if (held) {
+		off = off / PAGER_GRANULE * PAGER_GRANULE;
+		len = PAGER_GRANULE;
+		/* Chunks may be smaller. */
+		while (len > PAGER_PAGE && far_region_chunk(x->c.region) < len) {
+			off = w->off / (len / 2) * (len / 2);
+			len /= 2;
+		}
+	}
+	len = far_min(len, bytes - off);
+	err = far_region_stored(x->c.region, off, len, w->seat ? FAR_NOWAIT : 0, pager_allow_cb, x);
+	if (held)
+		far_region_release(x->c.region, w->off);
+	if (err == -EAGAIN && pager_may_block(w))
+		err = far_region_stored(x->c.region, w->off, far_min(PAGER_PAGE, bytes - w->off), 0, pager_allow_cb, x);
+	return err ? err : far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
+}
+
+/* A child's private copy: it is given the bytes, and has nothing to do with the chunk afterwards. */
+static int pager_child_fetch(struct pager_work *w)
+{
+	_Alignas(64) char page[PAGER_PAGE];
+	struct far_backend *face = far_region_backend(w->x->c.region);
+	uint64_t done;
+
+	if (!pager_may_block(w))
+		return -EAGAIN;
+	memset(page, 0, sizeof page);
+	uint64_t n = w->off < far_size(face) ? far_min(PAGER_PAGE, far_size(face) - w->off) : 0;
+	int err = n ? far_read(face, w->off, page, (size_t)n, 0) : 0;
+	if (!err)
+		err = far_uffd_copy(w->child, w->e.addr, page, PAGER_PAGE, 0, &done);
+	return err == -EEXIST ? far_uffd_wake(w->child, w->e.addr, PAGER_PAGE) : err;
+}
+
+static int pager_serve(struct pager_work *w)
+{
+	if (w->child >= 0)
+		return pager_child_fetch(w);
+	return w->e.kind == FAR_EVENT_STORE ? pager_store(w) : pager_fetch(w);
+}
+
+/* The thread gets SIGBUS. */
+static void pager_give_up(struct pager_work *w, int err)
+{
+	struct far_member *x = w->x;
+	uint64_t done;
+
+	pager_may_block(w); /* where it changes mappings that has to be read of by a receiver */
+	far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
+		w->off + PAGER_PAGE, x->c.source, far_strerror(err));
+	if (w->child >= 0)
+		err = far_uffd_poison(w->child, w->e.addr, PAGER_PAGE, &done);
+	else if (w->e.kind == FAR_EVENT_STORE) { /* the page is there: the store is let through, and found when it ends */
+		far_memory_suspect(x->c.memory, w->off, PAGER_PAGE);
+		pager_allow_cb(x, w->off, PAGER_PAGE);
+		err = far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
+	} else
+		err = far_memory_poison(x->c.memory, w->e.addr, PAGER_PAGE);
+	if (err && err != -ESRCH && err != -ENOENT && err != -EEXIST)
+		far_log(FAR_LOG_ERROR, "that cannot be told to the program (%s): it waits until its mapping ends", far_strerror(err));
+}
+
+/* On a thread that may block, or on a seat. False: it could not go on there. */
+static bool pager_run(struct pager_work *w)
+{
+	struct far_member *x = w->x;
+	uint64_t old = far_deadline_limit(w->until);
+	int err;
+
+	while ((err = pager_serve(w)) && err != -EAGAIN && w->until == FAR_NEVER && !atomic_load(&x->stopped) &&
+	       err != -ESRCH && err != -ENOENT) {
+		if (!pager_may_block(w)) {
+			err = -EAGAIN;
+			break;
+		}
+		far_sleep_until(far_now() + PAGER_AGAIN, false);
+	}
+	far_deadline_restore(old);
+	if (err == -EAGAIN && w->seat)
+		return false;
+	if (err == -ESRCH)
+		atomic_store(&w->v->gone, true);
+	else if (err && err != -ENOENT)
+		pager_give_up(w, err);
+	return true;
+}
+
+static void pager_parked_cb(void *arg)
+{
+	struct pager_work *w = arg;
+
+	w->seat = NULL;
+	pager_count(w);
+	pager_run(w);
+	pager_release(w);
+	free(w);
+}
+
+static void pager_fault(struct pager_work *w, struct far_seat *seat)
+{
+	atomic_fetch_add_explicit(&w->x->faults, 1, memory_order_relaxed);
+	w->until = w->x->c.deadline == FAR_NEVER ? FAR_NEVER : far_now() + w->x->c.deadline;
+	if (pager_run(w)) {
+		pager_release(w);
+		return;
+	}
+	struct pager_work *copy = malloc(sizeof *copy);
+	if (copy)
+		*copy = *w;
+	if (!copy || far_crew_park(seat, pager_parked_cb, copy)) {
+		free(copy); /* no memory: it asks again */
+		far_uffd_wake(w->child >= 0 ? w->child : w->v->uffd, w->e.addr, PAGER_PAGE);
+		pager_release(w);
+	}
+}
+
+/* ------------------------------------------------------------------------------------------------------------- events */
+
+/* The member that has this address; held. */
+static struct far_member *pager_find_locked(struct far_receivers *v, uint64_t addr, uint64_t *off) FAR_REQUIRES(v->lock)
+{
+	for (struct far_member *x = v->members; x; x = x->next)
+		if (far_memory_off(x->c.memory, addr, off)) {
+			x->users++;
+			return x;
+		}
+	return NULL;
+}
+
+static void pager_remove_begin_locked(struct pager_work *w) FAR_REQUIRES(w->v->lock)
+{
+	struct far_member *x = w->x;
+	struct pager_removing *q = malloc(sizeof *q);
+
+	if (!q)
+		return; /* then a fault may see what was there before */
+	*q = (struct pager_removing){ x->removing, w->off, w->e.len };
+	x->removing = q;
+	atomic_fetch_add_explicit(&x->n_removing, 1, memory_order_release);
+}
+
+/* The program has dropped pages: they are zero now, and so says the region. */
+static void pager_remove(struct pager_work *w)
+{
+	struct far_member *x = w->x;
+	struct pager_removing **p;
+
+	uint64_t old = far_deadline_limit(w->until);
+	int err = far_memory_discarded(x->c.memory, x->c.region, w->off, w->e.len);
+	far_deadline_restore(old);
+	if (err)
+		far_log(FAR_LOG_WARNING, "a discard of bytes %" PRIu64 " to %" PRIu64 " of %s is not told yet (%s)", w->off,
+			w->off + w->e.len, x->c.source, far_strerror(err));
+	far_mutex_lock(&w->v->lock);
+	for (p = &x->removing; *p && ((*p)->off != w->off || (*p)->len != w->e.len); p = &(*p)->next)
+		;
+	if (*p) {
+		struct pager_removing *q = *p;
+		*p = q->next;
+		free(q);
+		atomic_fetch_sub_explicit(&x->n_removing, 1, memory_order_release);
+	}
+	far_cond_broadcast(&w->v->changed);
+	far_mutex_unlock(&w->v->lock);
+}
+
+static void pager_remove_cb(void *arg)
+{
+	struct pager_work *w = arg;
+
+	pager_remove(w);
+	pager_release(w);
+	free(w);
+}
+
+/* Take note of what was read. True: *w is to be carried out. */
+static bool pager_note_locked(struct pager_work *w) FAR_REQUIRES(w->v->lock)
+{
+	struct far_receivers *v = w->v;
+	bool fault = w->e.kind == FAR_EVENT_MISSING || w->e.kind == FAR_EVENT_MINOR || w->e.kind == FAR_EVENT_STORE;
+
+	if (w->e.kind == FAR_EVENT_FORK) {
+		struct pager_child *c = malloc(sizeof *c);
+		if (c) {
+			*c = (struct pager_child){ v->children, w->e.fd };
+			v->children = c;
+			pager_ring(v->child_fd); /* the first seat has more to look at */
+		} else {
+			close(w->e.fd); /* it would read zeros, but it could not have forked without memory either */
+		}
+		return false;
+	}
+	if (w->child >= 0 && !fault) /* its own business */
+		return false;
+	if (w->e.kind == FAR_EVENT_REMAP || w->e.kind == FAR_EVENT_UNMAP) {
+		for (struct far_member *x = v->members; x; x = x->next)
+			if (w->e.kind == FAR_EVENT_REMAP)
+				far_memory_remapped(x->c.memory, w->e.addr, w->e.to, w->e.len);
+			else
+				far_memory_unmapped(x->c.memory, w->e.addr, w->e.len);
+		return false;
+	}
+	if (w->e.kind == FAR_EVENT_REMOVE)
+		for (struct far_member *x = v->members; x; x = x->next)
+			if (far_memory_removed(x->c.memory, w->e.addr, w->e.len) || far_memory_forget(x->c.memory, w->e.addr, w->e.len))
+				return false;
+	w->x = pager_find_locked(v, w->e.addr, &w->off);
+	if (!w->x)
+		return fault;
+	if (w->e.kind == FAR_EVENT_REMOVE)
+		pager_remove_begin_locked(w);
+	return true;
+}
+
+/* This thread waits for an event to be read: somebody else must read it. */
+static void pager_leave_cb(void *arg)
+{
+	far_crew_leave(arg);
+}
+
+/* One event of a descriptor. False: there was none. */
+static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *seat)
+{
+	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
+	uint64_t done;
+
+	far_mutex_lock(&v->lock);
+	struct far_member *given = v->ours ? NULL : v->members; /* the only one there is */
+	if (given)
+		far_memory_reading(given->c.memory, true);
+	int n = far_uffd_read(fd, &w.e);
+	bool go = n > 0 && pager_note_locked(&w);
+	if (given)
+		far_memory_reading(given->c.memory, false);
+	far_mutex_unlock(&v->lock);
+	if (!go)
+		return n > 0;
+	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
+		static const _Alignas(4096) char zeros[4096];
+		int err = v->ours ? far_uffd_copy(fd, w.e.addr, zeros, PAGER_PAGE, 0, &done)
+				  : far_uffd_poison(fd, w.e.addr, PAGER_PAGE, &done); /* registered, and not handed over */
+		if (err && err != -ENOENT && err != -ESRCH)
+			far_uffd_wake(fd, w.e.addr, PAGER_PAGE);
+	} else if (w.e.kind != FAR_EVENT_REMOVE) {
+		pager_fault(&w, seat);
+	} else {
+		w.until = far_now() + far_min(w.x->c.deadline, 3600 * FAR_SEC);
+		struct pager_work *copy = far_crew_leave(seat) ? NULL : malloc(sizeof *copy);
+		if (copy)
+			*copy = w;
+		if (!copy || far_crew_park(seat, pager_remove_cb, copy)) {
+			free(copy);
+			pager_remove(&w);
+			pager_release(&w);
+		}
+	}
+	return true;
+}
+
+static bool pager_receive(struct far_receivers *v, int fd, struct far_seat *seat)
+{
+	far_uffd_on_wait(pager_leave_cb, seat);
+	bool got = pager_receive_one(v, fd, seat);
+	far_uffd_on_wait(NULL, NULL);
+	return got;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- seats */
+
+static bool pager_is_gone(struct far_receivers *v)
+{
+	static const _Alignas(4096) char zeros[4096];
+	uint64_t done;
+
+	if (!v->ours && !atomic_load(&v->gone) && far_uffd_copy(v->uffd, PAGER_PAGE, zeros, PAGER_PAGE, 0, &done) == -ESRCH)
+		atomic_store(&v->gone, true);
+	return atomic_load(&v->gone);
+}
+
+/* Children end, and nobody tells. */
+static unsigned pager_children(struct far_receivers *v, struct pollfd *pf, unsigned max)
+{
+	static const _Alignas(4096) char zeros[4096];
+	unsigned n = 0;
+	uint64_t done;
+
+	far_mutex_lock(&v->lock);
+	for (struct pager_child **p = &v->children; *p;) {
+		struct pager_child *c = *p;
+		if (far_uffd_copy(c->fd, PAGER_PAGE, zeros, PAGER_PAGE, 0, &done) == -ESRCH) {
+			*p = c->next;
+			close(c->fd);
+			free(c);
+			continue;
+		}
+		if (n < max)
+			pf[n++] = (struct pollfd){ .fd = c->fd, .events = POLLIN };
+		p = &c->next;
+	}
+	far_mutex_unlock(&v->lock);
+	return n;
+}
+
+static bool pager_seat_run(void *opaque, struct far_seat *seat)
+{
+	struct pager_seat *s = opaque;
+	struct far_receivers *v = s->v;
+	struct pollfd pf[3 + 64] = { { .fd = v->uffd, .events = POLLIN }, { .fd = v->stop_fd, .events = POLLIN },
+				     { .fd = s->first ? v->child_fd : -1, .events = POLLIN } };
+	unsigned n = 3;
+	uint64_t count;
+
+	if (pager_receive(v, v->uffd, seat)) /* more may be waiting: look before asking */
+		return true;
+	if (s->first && v->ours)
+		n += pager_children(v, pf + 3, FAR_ARRAY_LEN(pf) - 3);
+	int timeout = s->first && (!v->ours || n > 3) ? PAGER_LOOK_MS : -1;
+	int got = poll(pf, n, timeout);
+	if ((got < 0 && errno != EINTR) || pf[1].revents)
+		return false;
+	if (got > 0 && pf[2].revents)
+		(void)!read(v->child_fd, &count, sizeof count);
+	if (got == 0 && pager_is_gone(v)) {
+		pager_ring(v->stop_fd);
+		return false;
+	}
+	for (unsigned k = 3; got > 0 && k < n; k++)
+		if (pf[k].revents & POLLIN)
+			pager_receive(v, pf[k].fd, seat);
+	return true;
+}
+
+static void pager_seat_ended_cb(void *opaque)
+{
+	struct pager_seat *s = opaque;
+	struct far_receivers *v = s->v;
+
+	if (s->first && atomic_load(&v->gone) && v->ended)
+		v->ended(v->opaque);
+}
+
+/* ------------------------------------------------------------------------------------------------------- open, close */
+
+static void receivers_free(struct far_receivers *v) FAR_NO_TSA
+{
+	pager_ring(v->stop_fd);
+	far_crew_close(v->crew);
+	for (struct pager_child *c = v->children, *next; c; c = next) {
+		next = c->next;
+		close(c->fd);
+		free(c);
+	}
+	far_fd_close(&v->uffd);
+	far_fd_close(&v->stop_fd);
+	far_fd_close(&v->child_fd);
+	far_cond_fini(&v->changed);
+	far_mutex_fini(&v->lock);
+	free(v);
+}
+
+/* A seat on each CPU that this thread may use. */
+static int receivers_seats(struct far_receivers *v)
+{
+	cpu_set_t mask;
+	int err = far_crew_open(&v->crew, "far-page", PAGER_THREADS);
+
+	if (!err && sched_getaffinity(0, sizeof mask, &mask)) {
+		CPU_ZERO(&mask);
+		CPU_SET(0, &mask);
+	}
+	for (int cpu = 0; cpu < CPU_SETSIZE && !err && v->seats < PAGER_THREADS / 4; cpu++) {
+		if (!CPU_ISSET(cpu, &mask))
+			continue;
+		struct pager_seat *s = &v->seat[v->seats];
+		*s = (struct pager_seat){ v, v->seats == 0 };
+		err = far_crew_seat(v->crew, cpu, pager_seat_run, pager_seat_ended_cb, s);
+		v->seats += !err;
+	}
+	return err;
+}
+
+static int receivers_make(int uffd, bool ours, void (*ended)(void *opaque), void *opaque, struct far_receivers **out)
+{
+	struct far_receivers *v = calloc(1, sizeof *v);
+
+	if (!v)
+		return -ENOMEM;
+	v->uffd = uffd;
+	v->ours = ours;
+	v->ended = ended;
+	v->opaque = opaque;
+	far_mutex_init(&v->lock);
+	far_cond_init(&v->changed);
+	v->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	v->child_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	/* What is another's may be touched already: nobody looks before there is somebody to answer (far_member_add). */
+	int err = v->stop_fd < 0 || v->child_fd < 0 ? -errno : ours ? receivers_seats(v) : 0;
+	if (err) {
+		v->uffd = -1;
+		receivers_free(v);
+		return err;
+	}
+	*out = v;
+	return 0;
+}
+
+int far_receivers_new(int uffd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err)
+{
+	int e = receivers_make(uffd, false, ended, opaque, out);
+	return e ? far_error_set(err, -e, "cannot start to serve page faults: %s", far_strerror(e)) : 0;
+}
+
+/* This process' own. A child after fork has a copy of this, and none of the threads. */
+static struct {
+	struct far_mutex lock;
+	struct receivers_own {
+		struct far_receivers *v;
+		unsigned users;
+		pid_t pid;
+	} kind[2]; /* a descriptor notes stores, or makes them faults */
+} own = { .lock = FAR_MUTEX_INIT };
+
+int far_receivers_get(unsigned have, struct far_receivers **out, struct far_error *err)
+{
+	struct receivers_own *o = &own.kind[(have & FAR_UFFD_WP_ASYNC) != 0];
+	int e = 0, fd;
+
+	far_mutex_lock(&own.lock);
+	if (o->v && o->pid != getpid()) {
+		close(o->v->uffd);
+		*o = (struct receivers_own){ 0 }; /* its memory stays behind with the threads that had it */
+	}
+	if (!o->v) {
+		e = far_uffd_open(have, &fd);
+		if (e)
+			far_error_set(err, -e, "userfaultfd cannot be used: %s", *far_uffd_why() ? far_uffd_why() : far_strerror(e));
+		else if ((e = receivers_make(fd, true, NULL, NULL, &o->v))) {
+			far_error_set(err, -e, "cannot start to serve page faults: %s", far_strerror(e));
+			close(fd);
+		}
+		o->pid = getpid();
+	}
+	if (!e) {
+		o->users++;
+		*out = o->v;
+	}
+	far_mutex_unlock(&own.lock);
+	return e;
+}
+
+void far_receivers_put(struct far_receivers *v)
+{
+	bool last;
+
+	if (!v)
+		return;
+	far_mutex_lock(&own.lock);
+	last = !v->ours;
+	for (unsigned k = 0; k < FAR_ARRAY_LEN(own.kind); k++)
+		if (own.kind[k].v == v && --own.kind[k].users == 0) {
+			own.kind[k].v = NULL;
+			last = true;
+		}
+	far_mutex_unlock(&own.lock);
+	if (last)
+		receivers_free(v);
+}
+
+int far_receivers_uffd(const struct far_receivers *v)
+{
+	return v->uffd;
+}
+
+/* ------------------------------------------------------------------------------------------------------------ members */
+
+int far_member_add(struct far_receivers *v, const struct far_member_conf *conf, struct far_member **out)
+{
+	struct far_member *x = calloc(1, sizeof *x);
+
+	if (!x)
+		return -ENOMEM;
+	x->v = v;
+	x->c = *conf;
+	far_mutex_lock(&v->lock);
+	x->next = v->members;
+	v->members = x;
+	far_mutex_unlock(&v->lock);
+	*out = x;
+	int err = v->ours ? 0 : receivers_seats(v);
+	if (err) {
+		far_member_remove(x);
+		*out = NULL;
+	}
+	return err;
+}
+
+void far_member_stop(struct far_member *x)
+{
+	atomic_store(&x->stopped, true);
+}
+
+void far_member_remove(struct far_member *x)
+{
+	struct far_receivers *v = x->v;
+	struct far_member **p;
+
+	if (!v->ours) { /* a touch that came when the member has gone could not be answered */
+		pager_ring(v->stop_fd);
+		far_crew_close(v->crew);
+		v->crew = NULL;
+	}
+	far_mutex_lock(&v->lock);
+	for (p = &v->members; *p != x; p = &(*p)->next)
+		;
+	*p = x->next;
+	while (x->users)
+		far_cond_wait(&v->changed, &v->lock);
+	far_mutex_unlock(&v->lock);
+	free(x);
+}
+
+bool far_member_wait_idle(struct far_member *x, uint64_t until)
+{
+	while (atomic_load_explicit(&x->n_blocked, memory_order_relaxed) && far_now() < until)
+		far_sleep_until(far_min(until, far_now() + 10 * FAR_MSEC), false);
+	return !atomic_load_explicit(&x->n_blocked, memory_order_relaxed);
+}
+
+void far_member_status(struct far_member *x, struct far_status *st)
+{
+	uint64_t now = far_now();
+
+	st->faults = atomic_load_explicit(&x->faults, memory_order_relaxed);
+	st->blocked = atomic_load_explicit(&x->n_blocked, memory_order_relaxed);
+	st->n_blocked = 0;
+	for (unsigned k = 0; k < PAGER_SLOTS; k++) {
+		uint64_t off1 = atomic_load_explicit(&x->slot[k].off1, memory_order_relaxed);
+		uint64_t ms = (now - far_min(now, atomic_load_explicit(&x->slot[k].since, memory_order_relaxed))) / FAR_MSEC;
+		unsigned at = st->n_blocked;
+		if (!off1)
+			continue;
+		/* Those that have waited longest come first. */
+		while (at && st->blocked_ms[at - 1] < ms) {
+			if (at < FAR_ARRAY_LEN(st->blocked_at)) {
+				st->blocked_at[at] = st->blocked_at[at - 1];
+				st->blocked_ms[at] = st->blocked_ms[at - 1];
+			}
+			at--;
+		}
+		if (at == FAR_ARRAY_LEN(st->blocked_at))
+			continue;
+		st->blocked_at[at] = off1 - 1;
+		st->blocked_ms[at] = ms;
+		st->n_blocked += st->n_blocked < FAR_ARRAY_LEN(st->blocked_at);
+	}
+}
