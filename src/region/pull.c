@@ -148,7 +148,7 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
-	uint64_t brisk = p->rtt > PULL_NEAR ? most : PULL_EXTENT_NEAR;
+	uint64_t brisk = p->rtt > PULL_NEAR ? most : r->memory.stage ? FAR_STAGE : PULL_EXTENT_NEAR;
 	uint64_t extent = r->chunk, window = p->window;
 
 	if (!p->window_fixed)
