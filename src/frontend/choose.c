@@ -171,6 +171,8 @@ static const char *choose_no_tracking(unsigned have, enum far_mechanism m, enum 
 		return "moved pages cannot be write-protected as they appear; async and hash work";
 	if (m == FAR_MECH_CONTINUE && (have & shmem) != shmem)
 		return "this kernel does not write-protect shared memory as it appears (6.4); hash works";
+	if (t == FAR_TRACK_ASYNC && m == FAR_MECH_CONTINUE) /* memory pressure, MADV_PAGEOUT, a huge page that is split */
+		return "the kernel forgets that a shared page was written when it takes it out of the page tables; sync works";
 	if (t == FAR_TRACK_ASYNC && !(have & FAR_UFFD_WP_ASYNC))
 		return "this kernel does not note written pages (6.7)";
 	if (t == FAR_TRACK_SYNC && !(have & FAR_UFFD_WP))
