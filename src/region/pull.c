@@ -532,19 +532,16 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
 	far_region_prefetch(r, off, len);
 	atomic_fetch_add(&p->waiters, 1);
 	far_mutex_lock(&p->lock);
-	uint64_t errors = p->errors, asked = far_now();
+	uint64_t errors = p->errors;
 	while (!err) {
 		while (i < end && far_chunkmap_is_local(r->map, i))
 			i++;
 		if (i == end)
 			break;
 		if (pull_has_room(r, i, p->extent)) {
-			err = pull_sleep_locked(p, errors, PULL_ASK_AGAIN);
-			if (!err && far_now() - asked >= PULL_ASK_AGAIN && wanted(r, i)) {
-				/* The request has passed it, and then it was dropped again. */
+			if (!p->requests && wanted(r, i)) /* it came and was evicted before we looked */
 				pull_request_locked(p, i, end);
-				asked = far_now();
-			}
+			err = pull_sleep_locked(p, errors, PULL_ASK_AGAIN);
 			continue;
 		}
 		far_mutex_unlock(&p->lock); /* the puller has stopped for want of room: come in at the cost of others */
