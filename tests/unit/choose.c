@@ -35,30 +35,34 @@ static const struct {
 	enum far_mechanism m;
 	enum far_tracking t;
 } chosen[] = {
-	{ ALL, &remote, { 0 }, false, true, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL, &remote, { 0 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
-	{ ALL, &remote, { .local_max = FAR_GIB }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL, &remote, { .inherit = true }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL, &remote, { .outside = true }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL, &tiny, { 0 }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	/* Moving needs a writable mapping; huge shared memory suits what will be here as a whole. */
+	{ ALL, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
+	{ ALL, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &remote, { .pull_workers = -1 }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &remote, { 0 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &remote, { .local_max = FAR_GIB, .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL, &remote, { .inherit = true, .pull_workers = -1 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &remote, { .outside = true, .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL, &tiny, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
 	{ ALL, &near, { 0 }, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
 	{ 0, &near, { 0 }, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
-	{ ALL, &near, { 0 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
-	{ ALL, &near, { .inherit = true }, false, false, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL, &near, { .record_order = "x" }, false, false, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL, &near, { .chunk_local = touch }, false, false, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL & ~FAR_UFFD_HUGE, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL & ~FAR_UFFD_THP, &remote, { 0 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
-	{ LINUX_6_1, &remote, { 0 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
-	{ LINUX_6_1, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
+	{ ALL, &near, { .pull_workers = -1 }, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &near, { .inherit = true }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &near, { .record_order = "x" }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &near, { .chunk_local = touch }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL & ~FAR_UFFD_HUGE, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL & ~FAR_UFFD_THP, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
+	{ LINUX_6_1, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
+	{ LINUX_6_1, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
 	/* System calls that store into clean pages would fail: no synchronous tracking in user mode. */
-	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
-	{ ALL & ~FAR_UFFD_KERNEL, &remote, { 0 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
-	{ FAR_UFFD_ANY, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
-	{ 0, &remote, { 0 }, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
+	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
+	{ ALL & ~FAR_UFFD_KERNEL, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ FAR_UFFD_ANY, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
+	{ 0, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
 	/* forced */
 	{ ALL, &remote, { .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
-	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE }, true, true, FAR_MECH_MOVE, FAR_TRACK_HASH },
+	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_HASH }, true, true, FAR_MECH_MOVE, FAR_TRACK_HASH },
+	{ LINUX_6_1 | FAR_UFFD_MOVE, &remote, { .mechanism = FAR_MECH_MOVE }, true, true, FAR_MECH_MOVE, FAR_TRACK_HASH },
 	{ ALL, &tiny, { .mechanism = FAR_MECH_CONTINUE }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
 	{ LINUX_6_1, &remote, { .mechanism = FAR_MECH_CONTINUE }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_HASH },
 	{ ALL, &remote, { .mechanism = FAR_MECH_SIGSEGV }, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
@@ -98,7 +102,7 @@ static const struct {
 	{ ALL, &remote, { .mechanism = (enum far_mechanism)99 }, false, true, "no such mechanism" },
 	{ LINUX_6_1, &remote, { .tracking = FAR_TRACK_ASYNC }, true, true, "(6.7)" },
 	{ LINUX_6_1, &remote, { .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_SYNC }, true, true, "hash works" },
-	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_ASYNC }, true, true, "hash works" },
+	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_SYNC }, true, true, "async and hash work" },
 	{ FAR_UFFD_ANY, &remote, { .tracking = FAR_TRACK_SYNC }, true, true, "(5.7)" },
 	{ ALL, &remote, { .tracking = FAR_TRACK_NONE }, true, true, "writable" },
 };
@@ -128,8 +132,8 @@ static void words(void **state)
 	assert_string_equal(far_tracking_word((enum far_tracking)99), "?");
 	for (enum far_mechanism m = FAR_MECH_SHARE; m <= FAR_MECH_SIGSEGV; m++)
 		assert_string_not_equal(far_pointer_words(m), far_pointer_words(FAR_MECH_AUTO));
-	assert_string_equal(far_pointer_why_not(ALL, &remote, &opts, false, true, FAR_MECH_MOVE), "");
-	assert_string_not_equal(far_pointer_why_not(ALL, &remote, &opts, true, true, FAR_MECH_MOVE), "");
+	assert_string_equal(far_pointer_why_not(ALL, &remote, &opts, true, true, FAR_MECH_MOVE), "");
+	assert_string_not_equal(far_pointer_why_not(ALL, &remote, &opts, false, true, FAR_MECH_MOVE), "");
 }
 
 int main(void)
