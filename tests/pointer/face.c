@@ -117,11 +117,26 @@ static void face_catch(void)
 
 static pthread_once_t face_once = PTHREAD_ONCE_INIT;
 
+void face_ready(void)
+{
+	static _Thread_local bool ready;
+	sigset_t touch;
+
+	if (ready)
+		return;
+	pthread_once(&face_once, face_catch);
+	sigemptyset(&touch);
+	sigaddset(&touch, SIGBUS);
+	sigaddset(&touch, SIGSEGV);
+	pthread_sigmask(SIG_UNBLOCK, &touch, NULL);
+	ready = true;
+}
+
 int face_copy(void *to, const void *from, size_t len)
 {
 	sigjmp_buf out;
 
-	pthread_once(&face_once, face_catch);
+	face_ready();
 	if (sigsetjmp(out, 1)) {
 		face_way_out = NULL;
 		return -EIO;
@@ -136,7 +151,7 @@ int face_zero(void *to, size_t len)
 {
 	sigjmp_buf out;
 
-	pthread_once(&face_once, face_catch);
+	face_ready();
 	if (sigsetjmp(out, 1)) {
 		face_way_out = NULL;
 		return -EIO;

@@ -33,6 +33,8 @@ int face_map(const struct face_kind *k, struct far_backend *remote, const struct
 /* The mount as a backend, owned by it from then on. */
 int face_new(struct far_mount *m, uint64_t bytes, bool read_only, struct far_backend **face);
 
+/* far_thread_start() blocks all signals, which no thread that touches a pointer should do. The calls below do it, too. */
+void face_ready(void);
 /* A copy or a fill of which either side may be absent; -EIO: SIGBUS was raised on the way. */
 int face_copy(void *to, const void *from, size_t len);
 int face_zero(void *to, size_t len);

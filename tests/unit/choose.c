@@ -14,6 +14,7 @@
 #include <cmocka.h>
 
 #define ALL ((FAR_UFFD_THP << 1) - 1)
+#define PULLS { .pull_workers = -1 }
 #define LINUX_6_1 (ALL & ~(FAR_UFFD_MOVE | FAR_UFFD_POISON | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN | FAR_UFFD_MINOR_WP))
 
 static const struct far_facts remote = { .size = sizeof(struct far_facts), .bytes = FAR_GIB,
@@ -35,34 +36,37 @@ static const struct {
 	enum far_mechanism m;
 	enum far_tracking t;
 } chosen[] = {
-	/* Moving needs a writable mapping; huge shared memory suits what will be here as a whole. */
-	{ ALL, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
-	{ ALL, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
-	{ ALL, &remote, { .pull_workers = -1 }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL, &remote, { 0 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL, &remote, { .local_max = FAR_GIB, .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL, &remote, PULLS, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &remote, PULLS, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE }, /* a read-only map is not to be written to */
+	{ ALL, &remote, PULLS, true, false, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &remote, PULLS, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },    /* not 2 MiB for each touch */
+	{ ALL, &remote, { 0 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },     /* nor where nobody pulls the rest */
+	{ ALL, &remote, { .local_max = FAR_GIB }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
 	{ ALL, &remote, { .inherit = true, .pull_workers = -1 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
 	{ ALL, &remote, { .outside = true, .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL, &tiny, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL, &near, { 0 }, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
-	{ 0, &near, { 0 }, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
-	{ ALL, &near, { .pull_workers = -1 }, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &tiny, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL, &near, PULLS, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
+	{ 0, &near, PULLS, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
+	{ ALL, &near, PULLS, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
 	{ ALL, &near, { .inherit = true }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL, &near, { .record_order = "x" }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &near, { .record_order = "x" }, true, false, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
 	{ ALL, &near, { .chunk_local = touch }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL & ~FAR_UFFD_HUGE, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL & ~FAR_UFFD_THP, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
-	{ LINUX_6_1, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
-	{ LINUX_6_1, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
+	{ ALL & ~FAR_UFFD_MOVE, &remote, PULLS, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
+	{ ALL & ~FAR_UFFD_MOVE, &remote, PULLS, true, false, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL & ~(FAR_UFFD_MOVE | FAR_UFFD_HUGE), &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL & ~FAR_UFFD_MOVE, &remote, { .local_max = FAR_GIB }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
+	{ ALL & ~FAR_UFFD_THP, &remote, PULLS, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
+	{ LINUX_6_1, &remote, PULLS, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
+	{ LINUX_6_1, &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
 	/* System calls that store into clean pages would fail: no synchronous tracking in user mode. */
-	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
-	{ ALL & ~FAR_UFFD_KERNEL, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
-	{ FAR_UFFD_ANY, &remote, { .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
-	{ 0, &remote, { .pull_workers = -1 }, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
+	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
+	{ ALL & ~FAR_UFFD_KERNEL, &remote, PULLS, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ FAR_UFFD_ANY, &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
+	{ 0, &remote, PULLS, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
 	/* forced */
 	{ ALL, &remote, { .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
+	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE }, false, true, FAR_MECH_MOVE, FAR_TRACK_NONE },
 	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_HASH }, true, true, FAR_MECH_MOVE, FAR_TRACK_HASH },
-	{ LINUX_6_1 | FAR_UFFD_MOVE, &remote, { .mechanism = FAR_MECH_MOVE }, true, true, FAR_MECH_MOVE, FAR_TRACK_HASH },
 	{ ALL, &tiny, { .mechanism = FAR_MECH_CONTINUE }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
 	{ LINUX_6_1, &remote, { .mechanism = FAR_MECH_CONTINUE }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_HASH },
 	{ ALL, &remote, { .mechanism = FAR_MECH_SIGSEGV }, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
@@ -103,6 +107,8 @@ static const struct {
 	{ LINUX_6_1, &remote, { .tracking = FAR_TRACK_ASYNC }, true, true, "(6.7)" },
 	{ LINUX_6_1, &remote, { .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_SYNC }, true, true, "hash works" },
 	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_SYNC }, true, true, "async and hash work" },
+	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, { .local_max = FAR_GIB }, true, true, "UFFDIO_MOVE (6.8)" },
+	{ LINUX_6_1, &remote, { .local_max = FAR_GIB, .tracking = FAR_TRACK_HASH }, true, true, "synchronous" },
 	{ FAR_UFFD_ANY, &remote, { .tracking = FAR_TRACK_SYNC }, true, true, "(5.7)" },
 	{ ALL, &remote, { .tracking = FAR_TRACK_NONE }, true, true, "writable" },
 };
