@@ -17,7 +17,7 @@ struct face_kind {
 	unsigned need;    /* of enum far_uffd_have; if all are here it must work */
 	bool managed;
 	bool local;       /* opts.local: a store of its own below */
-	bool choosy;      /* may be refused with -EOPNOTSUPP all the same: it is for read-only maps */
+	bool choosy;      /* may be refused with -EOPNOTSUPP all the same: for read-only maps, or without a budget */
 	bool read_only;   /* can nothing else */
 };
 extern const struct face_kind face_kinds[]; /* ended by one without a name */
