@@ -171,7 +171,9 @@ static void page_client_close(struct page_client *c)
 		return;
 	far_pager_status(pager, &st);
 	int e = far_pager_close(pager);
-	if (e < 0 && st.dirty)
+	if (e == -ESRCH && !st.dirty)
+		cli_say("client %u ended without a last flush: what it stored after the one before is lost", c->number);
+	else if (e < 0 && st.dirty)
 		cli_say("client %u: %s of its stores are lost: %s", c->number, progress_size(size, sizeof size, st.dirty),
 			e == -ESRCH ? "its process ended without a flush" : far_strerror(e));
 	else if (!all->conf.quiet)

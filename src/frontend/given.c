@@ -37,9 +37,17 @@ struct far_pager {
 	void (*ended)(void *opaque);
 	void *opaque;
 	int process, stop; /* pidfd; eventfd */
+	int pagemap;       /* -1: none */
+	uint64_t addr;     /* some of the memory */
 	struct far_thread life;
 	_Atomic bool told; /* `ended` was called or is being called */
 };
+
+static uint64_t given_pages(uint64_t bytes)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	return far_div_up(bytes, page) * page;
+}
 
 /* ------------------------------------------------------------------------------------------------ the end */
 
@@ -64,13 +72,18 @@ static void *given_life_cb(void *arg)
 	return NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------ ranges */
-
-static uint64_t given_pages(uint64_t bytes)
+/* Memory goes before the process has ended altogether; its pagemap is empty then. */
+static bool given_is_gone(struct far_pager *p)
 {
-	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-	return far_div_up(bytes, page) * page;
+	struct pollfd fd = { .fd = p->process, .events = POLLIN };
+	uint64_t entry;
+
+	if (atomic_load(&p->told) || (p->process >= 0 && poll(&fd, 1, 0) > 0))
+		return true;
+	return p->pagemap >= 0 && pread(p->pagemap, &entry, sizeof entry, (off_t)(p->addr / given_pages(1) * sizeof entry)) == 0;
 }
+
+/* ------------------------------------------------------------------------------------------------ ranges */
 
 /* The Go format says no length: then the memory is as long as the region, in whole pages. */
 static int given_check_ranges(const struct far_handover *h, uint64_t bytes, struct far_error *err)
@@ -210,6 +223,7 @@ static void given_free(struct far_pager *p)
 {
 	far_fd_close(&p->stop);
 	far_fd_close(&p->process);
+	far_fd_close(&p->pagemap);
 	free(p->order);
 	free(p->record_order);
 	free(p);
@@ -271,6 +285,8 @@ static int given_open(struct far_pager *p, struct far_handover *h, struct far_ba
 	if (e)
 		return e;
 	p->writable = h->writable;
+	p->addr = h->range[0].addr;
+	p->pagemap = h->pagemap < 0 ? -1 : fcntl(h->pagemap, F_DUPFD_CLOEXEC, 0);
 	e = given_watch(p, h->process);
 	if (e)
 		far_error_set(err, -e, "cannot start a thread: %s", far_strerror(e));
@@ -291,7 +307,7 @@ int far_pager_open(struct far_handover *h, struct far_backend *b, const struct f
 
 	if (!p)
 		return far_error_set(err, ENOMEM, "cannot serve memory: out of memory");
-	p->process = p->stop = -1;
+	p->process = p->stop = p->pagemap = -1;
 	p->ended = ended;
 	p->opaque = opaque;
 	int e = given_options(p, opts);
@@ -327,8 +343,12 @@ int far_pager_open(struct far_handover *h, struct far_backend *b, const struct f
 
 int far_pager_flush(struct far_pager *p)
 {
+	if (!p->writable)
+		return 0;
+	if (given_is_gone(p)) /* and with it what it stored last */
+		return -ESRCH;
 	uint64_t old = far_deadline_limit(p->o.on_fail == FAR_ON_FAIL_WAIT ? FAR_NEVER : far_now() + p->o.deadline_ms * FAR_MSEC);
-	int e = p->writable ? far_pointer_flush(p->pointer) : 0;
+	int e = far_pointer_flush(p->pointer);
 
 	far_deadline_restore(old);
 	return e;

@@ -167,10 +167,11 @@ static unsigned pointer_given_have(const struct far_handover *h)
 {
 	unsigned have = FAR_UFFD_ANY | (far_uffd_have() & (FAR_UFFD_SCAN | FAR_UFFD_POISON));
 
-	if (h->features & UFFD_FEATURE_PAGEFAULT_FLAG_WP)
+	/* A descriptor that notes stores makes no faults of them: who cannot read the notes must not count on faults. */
+	if ((h->features & UFFD_FEATURE_PAGEFAULT_FLAG_WP) && !(h->features & FAR_FEATURE_WP_ASYNC))
 		have |= FAR_UFFD_WP;
-	if ((h->features & FAR_FEATURE_WP_ASYNC) && h->pagemap >= 0 && (have & FAR_UFFD_SCAN))
-		have |= FAR_UFFD_WP_ASYNC;
+	else if ((h->features & FAR_FEATURE_WP_ASYNC) && h->pagemap >= 0 && (have & FAR_UFFD_SCAN))
+		have |= FAR_UFFD_WP | FAR_UFFD_WP_ASYNC;
 	if ((h->features & (UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP)) != 0)
 		have |= FAR_UFFD_EVENTS;
 	return have;
