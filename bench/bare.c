@@ -9,10 +9,14 @@
  *     bare read SIZE 4k|huge              read private memory again and again  MiB/s
  *     bare store SIZE 4k|huge             store into each page again and again ns a page
  *     bare hash SIZE                      XXH3 of each 64 KiB                  ms
+ *     bare most SIZE copy|move            fill it, nobody waits for it         MiB/s
  *
  * A handler is a thread that is pinned to a CPU: a blocking read(2) of the userfaultfd, one UFFDIO_COPY of BYTES around
  * the fault out of memory, and again. "same" has one, on the CPU of the program, which is the fastest there is for one
  * program that stays where it is; "each" has one on every CPU.
+ *
+ * "most" is no opponent but the ceiling: a thread on every CPU that does nothing but copy from memory and call UFFDIO_COPY
+ * for 512 KiB each, or UFFDIO_MOVE for a huge page that it has filled. No pager can be faster on this machine at this hour.
  */
 #define _GNU_SOURCE
 #include "cli/bench_touch.h"
@@ -99,12 +103,10 @@ static void *bare_handler(void *arg)
 	return NULL;
 }
 
-/* The memory, its source, and the handlers; `same`: one handler, on this thread's CPU, which is CPU 0 from now on. */
-static int bare_start(struct bare *b, size_t size, uint64_t bytes, int same)
+/* The memory and its source. */
+static int bare_open(struct bare *b, size_t size, uint64_t bytes, uint64_t features)
 {
-	struct uffdio_api api = { .api = UFFD_API };
-	int n = same ? 1 : (int)sysconf(_SC_NPROCESSORS_ONLN);
-	pthread_t t;
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
 
 	*b = (struct bare){ .fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC), .bytes = bytes, .size = size };
 	if (b->fd < 0)
@@ -120,10 +122,21 @@ static int bare_start(struct bare *b, size_t size, uint64_t bytes, int same)
 		return bare_fail("mmap");
 	touch_store_pages(warm, size, 1);
 	munmap(warm, size);
-	b->memory = bare_map(size, MADV_NOHUGEPAGE);
+	b->memory = bare_map(size, features ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 	struct uffdio_register reg = { .range = { (uintptr_t)b->memory, size }, .mode = UFFDIO_REGISTER_MODE_MISSING };
 	if (!b->memory || ioctl(b->fd, UFFDIO_REGISTER, &reg) < 0)
 		return bare_fail("UFFDIO_REGISTER");
+	return 0;
+}
+
+/* And the handlers; `same`: one, on this thread's CPU, which is CPU 0 from now on. */
+static int bare_start(struct bare *b, size_t size, uint64_t bytes, int same)
+{
+	int n = same ? 1 : (int)sysconf(_SC_NPROCESSORS_ONLN);
+	pthread_t t;
+
+	if (bare_open(b, size, bytes, 0))
+		return 1;
 	for (int i = 0; i < n; i++)
 		if ((errno = pthread_create(&t, NULL, bare_handler, b)) != 0)
 			return bare_fail("pthread_create");
@@ -173,6 +186,59 @@ static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause)
 	free(order);
 	free(ns);
 	return wrong != 0;
+}
+
+/* linux/userfaultfd.h of 6.8 */
+struct bare_move {
+	__u64 dst, src, len, mode;
+	__s64 move;
+};
+#define BARE_MOVE _IOWR(0xAA, 0x05, struct bare_move)
+#define BARE_HUGE ((size_t)2 << 20)
+
+struct bare_most {
+	struct bare *b;
+	int move, cpu;
+	size_t next; /* atomic */
+};
+
+static void *bare_most_thread(void *arg)
+{
+	struct bare_most *m = arg;
+	size_t piece = m->move ? BARE_HUGE : BARE_HUGE / 4, off;
+	char *stage = bare_map(piece, m->move ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+
+	bare_pin(__atomic_fetch_add(&m->cpu, 1, __ATOMIC_RELAXED));
+	while (stage && (off = __atomic_fetch_add(&m->next, piece, __ATOMIC_RELAXED)) < m->b->size) {
+		struct bare_move mv = { (uintptr_t)m->b->memory + off, (uintptr_t)stage, piece, 0, 0 };
+		struct uffdio_copy c = { .dst = mv.dst, .src = mv.src, .len = piece };
+		memcpy(stage, m->b->source + off, piece);
+		if (m->move ? ioctl(m->b->fd, BARE_MOVE, &mv) : ioctl(m->b->fd, UFFDIO_COPY, &c)) {
+			perror("bare: most");
+			_exit(1);
+		}
+	}
+	return NULL;
+}
+
+static int bare_most(size_t size, int move)
+{
+	int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+	struct bare b;
+	struct bare_most m = { .b = &b, .move = move };
+	pthread_t t[256];
+
+	n = n > 256 ? 256 : n;
+	if (bare_open(&b, size, TOUCH_PAGE, move ? (uint64_t)1 << 16 : 0))
+		return 1;
+	uint64_t begin = touch_now();
+	for (int i = 0; i < n; i++)
+		if ((errno = pthread_create(&t[i], NULL, bare_most_thread, &m)) != 0)
+			return bare_fail("pthread_create");
+	for (int i = 0; i < n; i++)
+		pthread_join(t[i], NULL);
+	printf("%.1f 0\n", (double)size / 1048576 / ((double)(touch_now() - begin) / 1e9));
+	return bare_check(&b);
 }
 
 static int bare_plain(size_t size)
@@ -256,7 +322,9 @@ int main(int argc, char **argv)
 		return bare_local(size, huge, argv[1][0] == 's');
 	if (size && argc == 3 && strcmp(argv[1], "hash") == 0)
 		return bare_hash(size);
+	if (size && argc == 4 && strcmp(argv[1], "most") == 0)
+		return bare_most(size, strcmp(argv[3], "move") == 0);
 	fprintf(stderr, "usage: bare seq SIZE BYTES same|each, single SIZE BYTES N PAUSE_US, plain SIZE, read SIZE 4k|huge,\n"
-			"       store SIZE 4k|huge, hash SIZE\n");
+			"       store SIZE 4k|huge, hash SIZE, most SIZE copy|move\n");
 	return 2;
 }

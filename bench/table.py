@@ -239,7 +239,8 @@ def raw_tcp():
 def congestion():
     try:
         with open('/proc/sys/net/ipv4/tcp_congestion_control') as f:
-            return f.read().strip()
+            name = f.read().strip()
+            return 'reno' if name.startswith('bbr') else name  # nobody paces on loopback, see rawtcp.c
     except OSError:
         return 'unknown'
 
@@ -666,7 +667,12 @@ def row_pointer_seq(o):
             a.append(value(r))
             how = r['how']
             b.append(bare('seq', size, 4096, 'same')[0])
-        show('first touch in order, %s' % m, max(a) / max(b), 'x', 6 if m == 'copy' else 14, rates(max(a), max(b)),
+        try:
+            most = max(bare('most', size, 'copy' if m == 'copy' else 'move')[0] for _ in range(min(o.pairs, 3)))
+        except Broken:
+            most = 0
+        show('first touch in order, %s' % m, max(a) / max(b), 'x', 6 if m == 'copy' else 14,
+             rates(max(a), max(b)) + (', the ceiling is %.0f' % most if most else ''),
              how + ', mapping counted, against a bare 4 KiB handler on the same CPU')
     mechanisms('first touch in order', ('copy', 'move', 'continue'), one)
 

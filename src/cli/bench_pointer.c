@@ -77,7 +77,7 @@ static void pointer_figures(const struct pointer_case *k, const struct pointer_r
 	row->longest_us = (double)res->longest / 1e3;
 	row->checked = res->bytes;
 	row->wrong = res->wrong;
-	if (res->bytes >= 64 * FAR_MIB)
+	if (res->bytes >= 64 * FAR_MIB && res->cpu_ns)
 		row->cpu_s_gib = (double)res->cpu_ns / 1e9 * (double)FAR_GIB / (double)res->bytes;
 	row->value = strcmp(k->unit, "MiB/s") == 0 ? rate : strcmp(k->unit, "us") == 0 ? row->p50_us :
 		     strcmp(k->unit, "ms") == 0 ? (double)res->ns / 1e6 : res->value;

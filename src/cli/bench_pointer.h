@@ -32,7 +32,7 @@ struct pointer_result {
 	uint64_t bytes, ns, open_ns; /* of the act; ns counts open_ns where an act begins with mapping */
 	uint64_t p50, p99, longest;
 	uint64_t wrong;             /* bytes */
-	uint64_t cpu_ns;            /* of the child while it measured */
+	uint64_t cpu_ns;            /* of the child meanwhile */
 	uint64_t huge;              /* bytes of the memory that are mapped in huge pages at the end */
 	double value;               /* of acts whose figure is none of these */
 	struct far_status st;

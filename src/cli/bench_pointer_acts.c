@@ -3,13 +3,12 @@
 /*
  * What is done to a pointer, and the child that does it:
  *
- *     bench --fork--> child: store, [plain | delay], far_map(), act --fork--> server of the store, only with grpc
+ *     bench --fork--> child: plain or a store, [delay], far_map(), act --fork--> server of the store, only with grpc
  *
  * The result comes back through memory that bench and child share. The server is made before the child has any thread,
  * and ends when the child's end of a socket is closed, however that came about.
  *
- * "plain" passes reads and writes on and hides that the store's pages could be mapped: what is measured is then a remote
- * that costs nothing but a copy.
+ * "plain" is memory, as bench/bare has it, whose pages cannot be mapped: a remote that costs nothing but a copy.
  */
 #define _GNU_SOURCE
 #include "cli/bench_pointer.h"
@@ -44,7 +43,8 @@ struct pointer_work {
 	const struct pointer_conf *conf;
 	struct pointer_result *res;
 	struct far_error err;
-	struct far_backend *store; /* NULL with grpc */
+	struct far_backend *store; /* with share, and in the server; else NULL */
+	char *plain;               /* with neither: the bytes */
 	char uri[128];             /* with grpc */
 	struct far_mount *mount;
 	char *p;
@@ -55,28 +55,31 @@ struct pointer_work {
 
 static int act_plain_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
-	return far_read(self, off, buf, len, flags);
+	memcpy(buf, (char *)self + off, len);
+	return 0;
 }
 
 static int act_plain_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
-	return far_write(self, off, buf, len, flags);
+	memcpy((char *)self + off, buf, len);
+	return 0;
 }
 
 static int act_plain_flush(void *self)
 {
-	return far_flush(self);
+	return 0;
 }
 
-/* Over the store, which stays the caller's. */
-static int act_plain(struct far_backend *store, struct far_backend **out)
+/* Over memory that stays the caller's. */
+static int act_plain(char *memory, uint64_t bytes, struct far_backend **out)
 {
 	static const struct far_ops ops = { FAR_OPS_INIT, .read = act_plain_read, .write = act_plain_write,
 					    .flush = act_plain_flush };
-	struct far_facts facts = *far_facts(store);
+	struct far_facts facts = FAR_FACTS_INIT;
 
-	facts.caps &= ~(uint32_t)(FAR_CAP_SHARE | FAR_CAP_FLUSH);
-	return far_backend_new(&ops, store, &facts, out);
+	facts.bytes = bytes;
+	facts.caps = FAR_CAP_WRITE;
+	return far_backend_new(&ops, memory, &facts, out);
 }
 
 /* ---------------------------------------------------------------------------------------------- the child */
@@ -96,6 +99,16 @@ static int act_store(struct pointer_work *w)
 	}
 	free(buf);
 	return r;
+}
+
+static int act_bytes(struct pointer_work *w)
+{
+	w->plain = mmap(NULL, w->conf->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (w->plain == MAP_FAILED)
+		return -errno;
+	madvise(w->plain, w->conf->size, MADV_HUGEPAGE);
+	bench_pattern(w->plain, 0, w->conf->size);
+	return 0;
 }
 
 static void act_server(struct pointer_work *w, int fd)
@@ -124,7 +137,7 @@ static int act_remote(struct pointer_work *w)
 	int pair[2];
 
 	if (!w->conf->grpc)
-		return act_store(w);
+		return w->conf->share ? act_store(w) : act_bytes(w);
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
 		return -errno;
 	pid_t pid = fork();
@@ -163,7 +176,7 @@ static int act_map_with(struct pointer_work *w, const char *order, const char *r
 	else if (c->share)
 		r = far_map(w->store, &o, &w->mount, &w->err);
 	else
-		r = act_plain(w->store, &b);
+		r = act_plain(w->plain, c->size, &b);
 	if (!r && b && (c->rtt || c->rate)) {
 		snprintf(spec, sizeof spec, "delay:rtt=%" PRIu64 "us,rate=%" PRIu64, c->rtt / FAR_USEC, c->rate);
 		r = far_layer_open(spec, b, &delay, &w->err);
@@ -229,13 +242,14 @@ static void act_child(const struct pointer_conf *conf, struct pointer_result *re
 	int r = act_remote(&w);
 
 	bench_rig_warm(conf->grpc ? conf->size : 2 * conf->size);
-	uint64_t cpu = act_cpu();
 	if (!r)
 		r = conf->act(&w);
-	res->cpu_ns = act_cpu() - cpu;
 	if (w.mount) {
 		res->st = (struct far_status)FAR_STATUS_INIT;
 		far_mount_status(w.mount, &res->st);
+		if (!res->note[0])
+			snprintf(res->note, sizeof res->note, "%" PRIu64 " faults, %" PRIu64 " fetches on demand", res->st.faults,
+				 res->st.demand_reads);
 		res->huge = w.p ? act_huge(w.p, conf->size) : 0;
 		far_mount_close(w.mount);
 	}
@@ -286,13 +300,14 @@ static uint64_t act_word(uint64_t off)
 
 int bench_pointer_seq(struct pointer_work *w)
 {
-	uint64_t begin = far_now();
+	uint64_t begin = far_now(), cpu = act_cpu();
 	int r = act_map(w);
 
 	if (r)
 		return r;
 	touch_pages(w->p, w->conf->size);
 	w->res->ns = far_now() - begin;
+	w->res->cpu_ns = act_cpu() - cpu;
 	w->res->bytes = w->conf->size;
 	w->res->wrong = bench_check(w->p, 0, w->conf->size, false);
 	return 0;
@@ -385,7 +400,7 @@ static int act_pointer(struct pointer_work *w, struct far_pointer **out)
 {
 	struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
 	struct far_pointer_conf conf = { .writable = true, .managed = true, .opts = &o };
-	int r = act_plain(w->store, &conf.below);
+	int r = act_plain(w->plain, w->conf->size, &conf.below);
 
 	if (r)
 		return r;
@@ -449,7 +464,7 @@ int bench_pointer_find(struct pointer_work *w)
 
 int bench_pointer_pull(struct pointer_work *w)
 {
-	uint64_t begin = far_now();
+	uint64_t begin = far_now(), cpu = act_cpu();
 	int r = act_map(w);
 
 	if (!r)
@@ -457,6 +472,7 @@ int bench_pointer_pull(struct pointer_work *w)
 	if (r)
 		return r;
 	w->res->ns = far_now() - begin;
+	w->res->cpu_ns = act_cpu() - cpu;
 	w->res->bytes = w->conf->size;
 	w->res->wrong = bench_check(w->p, 0, w->conf->size, false);
 	return 0;

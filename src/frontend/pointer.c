@@ -5,7 +5,8 @@
  * thread that looks for stores. Taken apart in the other order, and the mapping goes while the receivers still run: the
  * kernel reports the unmapping to them, and a thread that touches the memory in that moment must not find it zero.
  *
- * A backend whose own pages can be mapped (SHARE) needs none of this.
+ * A backend whose own pages can be mapped (SHARE) needs none of this, and what is served by SIGSEGV (pointer_segv.c) brings
+ * a region of its own.
  */
 #define _GNU_SOURCE
 #include "frontend/pointer.h"
@@ -14,6 +15,7 @@
 #include "base/thread.h"
 #include "frontend/memory.h"
 #include "frontend/pager.h"
+#include "frontend/pointer_segv.h"
 #include "frontend/uffd_abi.h"
 #include "region/region.h"
 
@@ -48,6 +50,7 @@ struct far_pointer {
 	struct far_backend *store; /* the memory; owned by the region */
 	struct far_region *region;
 	struct far_member *member;
+	struct far_segv_pointer *segv; /* instead of all these; has the region */
 
 	struct far_thread looker;
 	struct far_mutex lock;
@@ -278,6 +281,17 @@ static int pointer_open_share(struct far_pointer *p, struct far_error *err)
 	return e ? far_error_set(err, -e, "cannot map the pages of %s: %s", p->source, far_strerror(e)) : 0;
 }
 
+static int pointer_open_segv(struct far_pointer *p, const struct far_pointer_conf *conf, struct far_error *err)
+{
+	int e = far_segv_pointer_open(conf, &p->segv, err);
+
+	if (e)
+		return e;
+	p->region = far_segv_pointer_region(p->segv);
+	p->addr = far_segv_pointer_addr(p->segv);
+	return 0;
+}
+
 static int pointer_open_uffd(struct far_pointer *p, const struct far_pointer_conf *conf, struct far_error *err)
 {
 	int e = conf->given ? far_receivers_new(conf->given->uffd, conf->ended, conf->opaque, &p->receivers, err)
@@ -321,7 +335,8 @@ int far_pointer_open(const struct far_pointer_conf *conf, struct far_pointer **o
 	far_cond_init(&p->wake);
 	int e = p->source ? pointer_settle(p, conf, err) : far_error_set(err, ENOMEM, "no memory for a map");
 	if (!e)
-		e = p->mechanism == FAR_MECH_SHARE ? pointer_open_share(p, err) : pointer_open_uffd(p, conf, err);
+		e = p->mechanism == FAR_MECH_SHARE ? pointer_open_share(p, err) :
+		    p->mechanism == FAR_MECH_SIGSEGV ? pointer_open_segv(p, conf, err) : pointer_open_uffd(p, conf, err);
 	if (e) {
 		if (!p->region) /* below stays the caller's */
 			p->borrowed = true;
@@ -350,7 +365,9 @@ void far_pointer_stop(struct far_pointer *p)
 	far_mutex_unlock(&p->lock);
 	if (p->member)
 		far_member_stop(p->member);
-	if (p->region) {
+	if (p->segv) {
+		far_segv_pointer_stop(p->segv);
+	} else if (p->region) {
 		far_region_stop(p->region);
 		far_region_join(p->region);
 	} else if (p->below && p->mechanism == FAR_MECH_SHARE && !p->borrowed) {
@@ -362,7 +379,7 @@ void far_pointer_stop(struct far_pointer *p)
 /* Where it lies by now; the program may have moved pieces. */
 static void pointer_unmap(struct far_pointer *p)
 {
-	if (!p->ours || !p->addr)
+	if (!p->ours || !p->addr || p->segv)
 		return;
 	if (!p->memory) {
 		munmap(p->addr, (size_t)p->len);
@@ -385,7 +402,9 @@ void far_pointer_close(struct far_pointer *p)
 		far_memory_leave(p->memory, p->region);
 	if (p->member)
 		far_member_remove(p->member);
-	if (p->region)
+	if (p->segv)
+		far_segv_pointer_close(p->segv);
+	else if (p->region)
 		far_region_close(p->region); /* the memory and what is below go with it */
 	else if (p->store)
 		far_close(p->store);
@@ -457,8 +476,8 @@ int far_pointer_populate(struct far_pointer *p, uint64_t off, uint64_t len)
 	if (!p->region)
 		return madvise(p->addr + from, (size_t)(end - from), MADV_WILLNEED) ? -errno : 0;
 	old = far_deadline_limit(p->o.on_fail == FAR_ON_FAIL_WAIT ? FAR_NEVER : far_now() + (p->o.deadline_ms ? p->o.deadline_ms : 30000) * FAR_MSEC);
-	err = far_region_wait(p->region, off, len);
-	if (!err)
+	err = p->segv ? far_segv_pointer_populate(p->segv, off, len) : far_region_wait(p->region, off, len);
+	if (!err && !p->segv)
 		err = pointer_show(p, from, end);
 	far_deadline_restore(old);
 	return err;
@@ -484,7 +503,7 @@ int far_pointer_heal(struct far_pointer *p, uint64_t off, uint64_t len)
 	uint64_t end = off + len, at = off / POINTER_PAGE * POINTER_PAGE, bad, n;
 	int err = 0;
 
-	if (!p->region)
+	if (!p->memory) /* nothing stays poisoned: each touch tries anew */
 		return 0;
 	uint64_t old = far_deadline_limit(far_now() + (p->o.deadline_ms ? p->o.deadline_ms : 30000) * FAR_MSEC);
 	for (unsigned tries = 0; !err && far_memory_next_poison(p->memory, at, end, &bad); tries = bad == at ? tries + 1 : 0) {
@@ -509,13 +528,15 @@ int far_pointer_stored(struct far_pointer *p, uint64_t off, uint64_t len)
 {
 	uint64_t from = off / POINTER_PAGE * POINTER_PAGE;
 
-	if (p->region)
+	if (p->memory)
 		far_memory_suspect(p->memory, from, far_div_up(off + len - from, POINTER_PAGE) * POINTER_PAGE);
 	return 0;
 }
 
 int far_pointer_refresh(struct far_pointer *p, uint64_t off, uint64_t len)
 {
+	if (p->segv)
+		return far_segv_pointer_refresh(p->segv, off, len);
 	return p->region ? far_region_refresh(p->region, off, len) : 0;
 }
 
@@ -526,14 +547,17 @@ void far_pointer_status(struct far_pointer *p, struct far_status *st)
 
 	if (p->region) {
 		far_region_status(p->region, &s);
-		far_member_status(p->member, &s);
-		s.poisoned = far_memory_poisoned(p->memory);
+		if (p->segv)
+			far_segv_pointer_status(p->segv, &s);
+		else
+			far_member_status(p->member, &s);
+		s.poisoned = p->memory ? far_memory_poisoned(p->memory) : 0;
 	} else {
 		s.bytes = s.local = p->bytes;
 	}
 	s.mechanism = p->mechanism;
 	s.tracking = p->tracking;
-	s.kernel_faults = p->mechanism == FAR_MECH_SHARE || (p->have & FAR_UFFD_KERNEL);
+	s.kernel_faults = p->mechanism == FAR_MECH_SHARE || (!p->segv && (p->have & FAR_UFFD_KERNEL));
 	s.outside = !p->ours;
 	s.size = size;
 	memcpy(st, &s, far_min(size, sizeof s));

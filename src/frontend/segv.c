@@ -56,7 +56,7 @@ enum { SEGV_FREE, SEGV_ASKED, SEGV_DONE };
 struct segv_slot {
 	_Atomic uint32_t word; /* round << 2 | state: the futex */
 	_Atomic int result;
-	_Atomic uint64_t off;
+	_Atomic uint64_t off, since;
 	_Atomic(struct far_segv *) segv; /* only to be compared */
 };
 
@@ -128,6 +128,7 @@ static int segv_ask(struct far_segv *s, uint64_t off, size_t *i, uint32_t *word)
 	slot = &segv_slots[*i];
 	number = (uint16_t)*i;
 	atomic_store(&slot->off, off);
+	atomic_store(&slot->since, far_now());
 	atomic_store(&slot->segv, s);
 	while (write(s->asks[1], &number, sizeof number) != sizeof number) /* there is room for all slots */
 		if (errno != EINTR) {
@@ -445,12 +446,20 @@ uint64_t far_segv_faults(const struct far_segv *s)
 	return atomic_load_explicit(&s->faults, memory_order_relaxed);
 }
 
-unsigned far_segv_blocked(const struct far_segv *s)
+unsigned far_segv_blocked(const struct far_segv *s, uint64_t *off, uint64_t *since, unsigned max)
 {
 	unsigned n = 0;
 
-	for (size_t i = 0; i < SEGV_SLOTS; i++)
-		n += (atomic_load(&segv_slots[i].word) & SEGV_STATE) == SEGV_ASKED && atomic_load(&segv_slots[i].segv) == s;
+	for (size_t i = 0; i < SEGV_SLOTS; i++) {
+		const struct segv_slot *slot = &segv_slots[i];
+		if ((atomic_load(&slot->word) & SEGV_STATE) != SEGV_ASKED || atomic_load(&slot->segv) != s)
+			continue;
+		if (n < max) {
+			off[n] = atomic_load(&slot->off);
+			since[n] = atomic_load(&slot->since);
+		}
+		n++;
+	}
 	return n;
 }
 

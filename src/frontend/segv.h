@@ -25,7 +25,8 @@ int far_segv_show(struct far_segv *s, uint64_t off, uint64_t len);
 int far_segv_hide(struct far_segv *s, uint64_t off, uint64_t len);
 bool far_segv_shown(const struct far_segv *s, uint64_t off); /* a guess */
 uint64_t far_segv_faults(const struct far_segv *s);
-unsigned far_segv_blocked(const struct far_segv *s);
+/* How many threads wait; of the first `max` where and since when (far_now()), in no order. */
+unsigned far_segv_blocked(const struct far_segv *s, uint64_t *off, uint64_t *since, unsigned max);
 /* Touches of what is closed raise SIGBUS from now on. fill must end soon by itself. */
 void far_segv_stop(struct far_segv *s);
 /* Stops, waits until no thread is in fill, takes the view away. */

@@ -586,6 +586,15 @@ static int uffd_scan(int pagemap, const struct far_pm_scan_arg *what, uint64_t a
 	return r;
 }
 
+bool far_uffd_huge(int pagemap, uint64_t addr)
+{
+	struct far_page_region found;
+	struct far_pm_scan_arg a = { .size = sizeof a, .start = addr, .end = addr + uffd_page(), .vec = (uintptr_t)&found,
+				     .vec_len = 1, .category_mask = FAR_PAGE_HUGE, .return_mask = FAR_PAGE_HUGE };
+
+	return ioctl(pagemap, FAR_PAGEMAP_SCAN, &a) == 1;
+}
+
 int far_uffd_written(int pagemap, uint64_t addr, uint64_t len, bool arm,
 		     int (*fn)(void *opaque, uint64_t addr, uint64_t len), void *opaque)
 {

@@ -95,6 +95,8 @@ int far_uffd_present(int pagemap, uint64_t addr, uint64_t len, bool *here);
 
 /* Whether it is in this mapping now: for shared memory, where a mark stays behind when a page goes. */
 int far_uffd_mapped(int pagemap, uint64_t addr, uint64_t len, bool *here);
+/* Whether the page at addr is mapped as part of a huge one. False where the kernel cannot tell. */
+bool far_uffd_huge(int pagemap, uint64_t addr);
 
 /* What read(2) of the descriptor gives, one at a time. */
 struct far_uffd_event {

@@ -50,6 +50,7 @@ struct far_pm_scan_arg {
 #define FAR_PAGE_PRESENT ((__u64)1 << 3)
 #define FAR_PAGE_SWAPPED ((__u64)1 << 4)
 #define FAR_PAGE_PFNZERO ((__u64)1 << 5)
+#define FAR_PAGE_HUGE ((__u64)1 << 6)
 
 /* An entry of /proc/PID/pagemap */
 #define FAR_PM_SWAP ((__u64)1 << 62)

@@ -53,9 +53,12 @@ static bool evict_claim(struct far_region *r, struct evict_batch *b, uint64_t i)
 	return true;
 }
 
-/* Punch what was claimed and let it go, also where the punch failed if `anyway`. The batch is empty afterwards. */
-static void evict_run(struct far_region *r, struct evict_batch *b, bool anyway)
+/* Punch what was claimed and let it go, also where the punch failed if `anyway`. The batch is empty afterwards. How many
+ * are gone. */
+static unsigned evict_run(struct far_region *r, struct evict_batch *b, bool anyway)
 {
+	unsigned n = 0;
+
 	/* On disk they are absent first. What others read as well keeps its room. */
 	int forgot = b->n ? far_persist_forget(r->persist, b->chunk, b->n) : 0;
 	bool keep = far_persist_shared(r->persist);
@@ -69,12 +72,14 @@ static void evict_run(struct far_region *r, struct evict_batch *b, bool anyway)
 		if (keep || (err && gone))
 			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		far_chunkmap_evict_end(r->map, i, gone);
+		n += gone;
 		if (far_evict_kept(r, i))
 			far_region_prefetch(r, i << r->shift, len);
 	}
 	atomic_fetch_sub_explicit(&r->evicting, b->bytes, memory_order_relaxed);
 	b->n = 0;
 	b->bytes = 0;
+	return n;
 }
 
 int far_region_evict(struct far_region *r, uint64_t off, uint64_t len)
@@ -110,6 +115,7 @@ static void evict_clock(struct far_region *r)
 {
 	uint64_t n = far_chunkmap_chunks(r->map), began = far_now();
 	struct evict_batch b = { .keep_pinned = true };
+	unsigned gone = 0;
 
 	if (began < atomic_load_explicit(&r->evict_pause, memory_order_relaxed))
 		return;
@@ -118,12 +124,12 @@ static void evict_clock(struct far_region *r)
 		if (!far_chunkmap_test_touched(r->map, i))
 			evict_claim(r, &b, i);
 		if (b.n == EVICT_BATCH)
-			evict_run(r, &b, false);
+			gone += evict_run(r, &b, false);
 	}
-	evict_run(r, &b, false);
+	gone += evict_run(r, &b, false);
 	/* Nothing is left to give: a large region is not walked again at each write until that may have changed. */
 	uint64_t now = far_now();
-	if (evict_over(r))
+	if (!gone && evict_over(r))
 		atomic_store_explicit(&r->evict_pause, now + far_min(10 * (now - began), FAR_SEC), memory_order_relaxed);
 }
 

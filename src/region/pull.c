@@ -148,7 +148,7 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
-	uint64_t brisk = p->rtt > PULL_NEAR ? most : PULL_EXTENT_NEAR;
+	uint64_t brisk = p->rtt > PULL_NEAR ? most : r->memory.stage ? FAR_STAGE : PULL_EXTENT_NEAR;
 	uint64_t extent = r->chunk, window = p->window;
 
 	if (!p->window_fixed)
@@ -527,11 +527,20 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
 	atomic_fetch_add(&p->waiters, 1);
 	far_mutex_lock(&p->lock);
 	uint64_t errors = p->errors;
-	for (;;) {
+	while (!err) {
 		while (i < end && far_chunkmap_is_local(r->map, i))
 			i++;
-		if (i == end || (err = pull_sleep_locked(p, errors)))
+		if (i == end)
 			break;
+		if (pull_has_room(r, i, p->extent)) {
+			err = pull_sleep_locked(p, errors);
+			continue;
+		}
+		far_mutex_unlock(&p->lock); /* the puller has stopped for want of room: come in at the cost of others */
+		err = far_cache_need(r, i, 1);
+		i += !err;
+		far_evict_trim(r);
+		far_mutex_lock(&p->lock);
 	}
 	far_mutex_unlock(&p->lock);
 	atomic_fetch_sub(&p->waiters, 1);
@@ -592,7 +601,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 		return r->o.priority ? far_error_set(err, -e, "no memory for the pull order") : e;
 	}
 	if (r->ahead_only && !r->o.priority)
-		p->order.n--; /* what nobody named */
+		p->order.n -= p->order.n > 0; /* what nobody named */
 	far_mutex_init(&p->lock);
 	far_cond_init(&p->work);
 	far_cond_init(&p->progress);

@@ -296,7 +296,7 @@ static void serving_init(struct serving *s)
 {
 	rig_open();
 	snprintf(s->path, sizeof s->path, "/tmp/farpage-trouble-%d", (int)getpid());
-	snprintf(s->uri, sizeof s->uri, "grpc+unix:///r?socket=%s", s->path);
+	snprintf(s->uri, sizeof s->uri, "grpc+unix:///?socket=%s", s->path);
 	serving_start(s);
 }
 

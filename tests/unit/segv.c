@@ -318,7 +318,7 @@ static void rings(int sig, siginfo_t *info, void *ctx)
 static void *rings_at(void *arg)
 {
 	until(one_inside);
-	while (far_segv_blocked(rig.s) != 1)
+	while (far_segv_blocked(rig.s, NULL, NULL, 0) != 1)
 		usleep(1000);
 	pthread_kill(*(pthread_t *)arg, SIGUSR1);
 	return NULL;
@@ -364,7 +364,7 @@ static void *touches(void *arg)
 static void *lets_go(void *arg)
 {
 	(void)arg;
-	while (!far_segv_blocked(rig.s))
+	while (!far_segv_blocked(rig.s, NULL, NULL, 0))
 		usleep(1000);
 	far_segv_stop(rig.s);
 	atomic_store(&rig.fail, -ESHUTDOWN);
