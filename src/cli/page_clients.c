@@ -53,7 +53,7 @@ struct page_client {
 	/* under all->lock */
 	struct far_pager *pager; /* NULL: not yet, or no more */
 	unsigned users;
-	bool writer, gone;
+	bool writer, closing, gone;
 };
 
 struct page_clients {
@@ -80,20 +80,35 @@ static void page_client_ended_cb(void *opaque)
 	eventfd_write(c->ended, 1);
 }
 
-/* What a pager that is opened for it starts with. */
+/* Whether somebody else has the one place for a writer. One who is about to leave is waited for. */
+static bool page_writer_locked(struct page_clients *all) FAR_REQUIRES(all->lock)
+{
+	uint64_t until = far_now() + 10 * FAR_SEC;
+
+	for (;;) {
+		struct page_client *c = all->first;
+		while (c && !c->writer)
+			c = c->next;
+		if (!c || !c->closing)
+			return all->writer;
+		if (!far_cond_wait_until(&all->changed, &all->lock, until))
+			return true;
+	}
+}
+
+/* Receive is over: make it a pager. */
 static int page_client_open(struct page_client *c, struct far_error *err)
 {
 	struct page_clients *all = c->all;
 	struct far_pager *pager;
-	bool taken = false;
+	bool taken;
 
 	if (c->h.writable && !all->conf.writable)
 		return far_error_set(err, EROFS, "its stores are to be pushed, and this pager was started without --writable");
 	far_mutex_lock(&all->lock);
-	if (c->h.writable && all->writer)
-		taken = true;
-	else
-		all->writer = c->writer = c->h.writable;
+	taken = c->h.writable && page_writer_locked(all);
+	if (c->h.writable && !taken)
+		all->writer = c->writer = true;
 	far_mutex_unlock(&all->lock);
 	if (taken)
 		return far_error_set(err, EBUSY, "another client's stores are pushed to this region already: one at a time");
@@ -164,6 +179,7 @@ static void page_client_close(struct page_client *c)
 	far_mutex_lock(&all->lock);
 	struct far_pager *pager = c->pager;
 	c->pager = NULL;
+	c->closing = true;
 	while (c->users)
 		far_cond_wait(&all->changed, &all->lock);
 	far_mutex_unlock(&all->lock);
@@ -225,6 +241,7 @@ static void *page_client_cb(void *arg)
 	c->gone = true;
 	if (c->writer)
 		all->writer = c->writer = false;
+	far_cond_broadcast(&all->changed);
 	far_mutex_unlock(&all->lock);
 	eventfd_write(all->conf.wake, 1);
 	return NULL;
