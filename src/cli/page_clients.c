@@ -124,30 +124,32 @@ static int page_client_open(struct page_client *c, struct far_error *err)
 	return 0;
 }
 
-/* Flush for the client itself, and tell it. False: it cannot be told any more. */
-static bool page_client_flush(struct page_client *c, const struct far_handover *how)
+/* Flush for the client itself, and tell it. -ESRCH: its memory is gone; else whether it could be told. */
+static int page_client_flush(struct page_client *c, const struct far_handover *how)
 {
 	int e = far_pager_flush(c->pager);
+	int told = far_uffd_accept(c->fd, how, e < 0 ? -e : 0, e < 0 ? far_strerror(e) : NULL);
 
-	return far_uffd_accept(c->fd, how, e < 0 ? -e : 0, e < 0 ? far_strerror(e) : NULL) == 0;
+	return e == -ESRCH ? e : told;
 }
 
-/* Requests on the connection. False: it has ended. */
-static bool page_client_request(struct page_client *c, const struct far_handover *how)
+/* Requests on the connection. 0, or why it has ended: -ESRCH: with the memory. */
+static int page_client_request(struct page_client *c, const struct far_handover *how)
 {
 	char buf[64];
 	ssize_t n = recv(c->fd, buf, sizeof buf, MSG_DONTWAIT);
 
 	if (n < 0)
-		return errno == EAGAIN || errno == EINTR;
+		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
 	if (n == 0) {
-		page_client_flush(c, how);
-		return false;
+		int e = page_client_flush(c, how);
+		return e ? e : -ENOTCONN;
 	}
-	for (ssize_t k = 0; k < n; k++)
-		if (buf[k] == 'F' && !page_client_flush(c, how))
-			return false;
-	return true;
+	int e = 0;
+	for (ssize_t k = 0; k < n && !e; k++)
+		if (buf[k] == 'F')
+			e = page_client_flush(c, how);
+	return e;
 }
 
 static void page_client_serve(struct page_client *c, enum far_handover_format format, bool has_process)
@@ -162,11 +164,11 @@ static void page_client_serve(struct page_client *c, enum far_handover_format fo
 			return;
 		if (p[0].revents || p[1].revents)
 			return;
-		if (p[2].revents && !page_client_request(c, &how)) {
-			if (!has_process)
-				return;
+		int e = p[2].revents ? page_client_request(c, &how) : 0;
+		if (e == -ESRCH || (e && !has_process))
+			return;
+		if (e)
 			p[2].fd = -1;
-		}
 	}
 }
 

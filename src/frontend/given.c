@@ -10,8 +10,8 @@
  *     window     all of it, so that the caller's backend is neither stopped nor closed from above
  *     backend    the caller's
  *
- * One thread waits for the end of the process (its pidfd); the pointer notices it as well, when the kernel says so at a
- * fill. Whichever is first tells the caller, once: `told`. The callback may not close the pager, for that joins the thread.
+ * One thread waits for the end of the process (its pidfd; without one the receivers look for it once a second), and the kernel
+ * says so at a fill. Whichever is first tells the caller, once: `told`. The callback may not close the pager, for that joins the thread.
  */
 #define _GNU_SOURCE
 #include "base/clock.h"
@@ -27,6 +27,8 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
+
+#define GIVEN_FORKS (1u << 1) /* UFFD_FEATURE_EVENT_FORK */
 
 struct far_pager {
 	/* fixed after open */
@@ -186,6 +188,9 @@ static int given_check(const struct far_pager *p, const struct far_handover *h, 
 {
 	if (h->uffd < 0)
 		return far_error_set(err, EINVAL, "cannot serve memory: no userfaultfd was given");
+	if (h->features & GIVEN_FORKS)
+		return far_error_set(err, EOPNOTSUPP, "cannot serve memory whose children are to be served too: leave UFFD_FEATURE_EVENT_FORK out, "
+				     "and use MADV_DONTFORK");
 	if (h->writable && (p->o.read_only || !(far_facts(b)->caps & FAR_CAP_WRITE)))
 		return far_error_set(err, EROFS, "cannot serve memory whose stores are to be pushed: the region is read-only");
 	if (h->writable && (h->pagemap < 0 || h->mem < 0))
@@ -343,10 +348,10 @@ int far_pager_open(struct far_handover *h, struct far_backend *b, const struct f
 
 int far_pager_flush(struct far_pager *p)
 {
-	if (!p->writable)
-		return 0;
 	if (given_is_gone(p)) /* and with it what it stored last */
 		return -ESRCH;
+	if (!p->writable)
+		return 0;
 	uint64_t old = far_deadline_limit(p->o.on_fail == FAR_ON_FAIL_WAIT ? FAR_NEVER : far_now() + p->o.deadline_ms * FAR_MSEC);
 	int e = far_pointer_flush(p->pointer);
 
@@ -369,7 +374,7 @@ int far_pager_close(struct far_pager *p)
 {
 	if (!p)
 		return 0;
-	int e = far_pager_flush(p);
+	int e = p->writable ? far_pager_flush(p) : 0;
 	given_unwatch(p);
 	far_pointer_stop(p->pointer);
 	far_pointer_close(p->pointer);

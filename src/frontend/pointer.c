@@ -296,7 +296,8 @@ static int pointer_open_segv(struct far_pointer *p, const struct far_pointer_con
 
 static int pointer_open_uffd(struct far_pointer *p, const struct far_pointer_conf *conf, struct far_error *err)
 {
-	int e = conf->given ? far_receivers_new(conf->given->uffd, conf->ended, conf->opaque, &p->receivers, err)
+	int e = conf->given ? far_receivers_new(conf->given->uffd, conf->given->process >= 0, conf->ended, conf->opaque,
+					       &p->receivers, err)
 			    : far_receivers_get(p->have, &p->receivers, err);
 
 	if (!e && conf->given)

@@ -310,6 +310,23 @@ def status_names_the_clients(w):
     c.end()
 
 
+def a_recorded_order_is_pulled_first(w):
+    with open(w.path('src'), 'wb') as f:
+        f.write(ruler(4 * MIB))
+    p = pager(w, 'file:src', '--pull-workers', '0', '--chunk', '4K', '--record-order', 'trace')
+    c = Client(w, 4 * MIB, 'farpage')
+    for at in (3 * MIB, MIB, 2 * MIB):
+        equal(c.do('check %d 4096' % at), 'right')
+    c.end()
+    gone(w, p, 1)
+    equal(p.end(), 0)
+    true(os.path.getsize(w.path('trace')) > 0, 'nothing was recorded')
+    p = pager(w, 'file:src', '--chunk', '4K', '--order', 'trace:trace', '--layer', 'delay:rtt=1ms')
+    c = Client(w, 4 * MIB, 'farpage')
+    equal(c.do('check %d 4096' % (3 * MIB)), 'right')
+    c.end()
+
+
 def wrong_usage_is_told(w):
     w.file('src', MIB)
     has(w.run('page', 'file:src', code=2).err, '--socket is missing')
@@ -325,4 +342,4 @@ main([each_format_gives_the_right_bytes, a_part_of_a_region_and_a_tail, many_cli
       over_the_network_with_a_round_trip, stores_are_pushed_by_a_flush, a_writable_client_needs_a_writable_pager,
       killed_clients_that_write_lose_only_what_is_not_pushed, the_end_waits_for_clients_and_a_second_signal_does_not,
       a_killed_pager_is_a_stall_and_not_zeros, a_dead_source_is_sigbus_at_the_deadline, hostile_clients_disturb_nobody,
-      status_names_the_clients, wrong_usage_is_told])
+      status_names_the_clients, a_recorded_order_is_pulled_first, wrong_usage_is_told])
