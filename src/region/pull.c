@@ -10,7 +10,7 @@
  * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, or more if the workers could not
  * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms). Near by it
  * is 512 KiB at most, as long as the threads fill the window with that: it then stays in a CPU's cache on its way from the
- * store through the socket to the local store.
+ * store through the socket to the local store; where that takes huge pages, it is one of those.
  *
  * Invariants, under lock: inflight is the sum of the extents that workers are fetching; a worker claims its extent
  * before it lets go of the lock, so that the cursor never passes a chunk that nobody took.
@@ -148,7 +148,7 @@ static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
-	uint64_t brisk = p->rtt > PULL_NEAR ? most : PULL_EXTENT_NEAR;
+	uint64_t brisk = p->rtt > PULL_NEAR ? most : r->memory.stage ? FAR_STAGE : PULL_EXTENT_NEAR;
 	uint64_t extent = r->chunk, window = p->window;
 
 	if (!p->window_fixed)
@@ -601,7 +601,8 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	far_mutex_lock(&p->lock);
 	p->max_threads = r->o.pull_workers < 0 ? PULL_THREADS_MAX
 					       : (unsigned)far_min((uint64_t)r->o.pull_workers, PULL_THREADS_MAX);
-	p->extent = far_max(PULL_EXTENT_FIRST, r->chunk);
+	p->extent = far_max(r->memory.stage && !(far_facts(r->remote)->caps & FAR_CAP_REMOTE) ? FAR_STAGE : PULL_EXTENT_FIRST,
+			    r->chunk);
 	if (far_facts(r->remote)->max_io)
 		p->extent = far_max(r->chunk, far_min(p->extent, far_facts(r->remote)->max_io));
 	p->window_fixed = r->o.window != 0;
