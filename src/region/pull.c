@@ -142,13 +142,24 @@ static double pull_best_rate_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	return best;
 }
 
+/* From memory to memory. Workers that fill small pages side by side wait for each other's lock: one lock is 2 MiB. */
+static bool pull_is_memory(struct far_region *r)
+{
+	return r->memory.self && !(far_facts(r->remote)->caps & FAR_CAP_REMOTE);
+}
+
+static bool pull_huge(struct far_region *r)
+{
+	return r->memory.stage || pull_is_memory(r);
+}
+
 static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
-	uint64_t brisk = p->rtt > PULL_NEAR ? most : r->memory.stage ? FAR_STAGE : PULL_EXTENT_NEAR;
+	uint64_t brisk = p->rtt > PULL_NEAR ? most : pull_huge(r) ? FAR_STAGE : PULL_EXTENT_NEAR;
 	uint64_t extent = r->chunk, window = p->window;
 
 	if (!p->window_fixed)
@@ -305,7 +316,7 @@ static void pull_fetch_locked(struct far_pull *p, uint64_t first, uint64_t end) 
 	struct far_region *r = p->r;
 	uint64_t n, max = far_max(p->extent >> r->shift, 1), whole = FAR_STAGE >> r->shift;
 
-	if (r->memory.stage && whole) /* so that what follows is whole huge pages */
+	if (pull_huge(r) && whole) /* so that what follows is whole huge pages */
 		max = max < whole || first % whole ? far_min(max, whole - first % whole) : max / whole * whole;
 	struct far_fetch *f = far_chunkmap_claim(r->map, first, far_min(end - first, max), &n);
 
@@ -601,8 +612,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	far_mutex_lock(&p->lock);
 	p->max_threads = r->o.pull_workers < 0 ? PULL_THREADS_MAX
 					       : (unsigned)far_min((uint64_t)r->o.pull_workers, PULL_THREADS_MAX);
-	p->extent = far_max(r->memory.stage && !(far_facts(r->remote)->caps & FAR_CAP_REMOTE) ? FAR_STAGE : PULL_EXTENT_FIRST,
-			    r->chunk);
+	p->extent = far_max(pull_is_memory(r) ? FAR_STAGE : PULL_EXTENT_FIRST, r->chunk);
 	if (far_facts(r->remote)->max_io)
 		p->extent = far_max(r->chunk, far_min(p->extent, far_facts(r->remote)->max_io));
 	p->window_fixed = r->o.window != 0;
