@@ -3,7 +3,8 @@
 /*
  * rawtcp BYTES BLOCK: one stream over loopback from one process to another, written and read by BLOCK, nothing checked.
  * Prints MiB a second and the CPU seconds of both ends. What a protocol over TCP can be held against: the same socket
- * options and the same congestion control (the host's default) as farpage's own connections.
+ * options and the same congestion control as farpage's own connections (the host's default, but reno in place of bbr,
+ * whose pacing costs timers on loopback).
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -43,11 +44,14 @@ static int raw_fail(const char *what)
 static int raw_send(int listener, uint64_t bytes, size_t block, const char *buf)
 {
 	int fd = accept(listener, NULL, NULL), one = 1;
-	char go;
+	char go, control[16] = "";
+	socklen_t len = sizeof control - 1;
 
 	if (fd < 0 || read(fd, &go, 1) != 1)
 		return raw_fail("accept");
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	if (getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, control, &len) == 0 && !strncmp(control, "bbr", 3))
+		setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
 	while (bytes) {
 		ssize_t n = write(fd, buf, bytes < block ? bytes : block);
 		if (n < 0)

@@ -6,6 +6,8 @@
 
 #include "base/clock.h"
 #include "base/uri.h"
+#include "base/io.h"
+#include "mount/child.h"
 #include "mount/control.h"
 #include "mount/kept.h"
 #include "cli/mount_loop.h"
@@ -162,7 +164,7 @@ static void mount_fill(const struct mount_conf *c, struct far_mount_opts *o)
 	o->max_partial = (uint32_t)c->max_partial;
 }
 
-static int mount_check(const struct mount_conf *c, const struct cli_args *args)
+static int mount_check(const struct mount_conf *c, const struct cli_args *args, bool memory)
 {
 	struct stat st;
 
@@ -181,6 +183,8 @@ static int mount_check(const struct mount_conf *c, const struct cli_args *args)
 		return cli_usage(&cli_mount, "--take-over takes the right to write, --read-only wants none. Leave one of them out");
 	if (c->chunk && (c->chunk & (c->chunk - 1)))
 		return cli_usage(&cli_mount, "--chunk %" PRIu64 " is not a power of two", c->chunk);
+	if (memory)
+		return CLI_GO;
 	if (stat(args->v[1], &st) < 0) {
 		int code = errno;
 		cli_say("cannot mount on %s: %s. %s", args->v[1], far_strerror(code),
@@ -291,12 +295,34 @@ static int mount_open_map(const struct mount_conf *conf, const struct far_mount_
 	return far_kept_open(o, map, &err) < 0 ? cli_fail("cannot mount", &err) : CLI_GO;
 }
 
+/* The program learns how large the source is, and hands memory over for it. */
+static int mount_take_memory(const struct mount_parent *parent, struct mount_loop *l, struct far_handover *h)
+{
+	struct far_child_hello hello = { .bytes = far_size(l->conf.remote) };
+	struct far_error err = { 0 };
+	int socket = parent->memory_fd;
+
+	hello.writable = !l->conf.opts.read_only && (far_facts(l->conf.remote)->caps & FAR_CAP_WRITE);
+	int r = far_io_write(socket, &hello, sizeof hello);
+	if (r)
+		far_error_set(&err, -r, "the program that wants memory has gone: %s", far_strerror(r));
+	else
+		r = far_uffd_receive(socket, h, &err);
+	if (!r)
+		r = far_uffd_accept(socket, h, 0, NULL); /* whether it is served it learns by our life */
+	close(socket);
+	l->conf.given = h;
+	l->conf.pointer = true;
+	return r ? cli_fail("cannot map", &err) : CLI_GO;
+}
+
 static int mount_go(const struct mount_conf *conf, const char *source, const char *target,
 		    const struct mount_parent *parent)
 {
 	bool in_memory = !conf->local || strncmp(conf->local, "mem:", 4) == 0;
 	struct mount_loop l = { .deadline = conf->deadline, .source = source, .local = in_memory ? NULL : conf->local,
 				.run = conf->run, .ready_fd = -1, .life_fd = -1, .quiet = conf->quiet };
+	struct far_handover memory = FAR_HANDOVER_INIT;
 	struct serve_hooks *hooks = NULL;
 	struct far_error err = { 0 };
 	char name[256];
@@ -326,6 +352,8 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	l.keeps = l.conf.persist != NULL;
 	if (code == CLI_GO)
 		code = mount_open_source(conf, source, parent, l.conf.persist, &l.conf.remote, &l.conf.offline);
+	if (code == CLI_GO && parent && parent->memory_fd >= 0)
+		code = mount_take_memory(parent, &l, &memory);
 	if (code == CLI_GO && far_control_open(conf->control, target, &l.control, &err) < 0)
 		code = cli_fail("cannot mount", &err);
 	if (code == CLI_GO) {
@@ -335,6 +363,7 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 		far_persist_close(l.conf.persist);
 	}
 	serve_hooks_close(hooks);
+	far_handover_fini(&memory);
 	far_fd_close(&l.ready_fd);
 	return code;
 }
@@ -349,7 +378,7 @@ static int mount_main(int argc, char **argv, const struct mount_parent *parent)
 	int code = cli_parse(&cli_mount, &conf, argc, argv, &args);
 
 	if (code == CLI_GO)
-		code = mount_check(&conf, &args);
+		code = mount_check(&conf, &args, parent && parent->memory_fd >= 0);
 	if (code == CLI_GO)
 		code = mount_go(&conf, args.v[0], args.v[1], parent);
 	cli_parse_fini(&cli_mount, &conf, &args);

@@ -56,7 +56,7 @@ static struct json_object *mount_op_status(struct mount_loop *l)
 	far_control_put(&o, "kind", json_object_new_string("mount"));
 	far_control_put(&o, "pid", json_object_new_int((int)getpid()));
 	far_control_put(&o, "source", json_object_new_string(l->source));
-	far_control_put(&o, "path", json_object_new_string(far_mnt_path(l->mnt)));
+	far_control_put(&o, "path", json_object_new_string(l->conf.pointer ? "" : far_mnt_path(l->mnt)));
 	far_control_put(&o, "why", json_object_new_string(far_mnt_why(l->mnt)));
 	return o;
 }
@@ -139,6 +139,21 @@ static int mount_unpin_one(struct mount_loop *l, const struct cli_range *range, 
 	return far_mnt_pin(l->mnt, range->off, range->len, false);
 }
 
+static int mount_populate_one(struct mount_loop *l, const struct cli_range *range, uint64_t until)
+{
+	return far_mnt_populate(l->mnt, range->off, range->len);
+}
+
+static int mount_heal_one(struct mount_loop *l, const struct cli_range *range, uint64_t until)
+{
+	return far_mnt_heal(l->mnt, range->off, range->len);
+}
+
+static int mount_stored_one(struct mount_loop *l, const struct cli_range *range, uint64_t until)
+{
+	return far_mnt_stored(l->mnt, range->off, range->len);
+}
+
 static struct json_object *mount_op_wait(struct mount_loop *l, struct json_object *req)
 {
 	int64_t percent = mount_int(req, "percent", -1);
@@ -201,6 +216,12 @@ struct json_object *mount_control_cb(void *opaque, const char *op, struct json_o
 		return mount_ranges(l, req, "cannot pin", mount_pin_one);
 	if (strcmp(op, "unpin") == 0)
 		return mount_ranges(l, req, "cannot unpin", mount_unpin_one);
+	if (l->conf.pointer && strcmp(op, "populate") == 0)
+		return mount_ranges(l, req, "cannot populate", mount_populate_one);
+	if (l->conf.pointer && strcmp(op, "heal") == 0)
+		return mount_ranges(l, req, "cannot heal", mount_heal_one);
+	if (l->conf.pointer && strcmp(op, "stored") == 0)
+		return mount_ranges(l, req, "cannot take note of stores", mount_stored_one);
 	if (strcmp(op, "stop") == 0)
 		return mount_op_stop(l, req);
 	return far_control_error(EOPNOTSUPP, "this farpage does not know the request '%.60s'", op);

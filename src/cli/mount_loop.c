@@ -141,7 +141,7 @@ static void mount_announce(struct mount_run *run)
 
 	if (l->ready_fd >= 0) {
 		char line[4200];
-		int n = snprintf(line, sizeof line, "%s\n", far_mnt_path(l->mnt));
+		int n = snprintf(line, sizeof line, "%s\n", l->conf.pointer ? l->conf.target : far_mnt_path(l->mnt));
 		if (write(l->ready_fd, line, (size_t)n) != n)
 			run->asked++; /* the parent was killed: nobody knows of this mount */
 		far_fd_close(&l->ready_fd);

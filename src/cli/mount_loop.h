@@ -14,6 +14,7 @@ struct json_object;
 struct mount_parent {
 	int life_fd;       /* gets the path once it is usable; its end is ours */
 	int backend_fd;    /* a backend of the program's, over gRPC; -1: open SOURCE */
+	int memory_fd;     /* the program hands memory over there, to be served instead of a file; -1: a file */
 	const char *hooks; /* control socket that answers hooks; NULL: none */
 };
 

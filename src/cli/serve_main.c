@@ -16,7 +16,7 @@ static const char *serve_value(const char *arg, const char *key)
 
 int main(int argc, char **argv)
 {
-	struct mount_parent p = { .life_fd = -1, .backend_fd = -1 };
+	struct mount_parent p = { .life_fd = -1, .backend_fd = -1, .memory_fd = -1 };
 	const char *v;
 	int k = 1;
 
@@ -25,6 +25,8 @@ int main(int argc, char **argv)
 			p.life_fd = atoi(v);
 		else if ((v = serve_value(argv[k], "--backend=")))
 			p.backend_fd = atoi(v);
+		else if ((v = serve_value(argv[k], "--memory=")))
+			p.memory_fd = atoi(v);
 		else if ((v = serve_value(argv[k], "--hooks=")))
 			p.hooks = v;
 	}

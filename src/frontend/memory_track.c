@@ -313,25 +313,21 @@ static int track_again(struct far_memory *m, struct far_region *r)
 	return err;
 }
 
+/* The kernel drops the pages itself, soon (of shared memory only the program's view): before that a push may read what is
+ * in them. So they are dropped here first, between two tellings: the first keeps fills away, the second makes sure that
+ * zeros are pushed. Faults there wait until the end. */
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
 {
 	uint64_t end = far_min(off + len, m->c.bytes);
-	int err = 0;
 
-	/* With CONTINUE the kernel only took the program's view of it; else it drops the pages itself, soon. */
-	if (m->c.mechanism == FAR_MECH_CONTINUE)
+	if (off >= end)
+		return 0;
+	int err = far_region_stored(r, off, end - off, FAR_STORED_ZEROS, NULL, NULL);
+	if (!err && m->ours)
 		err = far_memory_drop(m, off, len);
-	for (uint64_t at = off, n; at < end && !err; at += n) {
-		n = far_min(end, at / far_mem_chunk(m) * far_mem_chunk(m) + far_mem_chunk(m)) - at;
-		if (far_region_hold(r, at)) {
-			err = far_region_stored(r, at, n, 0, NULL, NULL);
-			far_region_release(r, at);
-		} else { /* nothing is there that could be told of */
-			err = far_zero(far_region_backend(r), at, n, 0);
-		}
-	}
-	/* A push may read what is there before the kernel has dropped it: told once more, after the program went on. */
-	if (off < end)
+	if (!err)
+		err = far_region_stored(r, off, end - off, FAR_STORED_ZEROS, NULL, NULL);
+	if (err || !m->ours)
 		far_memory_suspect(m, off, end - off);
 	return err;
 }

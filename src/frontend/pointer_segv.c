@@ -133,10 +133,11 @@ static int psegv_fill_cb(void *opaque, uint64_t off)
 	uint64_t old = far_deadline_limit(p->wait == FAR_NEVER ? FAR_NEVER : far_now() + p->wait);
 	int r;
 
-	if (off >= p->bytes) { /* behind the end of a region of no bytes */
+	if (!p->bytes) { /* the page that it has all the same */
 		far_deadline_restore(old);
 		return far_segv_show(p->segv, 0, PSEGV_PAGE);
 	}
+	off = far_min(off, p->bytes - 1); /* the rest of the last page comes with it */
 	while ((r = psegv_show(p, off)) == -EAGAIN) {
 		r = far_region_fault(p->region, off, psegv_may_block, NULL);
 		if (r && (p->wait != FAR_NEVER || atomic_load(&p->stopped)))

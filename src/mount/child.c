@@ -8,6 +8,7 @@
  *     life       a socket: the child writes its path there once usable, and ends in good order when it closes
  *     backend    a socket: a backend of the caller's, served to the child over gRPC by a server in this process
  *     hooks      a control socket of ours on which the child asks before it flushes or closes, and reports chunks
+ *     memory     a socket: instead of a file it serves memory of ours, which outside.c hands over there
  *
  * Everything else (flush, wait, status, stop) goes through the child's own control socket, as `farpage status` does.
  * Both control sockets lie in a directory of their own, made for this mount and removed with it.
@@ -16,6 +17,7 @@
 #include "base/clock.h"
 #include "base/thread.h"
 #include "frontend/fuse_mount.h"
+#include "mount/child.h"
 #include "mount/control.h"
 #include "mount/face.h"
 
@@ -38,6 +40,7 @@
 
 #define CHILD_LIFE_FD 3 /* numbers in the child */
 #define CHILD_BACKEND_FD 4
+#define CHILD_MEMORY_FD 5
 #define CHILD_ARGS 48
 #define CHILD_END_SLACK (5 * FAR_SEC)
 
@@ -53,6 +56,8 @@ struct child {
 	struct far_backend *backend; /* the caller's; NULL: the child opened a URI */
 	struct far_server *server;   /* serves it to the child */
 	struct far_control *hooks;
+	int (*hand_over)(void *opaque, int socket, struct far_error *err); /* NULL: a file */
+	void *opaque;
 
 	struct far_mutex lock;
 	int fd FAR_GUARDED_BY(lock); /* of far_fd(); -1: not opened yet */
@@ -201,7 +206,7 @@ static bool child_has_hooks(const struct far_mount_opts *o)
 	return o->before_flush || o->before_close || o->chunk_local || o->progress;
 }
 
-static int child_spawn(struct child *m, const char *exe, char **argv, int life, int backend, int errors)
+static int child_spawn(struct child *m, const char *exe, char **argv, int life, int backend, int memory, int errors)
 {
 	extern char **environ;
 	posix_spawn_file_actions_t act;
@@ -222,6 +227,8 @@ static int child_spawn(struct child *m, const char *exe, char **argv, int life, 
 	posix_spawn_file_actions_adddup2(&act, life, CHILD_LIFE_FD);
 	if (backend >= 0)
 		posix_spawn_file_actions_adddup2(&act, backend, CHILD_BACKEND_FD);
+	if (memory >= 0)
+		posix_spawn_file_actions_adddup2(&act, memory, CHILD_MEMORY_FD);
 	int r = posix_spawn(&m->pid, exe, &act, &attr, argv, environ);
 	posix_spawn_file_actions_destroy(&act);
 	posix_spawnattr_destroy(&attr);
@@ -271,34 +278,53 @@ static int child_ready(struct child *m, int errors, struct far_error *err)
 	return m->path ? 0 : far_error_set(err, ENOMEM, "cannot mount: out of memory");
 }
 
+/* High numbers, so that putting them on 3, 4 and 5 cannot overwrite one of them. */
+static int child_pair(int pair[2])
+{
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
+		return -errno;
+	for (int k = 0; k < 2; k++) {
+		int high = fcntl(pair[k], F_DUPFD_CLOEXEC, 10), code = errno;
+		close(pair[k]);
+		pair[k] = high;
+		if (high < 0)
+			return -code;
+	}
+	return 0;
+}
+
+/* The child has its memory, or *r says why not. False: its own words say more. */
+static bool child_hand_over(struct child *m, int *socket, int *r, struct far_error *err)
+{
+	*r = m->hand_over ? m->hand_over(m->opaque, *socket, err) : 0;
+	far_fd_close(socket);
+	if (!*r || *r == -ENOTCONN)
+		return false;
+	far_fd_close(&m->life_fd);
+	while (waitpid(m->pid, NULL, 0) < 0 && errno == EINTR)
+		;
+	m->pid = -1;
+	return true;
+}
+
 static int child_start(struct child *m, const char *uri, const char *target, struct far_error *err)
 {
 	struct child_args a = { .n = 0 };
 	char exe[PATH_MAX + 64];
-	int life[2] = { -1, -1 }, back[2] = { -1, -1 };
+	int life[2] = { -1, -1 }, back[2] = { -1, -1 }, memory[2] = { -1, -1 };
 	int errors = memfd_create("farpage-serve-errors", MFD_CLOEXEC);
 	int r = errors < 0 ? far_error_set(err, errno, "cannot mount on %s: %s", target, far_strerror(errno))
 			   : child_find(exe, sizeof exe, err);
 
 	if (r)
 		goto out;
-	/* High numbers, so that putting them on 3 and 4 cannot overwrite one of them. */
-	r = socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, life) ||
-	    (m->backend && socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, back));
-	for (int *fd = life; !r && fd <= life + 1; fd++) {
-		int high = fcntl(*fd, F_DUPFD_CLOEXEC, 10);
-		close(*fd);
-		*fd = high;
-		r = high < 0;
-	}
-	if (!r && m->backend) {
-		int high = fcntl(back[1], F_DUPFD_CLOEXEC, 10);
-		close(back[1]);
-		back[1] = high;
-		r = high < 0;
-	}
+	r = child_pair(life);
+	if (!r && m->backend)
+		r = child_pair(back);
+	if (!r && m->hand_over)
+		r = child_pair(memory);
 	if (r) {
-		r = far_error_set(err, errno, "cannot mount on %s: %s", target, far_strerror(errno));
+		far_error_set(err, -r, "cannot mount on %s: %s", target, far_strerror(r));
 		goto out;
 	}
 	if (m->backend) {
@@ -311,6 +337,8 @@ static int child_start(struct child *m, const char *uri, const char *target, str
 	child_arg(&a, "--life=%d", CHILD_LIFE_FD);
 	if (m->backend)
 		child_arg(&a, "--backend=%d", CHILD_BACKEND_FD);
+	if (m->hand_over)
+		child_arg(&a, "--memory=%d", CHILD_MEMORY_FD);
 	if (child_has_hooks(&m->o))
 		child_arg(&a, "--hooks=%s", m->hooks_path);
 	child_arg(&a, "mount");
@@ -321,7 +349,7 @@ static int child_start(struct child *m, const char *uri, const char *target, str
 	child_arg(&a, "%s", uri);
 	child_arg(&a, "%s", target);
 	a.v[a.n] = NULL;
-	r = a.lost ? -ENOMEM : child_spawn(m, exe, a.v, life[1], back[1], errors);
+	r = a.lost ? -ENOMEM : child_spawn(m, exe, a.v, life[1], back[1], memory[1], errors);
 	if (r) {
 		far_error_set(err, -r, "cannot start %s: %s", exe, far_strerror(r));
 		goto out;
@@ -330,7 +358,9 @@ static int child_start(struct child *m, const char *uri, const char *target, str
 	life[0] = -1;
 	far_fd_close(&life[1]); /* so that the child's end is the only one */
 	far_fd_close(&back[1]);
-	r = child_ready(m, errors, err);
+	far_fd_close(&memory[1]);
+	if (!child_hand_over(m, &memory[0], &r, err))
+		r = child_ready(m, errors, err);
 out:
 	for (size_t k = 0; k < a.n; k++)
 		free(a.v[k]);
@@ -338,6 +368,8 @@ out:
 	far_fd_close(&life[1]);
 	far_fd_close(&back[0]);
 	far_fd_close(&back[1]);
+	far_fd_close(&memory[0]);
+	far_fd_close(&memory[1]);
 	far_fd_close(&errors);
 	return r;
 }
@@ -391,7 +423,8 @@ static int child_prepare(struct child *m, struct far_error *err)
 static const struct far_face_ops child_face;
 
 static int child_open(struct far_backend *b, const char *uri, const char *target, const struct far_mount_opts *opts,
-		      struct far_mount **out, struct far_error *err)
+		      int (*hand_over)(void *opaque, int socket, struct far_error *err), void *opaque, struct far_mount **out,
+		      struct far_error *err)
 {
 	struct child *m = calloc(1, sizeof *m);
 
@@ -402,6 +435,8 @@ static int child_open(struct far_backend *b, const char *uri, const char *target
 		memcpy(&m->o, opts, far_min(opts->size, sizeof m->o));
 	m->face.ops = &child_face;
 	m->backend = b;
+	m->hand_over = hand_over;
+	m->opaque = opaque;
 	m->life_fd = m->fd = -1;
 	m->pid = -1;
 	far_mutex_init(&m->lock);
@@ -409,7 +444,7 @@ static int child_open(struct far_backend *b, const char *uri, const char *target
 	if (m->o.local_backend || m->o.priority)
 		r = far_error_set(err, EOPNOTSUPP, "cannot mount on %s: a local store or an order given as code is not in "
 				  "this version; give a URI or a list of ranges", target);
-	m->target = realpath(target, NULL); /* NULL: the child says what is wrong with it */
+	m->target = hand_over ? NULL : realpath(target, NULL); /* NULL: the child says what is wrong with it */
 	if (!r)
 		r = child_prepare(m, err);
 	if (!r)
@@ -425,13 +460,20 @@ static int child_open(struct far_backend *b, const char *uri, const char *target
 int far_mount_open_uri(const char *uri, const char *target, const struct far_mount_opts *opts, struct far_mount **out,
 		       struct far_error *err)
 {
-	return child_open(NULL, uri, target, opts, out, err);
+	return child_open(NULL, uri, target, opts, NULL, NULL, out, err);
 }
 
 int far_mount_open(struct far_backend *b, const char *target, const struct far_mount_opts *opts, struct far_mount **out,
 		   struct far_error *err)
 {
-	return child_open(b, "fd:", target, opts, out, err);
+	return child_open(b, "fd:", target, opts, NULL, NULL, out, err);
+}
+
+int far_child_open_memory(const char *uri, const struct far_mount_opts *opts,
+			  int (*hand_over)(void *opaque, int socket, struct far_error *err), void *opaque,
+			  struct far_mount **out, struct far_error *err)
+{
+	return child_open(NULL, uri, "memory", opts, hand_over, opaque, out, err);
 }
 
 /* ------------------------------------------------------------------------------------------------------- the face */
@@ -483,8 +525,10 @@ static struct json_object *child_request(const char *op, int timeout_ms)
 static int child_flush(struct far_mount *face)
 {
 	struct child *m = child_of(face);
-	int fd = child_fd(face);
+	if (m->hand_over)
+		return child_ask(m, child_request("flush", -1), -1, NULL);
 
+	int fd = child_fd(face);
 	/* Pages that were stored through a mapping are the kernel's to write back: fsync, from a process that does not
 	 * serve. It says no more than EIO; the server knows the code. */
 	if (fd < 0)
@@ -492,6 +536,11 @@ static int child_flush(struct far_mount *face)
 	int r = fsync(fd) < 0 ? -errno : 0;
 	int why = child_ask(m, child_request("flush", -1), -1, NULL);
 	return why ? why : r;
+}
+
+int far_child_life(struct far_mount *m)
+{
+	return child_of(m)->life_fd;
 }
 
 static int child_wait(struct far_mount *m, unsigned percent, int timeout_ms)
@@ -522,9 +571,10 @@ static int child_wait_range(struct far_mount *m, uint64_t off, uint64_t len, int
 
 static int child_range(struct far_mount *m, enum far_face_range what, uint64_t off, uint64_t len)
 {
-	static const char *const words[] = { [FAR_FACE_PIN] = "pin", [FAR_FACE_UNPIN] = "unpin", [FAR_FACE_EVICT] = "evict" };
+	static const char *const words[] = { [FAR_FACE_PIN] = "pin", [FAR_FACE_UNPIN] = "unpin", [FAR_FACE_EVICT] = "evict",
+					     [FAR_FACE_POPULATE] = "populate", [FAR_FACE_HEAL] = "heal", [FAR_FACE_STORED] = "stored" };
 
-	if (what >= FAR_ARRAY_LEN(words))
+	if (what >= FAR_ARRAY_LEN(words) || !words[what] || (what > FAR_FACE_EVICT && !child_of(m)->hand_over))
 		return -EOPNOTSUPP;
 	return child_ask_range(child_of(m), words[what], off, len, -1);
 }

@@ -231,6 +231,8 @@ static const struct {
 };
 static const char *const control_modes[] = { "auto", "direct", "managed" };
 static const char *const control_leases[] = { "none", "held", "unsure", "fenced" };
+static const char *const control_mechanisms[] = { "auto", "share", "move", "continue", "copy", "sigsegv" };
+static const char *const control_trackings[] = { "auto", "none", "async", "sync", "hash" };
 static const char *const control_follows[] = { "none", "frozen", "following", "lost" };
 
 static void control_add(struct json_object **o, const char *key, uint64_t v)
@@ -241,6 +243,30 @@ static void control_add(struct json_object **o, const char *key, uint64_t v)
 static void control_add_name(struct json_object **o, const char *key, const char *const *names, unsigned v)
 {
 	far_control_put(o, key, json_object_new_string(names[v]));
+}
+
+/* Only if it is a pointer. */
+static void control_add_pointer(struct json_object **o, const struct far_status *st)
+{
+	struct json_object *list = json_object_new_array(), *one;
+
+	control_add_name(o, "mechanism", control_mechanisms, st->mechanism);
+	control_add_name(o, "tracking", control_trackings, st->tracking);
+	far_control_put(o, "kernel_faults", json_object_new_boolean(st->kernel_faults));
+	far_control_put(o, "outside", json_object_new_boolean(st->outside));
+	control_add(o, "faults", st->faults);
+	control_add(o, "poisoned", st->poisoned);
+	for (unsigned k = 0; list && k < st->n_blocked && k < FAR_ARRAY_LEN(st->blocked_at); k++) {
+		one = json_object_new_object();
+		control_add(&one, "offset", st->blocked_at[k]);
+		control_add(&one, "ms", st->blocked_ms[k]);
+		if (!one || json_object_array_add(list, one)) {
+			json_object_put(one);
+			json_object_put(list);
+			list = NULL;
+		}
+	}
+	far_control_put(o, "blocked_at", list);
 }
 
 struct json_object *far_control_status(const struct far_status *st)
@@ -261,6 +287,8 @@ struct json_object *far_control_status(const struct far_status *st)
 	control_add_name(&o, "follow", control_follows, st->follow);
 	far_control_put(&o, "persistent", json_object_new_boolean(st->persistent));
 	far_control_put(&o, "local_full", json_object_new_boolean(st->local_full));
+	if (st->mechanism != FAR_MECH_AUTO)
+		control_add_pointer(&o, st);
 	return o;
 }
 
@@ -287,6 +315,26 @@ static bool control_get_bool(struct json_object *o, const char *key)
 	return json_object_object_get_ex(o, key, &v) && json_object_get_boolean(v);
 }
 
+static void control_read_pointer(struct json_object *o, struct far_status *st)
+{
+	struct json_object *list, *one;
+
+	st->mechanism = (enum far_mechanism)control_get_name(o, "mechanism", control_mechanisms, FAR_ARRAY_LEN(control_mechanisms));
+	st->tracking = (enum far_tracking)control_get_name(o, "tracking", control_trackings, FAR_ARRAY_LEN(control_trackings));
+	st->kernel_faults = control_get_bool(o, "kernel_faults");
+	st->outside = control_get_bool(o, "outside");
+	st->faults = control_get(o, "faults");
+	st->poisoned = control_get(o, "poisoned");
+	if (!json_object_object_get_ex(o, "blocked_at", &list) || !json_object_is_type(list, json_type_array))
+		return;
+	for (size_t k = 0; k < json_object_array_length(list) && k < FAR_ARRAY_LEN(st->blocked_at); k++) {
+		one = json_object_array_get_idx(list, k);
+		st->blocked_at[k] = control_get(one, "offset");
+		st->blocked_ms[k] = control_get(one, "ms");
+		st->n_blocked = (uint32_t)k + 1;
+	}
+}
+
 void far_control_read_status(struct json_object *o, struct far_status *out)
 {
 	struct far_status st = FAR_STATUS_INIT;
@@ -301,6 +349,7 @@ void far_control_read_status(struct json_object *o, struct far_status *out)
 	st.follow = (enum far_follow)control_get_name(o, "follow", control_follows, FAR_ARRAY_LEN(control_follows));
 	st.persistent = control_get_bool(o, "persistent");
 	st.local_full = control_get_bool(o, "local_full");
+	control_read_pointer(o, &st);
 	st.size = out->size;
 	memcpy(out, &st, far_min(out->size, sizeof st));
 }

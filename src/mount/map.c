@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE
 #include "base/clock.h"
+#include "mount/child.h"
 #include "mount/face.h"
 #include "mount/kept.h"
 #include "mount/mount.h"
@@ -272,6 +273,11 @@ int far_map_uri(const char *uri, const struct far_mount_opts *opts, struct far_m
 
 	if (r)
 		return r;
+	if (m->o.outside) {
+		r = far_outside_open(uri, &m->o, out, err);
+		map_free(m);
+		return r;
+	}
 	if (m->o.mode != FAR_MODE_DIRECT)
 		r = far_kept_open(&m->o, &persist, err);
 	if (!r && (r = map_open_remote(m, persist, &remote, &offline, err)))

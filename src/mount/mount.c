@@ -443,6 +443,7 @@ int far_mnt_open(const struct far_mnt_conf *conf, struct far_mnt **out, struct f
 	}
 	m->o = conf->opts;
 	m->wants_pointer = conf->pointer;
+	m->given = conf->given;
 	if (!m->o.deadline_ms)
 		m->o.deadline_ms = 30000;
 	m->deadline = m->o.on_fail == FAR_ON_FAIL_WAIT ? FAR_NEVER : m->o.deadline_ms * FAR_MSEC;
@@ -581,6 +582,8 @@ void far_mnt_status(struct far_mnt *m, struct far_status *st)
 
 bool far_mnt_ended(struct far_mnt *m, uint64_t until)
 {
+	if (m->pointer)
+		return false;
 	return !m->fuse || far_fuse_wait(m->fuse, until);
 }
 

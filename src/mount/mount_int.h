@@ -30,6 +30,7 @@ struct far_mnt {
 	struct far_leaser *leaser;    /* NULL: a store on this host that is not managed */
 	struct far_follower *follower; /* NULL: writable */
 	struct far_backend *remote;   /* the whole stack; owned by the region or the pointer, if there is one */
+	struct far_handover *given;   /* while it is opened: another process' memory */
 	bool wants_pointer;           /* the frontend is one, or will be */
 	struct far_region *region;    /* NULL when direct, or when the pointer's own is the only one */
 	struct far_fuse *fuse;        /* NULL once unmounted, or if it is a pointer */

@@ -40,6 +40,7 @@ int far_mnt_pointer_open(struct far_mnt *m, struct far_error *err)
 		.writable = m->writable,
 		.managed = m->mode == FAR_MODE_MANAGED,
 		.opts = &o,
+		.given = m->given,
 	};
 
 	if (m->region) /* what is durable locally is so in the local store, to which a flush must come */

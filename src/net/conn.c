@@ -87,6 +87,30 @@ static void conn_set(int fd, int level, int name, int value)
 	(void)setsockopt(fd, level, name, &value, sizeof value);
 }
 
+static bool conn_is_loopback(const struct sockaddr *sa)
+{
+	if (sa->sa_family == AF_INET)
+		return (ntohl(((const struct sockaddr_in *)sa)->sin_addr.s_addr) >> 24) == 127;
+	const struct in6_addr *a6 = &((const struct sockaddr_in6 *)sa)->sin6_addr;
+	return IN6_IS_ADDR_LOOPBACK(a6) || (IN6_IS_ADDR_V4MAPPED(a6) && a6->s6_addr[12] == 127);
+}
+
+/* A control that paces (bbr) costs a timer for every few segments, and within a host there is no queue that it could keep
+ * short. The system's own choice stays everywhere else. */
+static void conn_unpace(int fd)
+{
+	struct sockaddr_storage ss;
+	socklen_t n = sizeof ss;
+	char name[16] = "";
+	socklen_t name_n = sizeof name - 1;
+
+	if (getpeername(fd, (struct sockaddr *)&ss, &n) || (ss.ss_family != AF_INET && ss.ss_family != AF_INET6) ||
+	    !conn_is_loopback((struct sockaddr *)&ss))
+		return;
+	if (getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &name_n) == 0 && !strncmp(name, "bbr", 3))
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+}
+
 int far_conn_socket(struct far_conn *c, int fd)
 {
 	int type;
@@ -105,6 +129,7 @@ int far_conn_socket(struct far_conn *c, int fd)
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPINTVL, 5);
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
 	conn_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, CONN_USER_TIMEOUT_MS);
+	conn_unpace(fd);
 	c->ops = &conn_ops;
 	c->fd = fd;
 	return 0;
@@ -221,14 +246,6 @@ int far_conn_connect(struct far_conn *c, const struct far_net_addr *a, uint64_t 
 		return far_error_set(err, -r, "cannot connect to %s port %d: %s%s", a->host, a->port, far_strerror(r),
 				     r == -ECONNREFUSED ? "; is the server running?" : "");
 	return 0;
-}
-
-static bool conn_is_loopback(const struct sockaddr *sa)
-{
-	if (sa->sa_family == AF_INET)
-		return (ntohl(((const struct sockaddr_in *)sa)->sin_addr.s_addr) >> 24) == 127;
-	const struct in6_addr *a6 = &((const struct sockaddr_in6 *)sa)->sin6_addr;
-	return IN6_IS_ADDR_LOOPBACK(a6) || (IN6_IS_ADDR_V4MAPPED(a6) && a6->s6_addr[12] == 127);
 }
 
 static int conn_listen_unix(const struct far_net_addr *a, int *out, struct far_error *err)

@@ -227,6 +227,29 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	return err ? err : shown;
 }
 
+int far_cache_fetch_near(struct far_region *r, struct far_fetch *f, uint64_t i, const char *page, uint64_t first)
+{
+	uint64_t off = i << r->shift, len = far_chunkmap_len(r->map, i);
+	char *buf = far_buf_get((size_t)len);
+	struct far_partial *e;
+
+	far_chunkmap_fill_begin(r->map, f, &e);
+	int err = e ? 0 : cache_store(r, off, page - first, first, far_min(first + CACHE_PAGE, len), FAR_FILL);
+	if (!err)
+		err = buf ? far_read(r->remote, off, buf, (size_t)len, 0) : -ENOMEM;
+	if (err)
+		far_region_remote_failed(r, err);
+	else
+		atomic_fetch_add_explicit(&r->pulled, len, memory_order_relaxed);
+	if (!err)
+		err = cache_put(r, e, off, buf, len, UINT64_MAX, FAR_FILL);
+	cache_filled(r, e, i, buf, err);
+	far_chunkmap_fetch_end(r->map, f, err);
+	far_buf_put(buf, (size_t)len);
+	far_cache_arrived(r);
+	return err;
+}
+
 static int cache_need_now(struct far_region *r, uint64_t i, uint64_t max)
 {
 	uint64_t io = far_facts(r->remote)->max_io, n, len;

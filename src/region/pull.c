@@ -538,11 +538,20 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
 	atomic_fetch_add(&p->waiters, 1);
 	far_mutex_lock(&p->lock);
 	uint64_t errors = p->errors;
-	for (;;) {
+	while (!err) {
 		while (i < end && far_chunkmap_is_local(r->map, i))
 			i++;
-		if (i == end || (err = pull_sleep_locked(p, errors)))
+		if (i == end)
 			break;
+		if (pull_has_room(r, i, p->extent)) {
+			err = pull_sleep_locked(p, errors);
+			continue;
+		}
+		far_mutex_unlock(&p->lock); /* the puller has stopped for want of room: come in at the cost of others */
+		err = far_cache_need(r, i, 1);
+		i += !err;
+		far_evict_trim(r);
+		far_mutex_lock(&p->lock);
 	}
 	far_mutex_unlock(&p->lock);
 	atomic_fetch_sub(&p->waiters, 1);

@@ -87,6 +87,8 @@ int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void 
 uint64_t far_region_chunk(const struct far_region *r); /* its size */
 bool far_region_hold(struct far_region *r, uint64_t off);
 void far_region_release(struct far_region *r, uint64_t off);
+/* far_region_stored(): the pages have been dropped, what is missing is zero now. */
+#define FAR_STORED_ZEROS (1u << 9)
 /* [off, off+len), whole pages, was stored by the program, or will be as soon as allow(opaque, off, len) lets it: that is
  * called, if given, for each part, when the chunk cannot go away any more and before it counts as dirty. It must not
  * block. FAR_NOWAIT: -EAGAIN rather than wait (parts before that have been done; doing them again is harmless). */

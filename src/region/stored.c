@@ -47,97 +47,34 @@ void far_region_release(struct far_region *r, uint64_t off)
 
 /* ------------------------------------------------------------------------------------------------------------ faults */
 
-/* Chunk i is claimed: its page at `off` first, if the remote has that at hand. -EAGAIN: it has not. */
-static int stored_first_page(struct far_region *r, uint64_t off)
-{
-	_Alignas(64) char page[STORED_PAGE];
-	size_t len = (size_t)far_min(sizeof page, r->bytes - off);
-
-	int err = far_read(r->remote, off, page, len, FAR_NOWAIT);
-	if (err)
-		return err;
-	err = far_write(r->local, off, page, len, FAR_FILL | FAR_NOWAIT);
-	return err == -EAGAIN ? -EIO : err;
-}
-
-/*
- * How many chunks the fault at chunk i should bring: one where the program jumps, twice as many each time where it goes
- * forward, that is where everything between the last fault and this one is local. What threads make of the two counters
- * together is a guess, as all of this is.
- */
-static uint64_t stored_extent(struct far_region *r, uint64_t i)
-{
-	uint64_t last = atomic_exchange_explicit(&r->last_fault, i, memory_order_relaxed), run = 0;
-
-	if (i > last && i - last <= r->ahead_max) {
-		uint64_t at = last + 1;
-		while (at < i && far_chunkmap_is_local(r->map, at))
-			at++;
-		run = at < i ? 0 : far_min(atomic_load_explicit(&r->fault_run, memory_order_relaxed) + 1, 9);
-	}
-	atomic_store_explicit(&r->fault_run, run, memory_order_relaxed);
-	uint64_t most = (r->memory.stage ? FAR_STAGE : STORED_MOST) >> r->shift;
-	return far_max(1, far_min((uint64_t)1 << run, most));
-}
-
-/* The claim on n chunks is carried out. flags: FAR_NOWAIT. */
-static int stored_carry_out(struct far_region *r, struct far_fetch *f, uint64_t i, uint64_t n, uint64_t urgent, unsigned flags)
-{
-	uint64_t len = far_min(n << r->shift, r->bytes - (i << r->shift));
-
-	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
-	far_pull_demand_begin(r, len);
-	far_pull_fault(r, i, n);
-	int err = far_cache_fetch(r, f, i, n, urgent, flags);
-	far_pull_demand_end(r, len, err < 0 ? err : 0);
-	return err;
-}
-
-/*
- * A remote that is memory, or as good as that, is asked by the thread on the seat: leaving it would take longer. Where the
- * program jumps it gets its page first, and this CPU if it waits for it; a small chunk then follows from the seat, too. A
- * program that goes from page to page wants what follows at once, and as much of it in one step as stays in the cache, or
- * as is a huge page.
- */
-static int stored_fetch_near(struct far_region *r, struct far_fetch *f, uint64_t n, uint64_t off,
-			     bool (*may_block)(void *opaque), void *opaque)
-{
-	uint64_t i = off >> r->shift;
-	bool first = n == 1 && stored_first_page(r, off) == 0;
-
-	if (first)
-		far_thread_yield();
-	bool away = n == 1 && far_chunkmap_len(r->map, i) > STORED_AT_ONCE && may_block(opaque);
-	int err = stored_carry_out(r, f, i, n, first ? UINT64_MAX : off, away ? 0 : FAR_NOWAIT);
-	return first ? 1 : err; /* if the rest did not come, whoever touches it asks again */
-}
-
 static int stored_fetch(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
 {
 	const struct far_facts *facts = far_facts(r->remote);
-	bool near = !(facts->caps & FAR_CAP_REMOTE) && !facts->chunk;
-	uint64_t i = off >> r->shift, n, extent = stored_extent(r, i);
-	uint64_t whole = r->memory.stage ? FAR_STAGE >> r->shift : 0;
+	uint64_t i = off >> r->shift, n;
+	struct far_fetch *f = far_chunkmap_claim(r->map, i, 1, &n);
+	int err;
 
-	if (whole > 1 && extent > 1) /* up to the next huge page, or all of one */
-		extent = i % whole ? far_min(extent, whole - i % whole) : whole;
-	struct far_fetch *f = far_chunkmap_claim(r->map, i, near ? extent : 1, &n);
 	if (!f && n)
 		return -ENOMEM;
 	if (!f) /* somebody else fetches it, or it has come by now */
 		return far_chunkmap_is_local(r->map, i) ? 0 : may_block(opaque) ? far_chunkmap_wait(r->map, i) : -EAGAIN;
-	if (near) {
-		int err = stored_fetch_near(r, f, n, off, may_block, opaque);
-		if (err != -EAGAIN || !may_block(opaque))
-			return err;
-		f = far_chunkmap_claim(r->map, i, 1, &n);
-		if (!f)
-			return n ? -ENOMEM : 0;
-	} else if (!may_block(opaque)) {
+	uint64_t len = far_chunkmap_len(r->map, i);
+	_Alignas(64) char page[STORED_PAGE];
+	bool near = !(facts->caps & FAR_CAP_REMOTE) && !facts->chunk && len > STORED_PAGE &&
+		    far_read(r->remote, off, page, (size_t)far_min(sizeof page, r->bytes - off), FAR_NOWAIT) == 0;
+	if (!near && !may_block(opaque)) {
 		far_chunkmap_fetch_end(r->map, f, -EAGAIN);
 		return -EAGAIN;
 	}
-	return stored_carry_out(r, f, i, 1, off, 0);
+	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
+	far_pull_demand_begin(r, len);
+	far_pull_fault(r, i, 1);
+	if (near)
+		err = far_cache_fetch_near(r, f, i, page, off - (i << r->shift));
+	else
+		err = far_cache_fetch(r, f, i, 1, off, 0);
+	far_pull_demand_end(r, len, err);
+	return err;
 }
 
 int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
@@ -173,7 +110,8 @@ static int stored_chunk(struct far_region *r, uint64_t i, uint64_t from, uint64_
 		/* Another's fetch that failed is no error of ours: telling may not need it. */
 		return err && (claim == FAR_CLAIM_FETCH || err == -ETIMEDOUT || err == -ESHUTDOWN) ? err : -EALREADY;
 	}
-	if (claim != FAR_CLAIM_PRESENT && !r->memory.there(r->memory.self, (i << r->shift) + from, to - from)) {
+	if (claim != FAR_CLAIM_PRESENT && !(flags & FAR_STORED_ZEROS) &&
+	    !r->memory.there(r->memory.self, (i << r->shift) + from, to - from)) {
 		/* It was evicted, with what the remote has in it. Whoever waits to store there will meet a missing page. */
 		far_chunkmap_write_end(r->map, i, from, to, claim, ragged, false);
 		return to - from > STORED_PAGE ? -EALREADY : 0; /* then page by page */
@@ -197,7 +135,7 @@ int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned
 	while (off < end) {
 		uint64_t i = off >> r->shift, base = i << r->shift, to = far_min(end - base, far_chunkmap_len(r->map, i));
 
-		if (!far_chunkmap_is_local(r->map, i))
+		if (!(flags & FAR_STORED_ZEROS) && !far_chunkmap_is_local(r->map, i))
 			to = far_min(to, (off - base) / STORED_PAGE * STORED_PAGE + STORED_PAGE);
 		err = allow ? far_push_throttle(r, to - (off - base), flags) : 0; /* what has been stored cannot be held up */
 		if (!err)

@@ -16,6 +16,7 @@
 #include "base/thread.h"
 #include "base/uri.h"
 #include "net/net.h"
+#include "wire/loans.h"
 #include "wire/wire.h"
 
 #include <stdio.h>
@@ -155,7 +156,11 @@ int far_server_export(struct far_server *s, const char *name, struct far_backend
 		free(copy);
 		return r;
 	}
-	list[s->env.exports_n++] = (struct far_export){ copy, b, owner };
+	size_t same = 0;
+	while (same < s->env.exports_n && list[same].b != b)
+		same++;
+	struct far_loans *loans = same < s->env.exports_n ? list[same].loans : far_loans_new(b);
+	list[s->env.exports_n++] = (struct far_export){ copy, b, owner, loans };
 	return 0;
 }
 
@@ -389,8 +394,10 @@ void far_server_free(struct far_server *s)
 		size_t first = 0;
 		while (s->env.exports[first].b != s->env.exports[i].b)
 			first++;
-		if (first == i)
+		if (first == i) {
 			far_owner_free(s->env.exports[i].owner);
+			far_loans_free(s->env.exports[i].loans);
+		}
 		free(s->env.exports[i].name);
 	}
 	free(s->env.exports);

@@ -10,11 +10,13 @@
 #include <stdatomic.h>
 
 struct far_owner;
+struct far_loans;
 
 struct far_export {
 	char *name;
 	struct far_backend *b;
-	struct far_owner *owner; /* of b: shared by all exports of the same backend */
+	struct far_owner *owner; /* of b: shared by all exports of the same backend, as the next */
+	struct far_loans *loans; /* NULL: replies are copied */
 };
 
 struct far_server_env {

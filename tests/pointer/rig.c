@@ -64,7 +64,7 @@ static int rig_run(const struct rig_case *c, char *why, size_t n)
 		close(out[0]);
 		close(out[1]);
 		setvbuf(stdout, NULL, _IOLBF, 0);
-		alarm(60);
+		alarm(40);
 		c->run();
 		_exit(0);
 	}

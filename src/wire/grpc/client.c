@@ -51,6 +51,7 @@ static int client_ask_until(struct far_client *c, struct far_exchange *op, uint6
 			break;
 		case FAR_FATE_AGAIN:
 		case FAR_FATE_GARBLED:
+			op->careful = op->careful || op->fate == FAR_FATE_GARBLED;
 			again = ++tries < CLIENT_TRIES && (!c->lanes.once || op->fate == FAR_FATE_GARBLED || op->refused);
 			break;
 		case FAR_FATE_LOST: /* -ECANCELED: a fence ended the connection */

@@ -31,7 +31,7 @@ struct far_exchange {
 	size_t reply_cap, reply_n;
 	struct far_channel *channel; /* make it on this one; NULL: on any */
 	/* how it went */
-	bool region, refused;
+	bool region, refused, careful; /* careful: it was garbled before */
 	uint64_t told_by; /* the instance, 0: unknown */
 	struct far_hello_seen seen; /* when it was asked, of calls whose reply describes the peer */
 	enum far_fate fate;

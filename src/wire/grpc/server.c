@@ -68,6 +68,7 @@ static bool server_send(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 		h->writing = false;
 		if (k == -EAGAIN) {
 			c->sending = false;
+			atomic_store_explicit(&c->s.stuck, true, memory_order_relaxed);
 			return false;
 		}
 		if (k <= 0) {
@@ -77,6 +78,7 @@ static bool server_send(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 		c->moved = now;
 		far_h2_wrote(h, (size_t)k);
 	}
+	atomic_store_explicit(&c->s.stuck, false, memory_order_relaxed);
 	if (err || far_h2_over(h))
 		server_die(c);
 	c->sending = false;

@@ -47,7 +47,8 @@ static bool service_refused(struct far_request *r, int err)
 }
 
 /* Begin a change. False: refused or, with FAR_NOWAIT, to be done anew; then *done says which. */
-static bool service_begin(struct far_request *r, const struct far_export *e, unsigned flags, bool *done)
+static bool service_begin(struct far_request *r, const struct far_export *e, uint64_t off, uint64_t len, unsigned flags,
+			  bool *done)
 {
 	int err = 0;
 
@@ -56,7 +57,8 @@ static bool service_begin(struct far_request *r, const struct far_export *e, uns
 		err = -EBADMSG;
 	if (!err)
 		err = far_owner_change_begin(e->owner, r->msg.session, r->msg.generation, flags & FAR_NOWAIT);
-
+	if (!err && (err = far_loans_change_begin(e->loans, off, len, !(flags & FAR_NOWAIT))) != 0)
+		far_owner_change_end(e->owner, r->msg.session, r->msg.generation, off, len, false);
 	*done = !(err == -EAGAIN && (flags & FAR_NOWAIT));
 	if (err && *done)
 		service_refused(r, err);
@@ -66,6 +68,7 @@ static bool service_begin(struct far_request *r, const struct far_export *e, uns
 /* The change's end; `err` is what the backend said. */
 static void service_end(struct far_request *r, const struct far_export *e, uint64_t off, uint64_t len, int err)
 {
+	far_loans_change_end(e->loans);
 	far_owner_change_end(e->owner, r->msg.session, r->msg.generation, off, len, err != -EAGAIN);
 }
 
@@ -155,7 +158,7 @@ static bool service_write_at(struct far_request *r, const struct far_export *e, 
 	if (off > size || m->data_n > size - off)
 		return far_request_fail(r, FAR_GRPC_OUT_OF_RANGE, "short write"); /* a region never grows */
 	bool done;
-	if (!service_begin(r, e, flags, &done))
+	if (!service_begin(r, e, off, m->data_n, flags, &done))
 		return done;
 	int err = far_write(e->b, off, m->data, m->data_n, flags);
 	service_end(r, e, off, m->data_n, err);
@@ -317,6 +320,34 @@ static void service_read_frame(struct far_request *r, struct far_reply *reply, s
 	reply->m.body = (uint8_t *)reply->buf + lead - pre.n;
 }
 
+/* A long range straight from the store's pages. False: it is copied. A peer that does not want to hear of zeros asks again
+ * for what did not fit its sum. */
+static bool service_read_lent(struct far_request *r, const struct far_export *e)
+{
+	const struct far_grpc_request *m = &r->msg;
+	uint64_t off = m->ranges[0].off;
+	size_t len = (size_t)m->ranges[0].len;
+	uint8_t sum[FAR_GRPC_SUM];
+
+	if (!m->zeros)
+		far_loans_doubt(e->loans);
+	if (m->ranges_n != 1 || r->reply || atomic_load_explicit(&r->session->stuck, memory_order_relaxed))
+		return false;
+	struct far_reply *reply = e->loans ? far_reply_new(r, 0) : NULL;
+	const void *p = reply ? far_loan_take(e->loans, off, len, &reply->loan) : NULL;
+	if (!p || far_is_zero(p, len)) {
+		far_reply_free(reply);
+		return false;
+	}
+	reply->cap = len;
+	r->reply = reply;
+	if (m->sums)
+		far_grpc_sum_data(sum, m->export, m->export_n, off, p, len);
+	service_read_frame(r, reply, 0, NULL, m->sums ? sum : NULL, len);
+	reply->m.body = p;
+	return true;
+}
+
 static bool service_read(struct far_request *r, const struct far_export *e, unsigned flags)
 {
 	const struct far_grpc_request *m = &r->msg;
@@ -325,7 +356,7 @@ static bool service_read(struct far_request *r, const struct far_export *e, unsi
 	size_t at = m->sums && m->ranges_n > SERVICE_SUMS_IN_HEAD ? SERVICE_LEAD : 0, lead = at;
 	bool any = false;
 
-	if (!service_ranges(r, e, &total))
+	if (!service_ranges(r, e, &total) || service_read_lent(r, e))
 		return true;
 	struct far_reply *reply = service_reply(r, (size_t)total + lead);
 	if (!reply)
@@ -439,7 +470,7 @@ static bool service_write(struct far_request *r, const struct far_export *e, uns
 	if (!service_verify(r))
 		return true;
 	bool done;
-	if (!service_begin(r, e, flags, &done))
+	if (!service_begin(r, e, off, m->data_n, flags, &done))
 		return done;
 	int err = far_write(e->b, off, m->data, m->data_n, flags | (m->bulk ? FAR_BULK : 0));
 	service_end(r, e, off, m->data_n, err);
@@ -466,7 +497,7 @@ static bool service_span(struct far_request *r, const struct far_export *e, unsi
 	if (!service_verify(r))
 		return true;
 	bool done;
-	if (!service_begin(r, e, flags, &done))
+	if (!service_begin(r, e, off, m->len, flags, &done))
 		return done;
 	int err = r->method == FAR_M_ZERO ? far_zero(e->b, off, m->len, f) : far_discard(e->b, off, m->len, f);
 	service_end(r, e, off, m->len, err);

@@ -140,6 +140,7 @@ void far_reply_free(struct far_reply *reply)
 {
 	if (!reply)
 		return;
+	far_loan_return(&reply->loan);
 	far_buf_put(reply->buf, reply->cap);
 	free(reply);
 }

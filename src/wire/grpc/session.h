@@ -9,6 +9,7 @@
 
 #include "wire/grpc/h2.h"
 #include "wire/grpc/proto.h"
+#include "wire/loans.h"
 #include "wire/server.h"
 
 #include "base/thread.h"
@@ -66,6 +67,7 @@ struct far_session {
 	uint64_t held;         /* bytes of requests and replies */
 	uint64_t replies;      /* of replies alone */
 	bool greeted;          /* the peer has said SETTINGS */
+	_Atomic bool stuck;    /* the socket was full when last written to; read without any lock */
 	uint64_t resets_since; /* flood of resets: a bucket that empties with time */
 	unsigned resets;
 	bool flooded;
@@ -107,8 +109,9 @@ bool far_session_said(struct far_session *s, const struct far_owner *owner); /* 
 struct far_reply {
 	struct far_h2_msg m;
 	struct far_request *request;
-	void *buf;
-	size_t cap;
+	void *buf;   /* NULL: none, or what is sent is on loan */
+	size_t cap;  /* bytes that are held for the peer */
+	struct far_loan loan;
 };
 struct far_reply *far_reply_new(struct far_request *r, size_t cap); /* NULL without memory; cap 0: no buffer */
 void far_reply_free(struct far_reply *reply);
