@@ -153,12 +153,16 @@ enum far_mechanism far_pointer_choose(unsigned have, const struct far_facts *f, 
 }
 
 /* Why stores cannot be found this way; NULL: they can. */
-static const char *choose_no_tracking(unsigned have, enum far_mechanism m, enum far_tracking t, bool forced)
+static const char *choose_no_tracking(unsigned have, enum far_mechanism m, enum far_tracking t, const struct far_mount_opts *o,
+				      bool forced)
 {
 	unsigned shmem = FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP;
 
 	if (t == FAR_TRACK_NONE)
 		return "the map is writable";
+	if (t != FAR_TRACK_SYNC && o->local_max && m != FAR_MECH_CONTINUE && !(have & FAR_UFFD_MOVE))
+		return "chunks could not be given back under a program that stores into them: that needs UFFDIO_MOVE (6.8), or "
+		       "synchronous tracking";
 	if (t == FAR_TRACK_HASH)
 		return NULL;
 	if (t != FAR_TRACK_ASYNC && t != FAR_TRACK_SYNC)
@@ -182,9 +186,9 @@ enum far_tracking far_pointer_tracking(unsigned have, enum far_mechanism m, cons
 		return FAR_TRACK_NONE;
 	if (o->tracking != FAR_TRACK_AUTO)
 		return o->tracking;
-	if (!choose_no_tracking(have, m, FAR_TRACK_ASYNC, false))
+	if (!choose_no_tracking(have, m, FAR_TRACK_ASYNC, o, false))
 		return FAR_TRACK_ASYNC;
-	if (!choose_no_tracking(have, m, FAR_TRACK_SYNC, false))
+	if (!choose_no_tracking(have, m, FAR_TRACK_SYNC, o, false))
 		return FAR_TRACK_SYNC;
 	return FAR_TRACK_HASH;
 }
@@ -204,7 +208,7 @@ int far_pointer_settle(unsigned have, const struct far_facts *f, const struct fa
 		return far_error_set(err, EOPNOTSUPP, "the mechanism '%s' cannot be used: %s; leave the choice to farpage",
 				     far_mechanism_word(*m), no);
 	*t = far_pointer_tracking(have, *m, o, writable);
-	no = writable && *m != FAR_MECH_SHARE ? choose_no_tracking(have, *m, *t, true) : NULL;
+	no = writable && *m != FAR_MECH_SHARE ? choose_no_tracking(have, *m, *t, o, true) : NULL;
 	if (no)
 		return far_error_set(err, EOPNOTSUPP, "the tracking '%s' cannot be used: %s; leave the choice to farpage",
 				     far_tracking_word(*t), no);

@@ -140,10 +140,11 @@ static int psegv_fill_cb(void *opaque, uint64_t off)
 	off = far_min(off, p->bytes - 1); /* the rest of the last page comes with it */
 	while ((r = psegv_show(p, off)) == -EAGAIN) {
 		r = far_region_fault(p->region, off, psegv_may_block, NULL);
-		if (r && (p->wait != FAR_NEVER || atomic_load(&p->stopped)))
+		if (r >= 0)
+			continue;
+		if (p->wait != FAR_NEVER || atomic_load(&p->stopped))
 			break;
-		if (r)
-			far_sleep_until(far_now() + 100 * FAR_MSEC, false);
+		far_sleep_until(far_now() + 100 * FAR_MSEC, false);
 	}
 	far_deadline_restore(old);
 	if (r == 0 && p->ahead)

@@ -126,6 +126,7 @@ static void *writer_run(void *arg)
 	_Atomic uint64_t *p = far_addr(w->m);
 	static uint32_t before[THREADS][SLOTS];
 
+	face_ready();
 	for (;;) {
 		for (unsigned n = 1 + (unsigned)(rnd(&w->seed) % 40); n; n--) {
 			uint64_t s = rnd(&w->seed) % (SLOTS / THREADS) * THREADS + w->id;

@@ -178,6 +178,7 @@ static void *work(void *arg)
 	uint64_t off, len;
 	int r = 0;
 
+	face_ready();
 	for (unsigned k = 0; k < m->ops; k++) {
 		unsigned op = (unsigned)(rnd(&w->seed) % 100);
 		pick(w, &off, &len);

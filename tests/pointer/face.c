@@ -22,7 +22,7 @@ const struct face_kind face_kinds[] = {
 	{ .name = "share", .mechanism = FAR_MECH_SHARE },
 	{ .name = "copy-async", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_ASYNC, .need = ASYNC },
 	{ .name = "copy-sync", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC, .need = FAR_UFFD_ANY | FAR_UFFD_WP },
-	{ .name = "copy-hash", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY },
+	{ .name = "copy-hash", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY, .choosy = true },
 	{ .name = "continue-async", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_ASYNC,
 	  .need = HUGE_ARMED | ASYNC },
 	{ .name = "continue-sync", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_SYNC,
@@ -32,7 +32,7 @@ const struct face_kind face_kinds[] = {
 	{ .name = "managed", .managed = true },
 	{ .name = "managed-sync", .managed = true, .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC,
 	  .need = FAR_UFFD_ANY | FAR_UFFD_WP },
-	{ .name = "managed-hash", .managed = true, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY },
+	{ .name = "managed-hash", .managed = true, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY, .choosy = true },
 	{ .name = "local", .managed = true, .local = true },
 	{ .name = "local-sync", .managed = true, .local = true, .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC,
 	  .need = FAR_UFFD_ANY | FAR_UFFD_WP },
@@ -117,11 +117,26 @@ static void face_catch(void)
 
 static pthread_once_t face_once = PTHREAD_ONCE_INIT;
 
+void face_ready(void)
+{
+	static _Thread_local bool ready;
+	sigset_t touch;
+
+	if (ready)
+		return;
+	pthread_once(&face_once, face_catch);
+	sigemptyset(&touch);
+	sigaddset(&touch, SIGBUS);
+	sigaddset(&touch, SIGSEGV);
+	pthread_sigmask(SIG_UNBLOCK, &touch, NULL);
+	ready = true;
+}
+
 int face_copy(void *to, const void *from, size_t len)
 {
 	sigjmp_buf out;
 
-	pthread_once(&face_once, face_catch);
+	face_ready();
 	if (sigsetjmp(out, 1)) {
 		face_way_out = NULL;
 		return -EIO;
@@ -136,7 +151,7 @@ int face_zero(void *to, size_t len)
 {
 	sigjmp_buf out;
 
-	pthread_once(&face_once, face_catch);
+	face_ready();
 	if (sigsetjmp(out, 1)) {
 		face_way_out = NULL;
 		return -EIO;

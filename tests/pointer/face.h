@@ -17,7 +17,7 @@ struct face_kind {
 	unsigned need;    /* of enum far_uffd_have; if all are here it must work */
 	bool managed;
 	bool local;       /* opts.local: a store of its own below */
-	bool choosy;      /* may be refused with -EOPNOTSUPP all the same: it is for read-only maps */
+	bool choosy;      /* may be refused with -EOPNOTSUPP all the same: for read-only maps, or without a budget */
 	bool read_only;   /* can nothing else */
 };
 extern const struct face_kind face_kinds[]; /* ended by one without a name */
@@ -33,6 +33,8 @@ int face_map(const struct face_kind *k, struct far_backend *remote, const struct
 /* The mount as a backend, owned by it from then on. */
 int face_new(struct far_mount *m, uint64_t bytes, bool read_only, struct far_backend **face);
 
+/* far_thread_start() blocks all signals, which no thread that touches a pointer should do. The calls below do it, too. */
+void face_ready(void);
 /* A copy or a fill of which either side may be absent; -EIO: SIGBUS was raised on the way. */
 int face_copy(void *to, const void *from, size_t len);
 int face_zero(void *to, size_t len);

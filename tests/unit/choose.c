@@ -14,6 +14,7 @@
 #include <cmocka.h>
 
 #define ALL ((FAR_UFFD_THP << 1) - 1)
+#define PULLS { .pull_workers = -1 }
 #define LINUX_6_1 (ALL & ~(FAR_UFFD_MOVE | FAR_UFFD_POISON | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN | FAR_UFFD_MINOR_WP))
 
 static const struct far_facts remote = { .size = sizeof(struct far_facts), .bytes = FAR_GIB,
@@ -35,30 +36,37 @@ static const struct {
 	enum far_mechanism m;
 	enum far_tracking t;
 } chosen[] = {
-	{ ALL, &remote, { 0 }, false, true, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL, &remote, { 0 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
+	{ ALL, &remote, PULLS, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &remote, PULLS, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE }, /* a read-only map is not to be written to */
+	{ ALL, &remote, PULLS, true, false, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &remote, PULLS, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },    /* not 2 MiB for each touch */
+	{ ALL, &remote, { 0 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },     /* nor where nobody pulls the rest */
 	{ ALL, &remote, { .local_max = FAR_GIB }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL, &remote, { .inherit = true }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL, &remote, { .outside = true }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL, &tiny, { 0 }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
-	{ ALL, &near, { 0 }, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
-	{ 0, &near, { 0 }, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
-	{ ALL, &near, { 0 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
-	{ ALL, &near, { .inherit = true }, false, false, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL, &near, { .record_order = "x" }, false, false, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL, &near, { .chunk_local = touch }, false, false, FAR_MECH_MOVE, FAR_TRACK_NONE },
-	{ ALL & ~FAR_UFFD_HUGE, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
-	{ ALL & ~FAR_UFFD_THP, &remote, { 0 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
-	{ LINUX_6_1, &remote, { 0 }, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
-	{ LINUX_6_1, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
+	{ ALL, &remote, { .inherit = true, .pull_workers = -1 }, false, true, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &remote, { .outside = true, .pull_workers = -1 }, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL, &tiny, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL, &near, PULLS, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
+	{ 0, &near, PULLS, true, false, FAR_MECH_SHARE, FAR_TRACK_NONE },
+	{ ALL, &near, PULLS, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &near, { .inherit = true }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL, &near, { .record_order = "x" }, true, false, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ ALL, &near, { .chunk_local = touch }, false, false, FAR_MECH_COPY, FAR_TRACK_NONE },
+	{ ALL & ~FAR_UFFD_MOVE, &remote, PULLS, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
+	{ ALL & ~FAR_UFFD_MOVE, &remote, PULLS, true, false, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL & ~(FAR_UFFD_MOVE | FAR_UFFD_HUGE), &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_ASYNC },
+	{ ALL & ~FAR_UFFD_MOVE, &remote, { .local_max = FAR_GIB }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
+	{ ALL & ~FAR_UFFD_THP, &remote, PULLS, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
+	{ LINUX_6_1, &remote, PULLS, false, true, FAR_MECH_CONTINUE, FAR_TRACK_NONE },
+	{ LINUX_6_1, &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
 	/* System calls that store into clean pages would fail: no synchronous tracking in user mode. */
-	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
-	{ ALL & ~FAR_UFFD_KERNEL, &remote, { 0 }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
-	{ FAR_UFFD_ANY, &remote, { 0 }, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
-	{ 0, &remote, { 0 }, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
+	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
+	{ ALL & ~FAR_UFFD_KERNEL, &remote, PULLS, true, true, FAR_MECH_MOVE, FAR_TRACK_ASYNC },
+	{ FAR_UFFD_ANY, &remote, PULLS, true, true, FAR_MECH_COPY, FAR_TRACK_HASH },
+	{ 0, &remote, PULLS, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
 	/* forced */
 	{ ALL, &remote, { .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC }, true, true, FAR_MECH_COPY, FAR_TRACK_SYNC },
-	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE }, true, true, FAR_MECH_MOVE, FAR_TRACK_HASH },
+	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE }, false, true, FAR_MECH_MOVE, FAR_TRACK_NONE },
+	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_HASH }, true, true, FAR_MECH_MOVE, FAR_TRACK_HASH },
 	{ ALL, &tiny, { .mechanism = FAR_MECH_CONTINUE }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_ASYNC },
 	{ LINUX_6_1, &remote, { .mechanism = FAR_MECH_CONTINUE }, true, true, FAR_MECH_CONTINUE, FAR_TRACK_HASH },
 	{ ALL, &remote, { .mechanism = FAR_MECH_SIGSEGV }, false, true, FAR_MECH_SIGSEGV, FAR_TRACK_NONE },
@@ -98,7 +106,9 @@ static const struct {
 	{ ALL, &remote, { .mechanism = (enum far_mechanism)99 }, false, true, "no such mechanism" },
 	{ LINUX_6_1, &remote, { .tracking = FAR_TRACK_ASYNC }, true, true, "(6.7)" },
 	{ LINUX_6_1, &remote, { .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_SYNC }, true, true, "hash works" },
-	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_ASYNC }, true, true, "hash works" },
+	{ ALL, &remote, { .mechanism = FAR_MECH_MOVE, .tracking = FAR_TRACK_SYNC }, true, true, "async and hash work" },
+	{ LINUX_6_1 & ~FAR_UFFD_KERNEL, &remote, { .local_max = FAR_GIB }, true, true, "UFFDIO_MOVE (6.8)" },
+	{ LINUX_6_1, &remote, { .local_max = FAR_GIB, .tracking = FAR_TRACK_HASH }, true, true, "synchronous" },
 	{ FAR_UFFD_ANY, &remote, { .tracking = FAR_TRACK_SYNC }, true, true, "(5.7)" },
 	{ ALL, &remote, { .tracking = FAR_TRACK_NONE }, true, true, "writable" },
 };
@@ -128,8 +138,8 @@ static void words(void **state)
 	assert_string_equal(far_tracking_word((enum far_tracking)99), "?");
 	for (enum far_mechanism m = FAR_MECH_SHARE; m <= FAR_MECH_SIGSEGV; m++)
 		assert_string_not_equal(far_pointer_words(m), far_pointer_words(FAR_MECH_AUTO));
-	assert_string_equal(far_pointer_why_not(ALL, &remote, &opts, false, true, FAR_MECH_MOVE), "");
-	assert_string_not_equal(far_pointer_why_not(ALL, &remote, &opts, true, true, FAR_MECH_MOVE), "");
+	assert_string_equal(far_pointer_why_not(ALL, &remote, &opts, true, true, FAR_MECH_MOVE), "");
+	assert_string_not_equal(far_pointer_why_not(ALL, &remote, &opts, false, true, FAR_MECH_MOVE), "");
 }
 
 int main(void)
