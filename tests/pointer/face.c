@@ -98,7 +98,7 @@ int face_map(const struct face_kind *k, struct far_backend *remote, const struct
 
 /* ------------------------------------------------------------------------------------------------------ touching */
 
-static _Thread_local sigjmp_buf *face_way_out;
+static _Thread_local sigjmp_buf *volatile face_way_out; /* memcpy() is known not to read it, the handler does */
 
 static void face_bus(int sig)
 {
