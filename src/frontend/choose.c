@@ -103,6 +103,8 @@ static const char *choose_continue(const struct choose *c, bool forced)
 		return NULL;
 	if (c->writable && (c->have & (FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP)) != (FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP))
 		return "UFFDIO_CONTINUE cannot write-protect pages as they appear (6.4)";
+	if (c->writable && (c->have & FAR_UFFD_WP_ASYNC))
+		return "stores into shared memory would each time be a fault first; of private memory the kernel notes them";
 	if (c->opts->local_max || !c->managed || !c->opts->pull_workers)
 		return "memory is taken 2 MiB at a time, which suits what will be here as a whole";
 	if (c->facts->bytes < CHOOSE_HUGE)

@@ -736,6 +736,11 @@ int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len)
 	return far_mem_each(m, off, len, mem_heal_piece, m);
 }
 
+bool far_memory_marks(const struct far_memory *m)
+{
+	return m->c.have & FAR_UFFD_POISON;
+}
+
 uint64_t far_memory_poisoned(struct far_memory *m)
 {
 	uint64_t sum = 0;

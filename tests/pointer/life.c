@@ -738,6 +738,31 @@ static void many_maps_at_once(void)
 	}
 }
 
+/* Kinds that need a userfaultfd of another kind, in one process. */
+static void maps_of_different_kinds(void)
+{
+	static const struct {
+		enum far_mechanism m;
+		enum far_tracking t;
+	} kinds[] = { { FAR_MECH_COPY, FAR_TRACK_SYNC }, { FAR_MECH_COPY, FAR_TRACK_HASH }, { FAR_MECH_COPY, FAR_TRACK_AUTO } };
+	struct far_mount *m[3];
+
+	for (unsigned k = 0; k < 3; k++) {
+		struct far_mount_opts o = rig_opts();
+		o.mechanism = kinds[k].m;
+		o.tracking = kinds[k].t;
+		m[k] = rig_map(&o);
+		((unsigned char *)far_addr(m[k]))[AT(10 + k)] = 0;
+	}
+	for (unsigned k = 0; k < 3; k++) {
+		CHECK(rig_right((unsigned char *)far_addr(m[k]) + AT(20), AT(20), CHUNK));
+		SAME(far_mount_flush(m[k]), 0);
+		SAME(remote.data[AT(10 + k)], 0);
+	}
+	for (unsigned k = 0; k < 3; k++)
+		SAME(far_mount_close(m[(k + 1) % 3]), 0);
+}
+
 #define CASE(f) { #f, f }
 
 int main(int argc, char **argv)
@@ -772,6 +797,7 @@ int main(int argc, char **argv)
 		CASE(close_ends_faults_that_wait_for_ever),
 		CASE(close_under_readers),
 		CASE(many_maps_at_once),
+		CASE(maps_of_different_kinds),
 	};
 	return rig_main(argc, argv, cases, sizeof cases / sizeof cases[0]);
 }
