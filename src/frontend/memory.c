@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static const _Alignas(4096) char mem_zeros[64 * 1024];
@@ -372,6 +373,25 @@ static int mem_foreign(int fd, uint64_t addr, char *buf, const char *from, uint6
 	return 0;
 }
 
+/* Through the kernel: the program may unmap or poison it under our hands, and an error is better than its SIGBUS. */
+static int mem_ours(uint64_t addr, char *buf, uint64_t len)
+{
+	while (len) {
+		struct iovec to = { buf, (size_t)len }, from = { (void *)(uintptr_t)addr, (size_t)len };
+		ssize_t n = process_vm_readv(getpid(), &to, 1, &from, 1, 0);
+		if (n < 0 && (errno == ENOSYS || errno == EPERM)) { /* a sandbox */
+			memcpy(buf, (const void *)(uintptr_t)addr, (size_t)len);
+			return 0;
+		}
+		if (n <= 0)
+			return n < 0 && errno == ENOMEM ? -ENOMEM : -EIO;
+		addr += (uint64_t)n;
+		buf += n;
+		len -= (uint64_t)n;
+	}
+	return 0;
+}
+
 /* Whole pages; what is not there is zero. */
 static int mem_read_pages(struct far_memory *m, uint64_t addr, char *buf, uint64_t len)
 {
@@ -391,7 +411,7 @@ static int mem_read_pages(struct far_memory *m, uint64_t addr, char *buf, uint64
 			if (!here[first])
 				memset(out, 0, (size_t)(to - from));
 			else if (m->ours)
-				memcpy(out, (const void *)(uintptr_t)from, (size_t)(to - from));
+				err = mem_ours(from, out, to - from);
 			else
 				err = mem_foreign(m->c.mem, from, out, NULL, to - from);
 		}
@@ -415,11 +435,21 @@ static int mem_read_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 	return mem_read_pages(m, addr, out, len);
 }
 
+/* What was read while the program changed its mappings may be another mapping's, or of a hole: once more then. */
 int far_mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
-	struct mem_io io = { .m = self, .buf = buf, .base = off };
+	struct far_memory *m = self;
+	struct mem_io io = { .m = m, .buf = buf, .base = off };
+	const struct mem_table *t;
+	int err;
 
-	return far_mem_each(self, off, len, mem_read_piece, &io);
+	do {
+		t = atomic_load_explicit(&m->table, memory_order_acquire);
+		err = far_mem_each(m, off, len, mem_read_piece, &io);
+		if (m->c.settle)
+			m->c.settle(m->c.opaque);
+	} while (t != atomic_load_explicit(&m->table, memory_order_acquire));
+	return err;
 }
 
 /* The page at addr exists from now on. */
@@ -617,7 +647,12 @@ int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 	far_mutex_unlock(&m->lock);
 	if (err)
 		return err;
-	err = m->c.have & FAR_UFFD_POISON ? far_uffd_poison(m->c.uffd, addr, len, &done) : mem_poison_map(m, addr, len);
+	if (m->c.have & FAR_UFFD_POISON)
+		err = far_uffd_poison(m->c.uffd, addr, len, &done);
+	else if (mem_look(m, addr) == -EEXIST) /* the mapping would replace what is there */
+		err = -EEXIST;
+	else
+		err = mem_poison_map(m, addr, len);
 	if (err) { /* it came while we gave up, or it is gone */
 		far_mutex_lock(&m->lock);
 		mem_cut_locked(&m->poison, off, len);
@@ -665,6 +700,13 @@ uint64_t far_memory_poisoned(struct far_memory *m)
 		sum += m->poison.v[k].len;
 	far_mutex_unlock(&m->lock);
 	return sum;
+}
+
+bool far_mem_is_poisoned(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t at;
+
+	return atomic_load_explicit(&m->n_poison, memory_order_acquire) && far_memory_next_poison(m, off, off + len, &at);
 }
 
 bool far_memory_has_poison(const struct far_memory *m)

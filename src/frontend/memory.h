@@ -36,6 +36,9 @@ struct far_memory_conf {
 	char *alias;          /* CONTINUE: the second mapping of the shared memory; borrowed */
 	int shared;           /* CONTINUE: its descriptor; borrowed */
 	struct far_backend *remote; /* for pages that were unmapped while they were dirty */
+	/* Waits until every change of mappings that the program is making now is noted here. Not for receivers. */
+	void (*settle)(void *opaque);
+	void *opaque;
 };
 /* The memory as a backend; owned by the caller, its close ends it. */
 int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, struct far_backend **store);

@@ -39,6 +39,7 @@
 #define TRACK_BLOCK (64 * FAR_KIB) /* of a push that is looked at once more */
 #define TRACK_ATTIC (4 * FAR_MIB)
 #define TRACK_SUSPECTS 4096
+#define TRACK_POPULATE_WRITE 23 /* MADV_POPULATE_WRITE, 5.14 */
 
 /* ------------------------------------------------------------------------------------------------------------- hashes */
 
@@ -191,7 +192,8 @@ static bool track_there(void *self, uint64_t off, uint64_t len)
 {
 	uint64_t from = off / MEM_PAGE * MEM_PAGE, end = far_div_up(off + len, MEM_PAGE) * MEM_PAGE;
 
-	return far_mem_each(self, from, end - from, track_there_piece, self) == 0;
+	/* To the kernel a poisoned page is there, and written. */
+	return !far_mem_is_poisoned(self, from, end - from) && far_mem_each(self, from, end - from, track_there_piece, self) == 0;
 }
 
 /* ----------------------------------------------------------------------------------------------------------- collect */
@@ -313,23 +315,64 @@ static int track_again(struct far_memory *m, struct far_region *r)
 	return err;
 }
 
-/* The kernel drops the pages itself, soon (of shared memory only the program's view): before that a push may read what is
- * in them. So they are dropped here first, between two tellings: the first keeps fills away, the second makes sure that
- * zeros are pushed. Faults there wait until the end. */
+/* One chunk's part is zero now. */
+static int track_discard(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
+{
+	bool held = far_region_hold(r, off);
+	int err = far_region_stored(r, off, len, FAR_STORED_ZEROS, NULL, NULL);
+
+	if (held)
+		far_region_release(r, off);
+	if (err || !m->ours || (held && m->c.mechanism != FAR_MECH_CONTINUE))
+		return err;
+	/* The kernel has dropped, of shared memory, only the program's view. And what was on its way when it dropped the pages
+	 * may have come after that; from the first telling on nothing comes any more. */
+	err = far_memory_drop(m, off, len);
+	return err ? err : far_region_stored(r, off, len, FAR_STORED_ZEROS, NULL, NULL);
+}
+
+/*
+ * The kernel drops the pages itself, soon; before that a push may read what is in them, so they are told once more by the
+ * next collect. Faults there wait until this has ended. After MADV_FREE the pages stay until memory is short, and the
+ * program may go on storing into them: so pages of a chunk that is local are not dropped here.
+ */
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
 {
 	uint64_t end = far_min(off + len, m->c.bytes);
+	int err = 0;
 
-	if (off >= end)
+	if (m->c.tracking == FAR_TRACK_NONE) /* read-only: it is only forgotten, the next touch brings it again */
 		return 0;
-	int err = far_region_stored(r, off, end - off, FAR_STORED_ZEROS, NULL, NULL);
-	if (!err && m->ours)
-		err = far_memory_drop(m, off, len);
-	if (!err)
-		err = far_region_stored(r, off, end - off, FAR_STORED_ZEROS, NULL, NULL);
-	if (err || !m->ours)
+	for (uint64_t at = off, n; at < end && !err; at += n) {
+		n = far_min(end, at / far_mem_chunk(m) * far_mem_chunk(m) + far_mem_chunk(m)) - at;
+		err = track_discard(m, r, at, n);
+	}
+	if (off < end)
 		far_memory_suspect(m, off, end - off);
 	return err;
+}
+
+/* What MADV_FREE has left here stays: the kernel must not take it later, when nobody looks. */
+static int track_keep_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+	bool here[64];
+
+	for (uint64_t at = 0, n; addr && at < len; at += n) {
+		uint64_t pages = far_min(far_div_up(len - at, MEM_PAGE), FAR_ARRAY_LEN(here)), k = 0;
+		n = pages * MEM_PAGE;
+		if (far_uffd_present(m->c.pagemap, addr + at, n, here))
+			return 0;
+		while (k < pages) {
+			uint64_t first = k;
+			for (; k < pages && here[k] == here[first]; k++)
+				;
+			if (here[first]) /* a kernel before 5.14 cannot; then it may become zero, as MADV_FREE says */
+				madvise((void *)(uintptr_t)(addr + at + first * MEM_PAGE), (size_t)((k - first) * MEM_PAGE),
+					TRACK_POPULATE_WRITE);
+		}
+	}
+	return 0;
 }
 
 static int track_suspects(struct far_memory *m, struct far_region *r)
@@ -342,6 +385,8 @@ static int track_suspects(struct far_memory *m, struct far_region *r)
 	m->suspect = (struct mem_runs){ 0 };
 	far_mutex_unlock(&m->lock);
 	for (size_t k = 0; k < s.n; k++) {
+		if (m->ours && m->c.mechanism != FAR_MECH_CONTINUE)
+			far_mem_each(m, s.v[k].off, s.v[k].len, track_keep_piece, m);
 		int e = far_region_stored(r, s.v[k].off, s.v[k].len, 0, NULL, NULL);
 		if (e)
 			far_memory_suspect(m, s.v[k].off, s.v[k].len);

@@ -8,7 +8,8 @@
  *     fetched    by that thread: on its seat as long as nothing blocks, after leaving it as soon as something does; parked
  *                when no thread is left
  *     failed     at the deadline, or with an error: the page is poisoned and the thread gets SIGBUS. With --on-fail wait
- *                it is tried again for as long as the mapping stands
+ *                it is tried again for as long as the mapping stands. A backend that does not keep the deadline (the
+ *                program's own may know nothing of it) is not waited for: the receivers look at what is blocked
  *
  * A store into a protected page (synchronous tracking) is told to the region, then allowed.
  *
@@ -38,7 +39,8 @@
 #include <unistd.h>
 
 #define PAGER_THREADS 256
-#define PAGER_SLOTS 64             /* blocked faults that status can name */
+#define PAGER_SLOTS 256            /* blocked faults that status can name */
+#define PAGER_WATCH_MS 50          /* between looks whether one is past its deadline */
 #define PAGER_AGAIN (100 * FAR_MSEC) /* between tries that wait for ever */
 #define PAGER_LOOK_MS 1000         /* whether the other process is still there */
 #define PAGER_PAGE ((uint64_t)4096)
@@ -63,6 +65,8 @@ struct far_receivers {
 	} seat[CPU_SETSIZE];
 
 	_Atomic bool gone;         /* the process whose memory it is */
+	_Atomic unsigned n_watched; /* blocked faults with a deadline */
+	_Atomic uint64_t watch_at;
 	struct far_mutex lock;
 	struct far_cond changed;   /* a removal is done, a member has fewer users */
 	struct far_member *members FAR_GUARDED_BY(lock);
@@ -82,6 +86,7 @@ struct far_member {
 	_Atomic unsigned n_removing, n_blocked;
 	struct {
 		_Atomic uint64_t off1, since; /* offset and one; 0: free */
+		_Atomic uint64_t until;       /* not waited for any longer; FAR_NEVER: it is given up already, or never is */
 	} slot[PAGER_SLOTS];
 	/* under the receivers' lock */
 	struct far_member *next;
@@ -98,6 +103,7 @@ struct pager_work {
 	uint64_t off;
 	int child;             /* the child's descriptor; -1: it is the process itself */
 	int slot;
+	bool watched;          /* whoever takes the slot's `until` gives up */
 	uint64_t until;
 };
 
@@ -122,7 +128,12 @@ static void pager_count(struct pager_work *w)
 		if (!atomic_compare_exchange_strong_explicit(&x->slot[k].off1, &none, w->off + 1, memory_order_relaxed,
 							     memory_order_relaxed))
 			continue;
+		bool watched = w->child < 0 && w->e.kind != FAR_EVENT_STORE && w->until != FAR_NEVER;
 		atomic_store_explicit(&x->slot[k].since, far_now(), memory_order_relaxed);
+		atomic_store(&x->slot[k].until, watched ? w->until + PAGER_WATCH_MS * FAR_MSEC : FAR_NEVER);
+		w->watched = watched;
+		if (watched)
+			atomic_fetch_add_explicit(&w->v->n_watched, 1, memory_order_relaxed);
 		w->slot = k;
 		return;
 	}
@@ -147,6 +158,8 @@ static void pager_release(struct pager_work *w)
 		if (w->slot < PAGER_SLOTS)
 			atomic_store_explicit(&x->slot[w->slot].off1, 0, memory_order_relaxed);
 		atomic_fetch_sub_explicit(&x->n_blocked, 1, memory_order_relaxed);
+		if (w->watched)
+			atomic_fetch_sub_explicit(&w->v->n_watched, 1, memory_order_relaxed);
 	}
 	far_mutex_lock(&w->v->lock);
 	if (--x->users == 0)
@@ -290,11 +303,20 @@ static int pager_serve(struct pager_work *w)
 	return w->e.kind == FAR_EVENT_STORE ? pager_store(w) : pager_fetch(w);
 }
 
+/* A receiver has given up already. */
+static bool pager_was_given_up(struct pager_work *w)
+{
+	return w->watched && atomic_exchange(&w->x->slot[w->slot].until, FAR_NEVER) == FAR_NEVER;
+}
+
 /* The thread gets SIGBUS. */
 static void pager_give_up(struct pager_work *w, int err)
 {
 	struct far_member *x = w->x;
 	uint64_t done;
+
+	if (pager_was_given_up(w))
+		return;
 
 	pager_may_block(w); /* where it changes mappings that has to be read of by a receiver */
 	far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
@@ -309,6 +331,54 @@ static void pager_give_up(struct pager_work *w, int err)
 		err = far_memory_poison(x->c.memory, w->e.addr, PAGER_PAGE);
 	if (err && err != -ESRCH && err != -ENOENT && err != -EEXIST)
 		far_log(FAR_LOG_ERROR, "that cannot be told to the program (%s): it waits until its mapping ends", far_strerror(err));
+}
+
+/* Blocked calls of x that did not end at their deadline: the program is told, they may end when they like. Without
+ * UFFDIO_POISON that changes mappings, which another receiver has to read of: not on a seat then. */
+static void pager_watch_member(struct far_member *x)
+{
+	uint64_t now = far_now(), n;
+
+	for (int k = 0; k < PAGER_SLOTS; k++) {
+		uint64_t until = atomic_load(&x->slot[k].until), off1 = atomic_load(&x->slot[k].off1);
+		if (!off1 || now < until || !atomic_compare_exchange_strong(&x->slot[k].until, &until, FAR_NEVER))
+			continue;
+		uint64_t addr = far_memory_addr(x->c.memory, off1 - 1, &n);
+		if (!addr)
+			continue;
+		far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s did not come in time: who uses them gets SIGBUS",
+			off1 - 1, off1 - 1 + PAGER_PAGE, x->c.source);
+		int err = far_memory_poison(x->c.memory, addr, PAGER_PAGE);
+		if (err)
+			far_log(FAR_LOG_ERROR, "that cannot be told to the program (%s): it waits until its mapping ends", far_strerror(err));
+	}
+}
+
+/* One receiver does it for all; off its seat, see above. */
+static void pager_watch(struct far_receivers *v, struct far_seat *seat)
+{
+	struct far_member *x;
+	uint64_t now = far_now(), next = atomic_load(&v->watch_at);
+
+	if (now < next || !atomic_compare_exchange_strong(&v->watch_at, &next, now + PAGER_WATCH_MS * FAR_MSEC) ||
+	    !far_crew_leave(seat))
+		return;
+	for (unsigned k = 0;; k++) {
+		unsigned at = 0;
+		far_mutex_lock(&v->lock);
+		for (x = v->members; x && at < k; x = x->next)
+			at++;
+		if (x)
+			x->users++;
+		far_mutex_unlock(&v->lock);
+		if (!x)
+			return;
+		pager_watch_member(x);
+		far_mutex_lock(&v->lock);
+		if (--x->users == 0)
+			far_cond_broadcast(&v->changed);
+		far_mutex_unlock(&v->lock);
+	}
 }
 
 /* On a thread that may block, or on a seat. False: it could not go on there. */
@@ -565,7 +635,9 @@ static bool pager_seat_run(void *opaque, struct far_seat *seat)
 		return true;
 	if (s->first && v->ours)
 		n += pager_children(v, pf + 3, FAR_ARRAY_LEN(pf) - 3);
-	int timeout = s->first && (!v->ours || n > 3) ? PAGER_LOOK_MS : -1;
+	/* A thread that blocks has left its seat: whoever took it comes by here. */
+	bool watch = atomic_load_explicit(&v->n_watched, memory_order_relaxed) != 0;
+	int timeout = watch ? PAGER_WATCH_MS : s->first && (!v->ours || n > 3) ? PAGER_LOOK_MS : -1;
 	int got = poll(pf, n, timeout);
 	if ((got < 0 && errno != EINTR) || pf[1].revents)
 		return false;
@@ -578,6 +650,8 @@ static bool pager_seat_run(void *opaque, struct far_seat *seat)
 	for (unsigned k = 3; got > 0 && k < n; k++)
 		if (pf[k].revents & POLLIN)
 			pager_receive(v, pf[k].fd, seat);
+	if (watch)
+		pager_watch(v, seat);
 	return true;
 }
 
@@ -715,6 +789,18 @@ void far_receivers_put(struct far_receivers *v)
 	far_mutex_unlock(&own.lock);
 	if (last)
 		receivers_free(v);
+}
+
+/* The kernel refuses every call while a change waits to be read of, and whoever reads does so under the lock. */
+void far_receivers_settle_cb(void *receivers)
+{
+	static const _Alignas(4096) char zeros[4096];
+	struct far_receivers *v = receivers;
+	uint64_t done;
+
+	far_uffd_copy(v->uffd, PAGER_PAGE, zeros, PAGER_PAGE, 0, &done); /* nothing is there: -ENOENT, when it is its turn */
+	far_mutex_lock(&v->lock);
+	far_mutex_unlock(&v->lock);
 }
 
 int far_receivers_uffd(const struct far_receivers *v)

@@ -19,6 +19,8 @@ int far_receivers_get(unsigned have, struct far_receivers **out, struct far_erro
 int far_receivers_new(int uffd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err);
 void far_receivers_put(struct far_receivers *v);
 int far_receivers_uffd(const struct far_receivers *v);
+/* Returns when all changes of mappings that had begun are noted. Not on a receiver that still has its seat. */
+void far_receivers_settle_cb(void *receivers);
 
 struct far_member_conf {
 	struct far_memory *memory;

@@ -227,6 +227,8 @@ static int pointer_memory(struct far_pointer *p, const struct far_pointer_conf *
 		.alias = p->alias,
 		.shared = p->shared,
 		.remote = p->below,
+		.settle = far_receivers_settle_cb,
+		.opaque = p->receivers,
 	};
 
 	if (conf->given)
@@ -499,14 +501,16 @@ int far_pointer_discard(struct far_pointer *p, uint64_t off, uint64_t len)
 
 int far_pointer_heal(struct far_pointer *p, uint64_t off, uint64_t len)
 {
-	uint64_t end = off + len, at = off / POINTER_PAGE * POINTER_PAGE, bad, n;
+	uint64_t end = off + len, at = off / POINTER_PAGE * POINTER_PAGE, bad, n, last = UINT64_MAX;
+	unsigned tries = 0;
 	int err = 0;
 
 	if (!p->memory) /* nothing stays poisoned: each touch tries anew */
 		return 0;
 	uint64_t old = far_deadline_limit(far_now() + (p->o.deadline_ms ? p->o.deadline_ms : 30000) * FAR_MSEC);
-	for (unsigned tries = 0; !err && far_memory_next_poison(p->memory, at, end, &bad); tries = bad == at ? tries + 1 : 0) {
-		at = bad;
+	while (!err && far_memory_next_poison(p->memory, at, end, &bad)) {
+		tries = bad == last ? tries + 1 : 0;
+		at = last = bad;
 		if (tries > 3)
 			err = -EIO;
 		else if (!far_region_hold(p->region, bad))

@@ -214,14 +214,11 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 	return err ? err : shown;
 }
 
-int far_cache_fetch_near(struct far_region *r, struct far_fetch *f, uint64_t i, const char *page, uint64_t first)
+int far_cache_fill_near(struct far_region *r, struct far_fetch *f, uint64_t i, struct far_partial *e, int err)
 {
 	uint64_t off = i << r->shift, len = far_chunkmap_len(r->map, i);
 	char *buf = far_buf_get((size_t)len);
-	struct far_partial *e;
 
-	far_chunkmap_fill_begin(r->map, f, &e);
-	int err = e ? 0 : cache_store(r, off, page - first, first, far_min(first + CACHE_PAGE, len), FAR_FILL);
 	if (!err)
 		err = buf ? far_read(r->remote, off, buf, (size_t)len, 0) : -ENOMEM;
 	if (err)

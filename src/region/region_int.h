@@ -67,9 +67,9 @@ int far_cache_zero(void *self, uint64_t off, uint64_t len, unsigned flags);
 /* Carry out a claim: read the run from the remote, fill the local store, end the claim. urgent: an offset that a program
  * waits for, UINT64_MAX: none. flags: FAR_BULK, FAR_NOWAIT. 1: done, and the page at `urgent` is there; 0: done. */
 int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, uint64_t urgent, unsigned flags);
-/* One chunk whose remote has it at hand: the page at `first` in it, which has been read already, then all of it. The page
- * appears while the chunk is FILLING: a discard of it waits for the whole, so nothing older can come over it. */
-int far_cache_fetch_near(struct far_region *r, struct far_fetch *f, uint64_t i, const char *page, uint64_t first);
+/* The only chunk of a claim, FILLING with e (far_chunkmap_fill_begin()), from a remote that has it at hand; err: do not even
+ * try. Ends all of it. */
+int far_cache_fill_near(struct far_region *r, struct far_fetch *f, uint64_t i, struct far_partial *e, int err);
 /* Make chunk i local, and those after it up to max in the same call if they are absent too. */
 int far_cache_need(struct far_region *r, uint64_t i, uint64_t max);
 /* Chunks have become local: tell who waits for that. */

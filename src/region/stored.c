@@ -47,34 +47,89 @@ void far_region_release(struct far_region *r, uint64_t off)
 
 /* ------------------------------------------------------------------------------------------------------------ faults */
 
+/*
+ * How many chunks the fault at chunk i should bring: one where the program jumps, twice as many each time where it goes
+ * forward, that is where everything between the last fault and this one is local. What threads make of the two counters
+ * together is a guess, as all of this is.
+ */
+static uint64_t stored_extent(struct far_region *r, uint64_t i)
+{
+	uint64_t last = atomic_exchange_explicit(&r->last_fault, i, memory_order_relaxed), run = 0;
+
+	if (i > last && i - last <= r->ahead_max) {
+		uint64_t at = last + 1;
+		while (at < i && far_chunkmap_is_local(r->map, at))
+			at++;
+		run = at < i ? 0 : far_min(atomic_load_explicit(&r->fault_run, memory_order_relaxed) + 1, 9);
+	}
+	atomic_store_explicit(&r->fault_run, run, memory_order_relaxed);
+	uint64_t most = (r->memory.stage ? FAR_STAGE : STORED_MOST) >> r->shift;
+	return far_max(1, far_min((uint64_t)1 << run, most));
+}
+
+/*
+ * Chunk i is claimed, and the remote has it at hand: the page that is waited for first, then this CPU for who waits for it,
+ * then the rest; from the seat if that is little. The page appears when the chunk is FILLING already: a discard of it waits
+ * for the whole, so nothing older can come over it. 1: the page is there.
+ */
+static int stored_fetch_page(struct far_region *r, struct far_fetch *f, uint64_t off, const char *page,
+			     bool (*may_block)(void *opaque), void *opaque)
+{
+	uint64_t i = off >> r->shift, base = i << r->shift, len = far_chunkmap_len(r->map, i);
+	struct far_partial *e;
+
+	far_chunkmap_fill_begin(r->map, f, &e);
+	/* Of a half-written chunk only the gaps may be filled: a missing page may be one that was made zero here. */
+	int err = e ? 0 : far_write(r->local, off, page, (size_t)far_min(STORED_PAGE, base + len - off), FAR_FILL);
+	bool shown = !e && !err;
+	if (shown)
+		far_thread_yield();
+	if (len > STORED_AT_ONCE)
+		may_block(opaque); /* if it may not, the seat waits for some copying */
+	err = far_cache_fill_near(r, f, i, e, err);
+	return shown ? 1 : err; /* if the rest did not come, whoever touches it asks again */
+}
+
+/* The claim on n chunks is carried out. */
+static int stored_carry_out(struct far_region *r, struct far_fetch *f, uint64_t n, uint64_t off, const char *page,
+			    bool (*may_block)(void *opaque), void *opaque)
+{
+	uint64_t i = off >> r->shift, len = far_min(n << r->shift, r->bytes - (i << r->shift));
+
+	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
+	far_pull_demand_begin(r, len);
+	far_pull_fault(r, i, n);
+	int err = page && n == 1 ? stored_fetch_page(r, f, off, page, may_block, opaque) : far_cache_fetch(r, f, i, n, off, 0);
+	far_pull_demand_end(r, len, err < 0 ? err : 0);
+	return err;
+}
+
+/*
+ * A remote that is memory, or as good as that, is asked by the thread on the seat: leaving it would take longer. A program
+ * that goes from page to page wants what follows at once, and as much of it in one step as stays in the cache, or as is a
+ * huge page.
+ */
 static int stored_fetch(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)
 {
 	const struct far_facts *facts = far_facts(r->remote);
-	uint64_t i = off >> r->shift, n;
-	struct far_fetch *f = far_chunkmap_claim(r->map, i, 1, &n);
-	int err;
+	bool near = !(facts->caps & FAR_CAP_REMOTE) && !facts->chunk;
+	uint64_t i = off >> r->shift, n, extent = near ? stored_extent(r, i) : 1;
+	uint64_t whole = r->memory.stage ? FAR_STAGE >> r->shift : 0;
+	_Alignas(64) char page[STORED_PAGE];
 
+	if (whole > 1 && extent > 1) /* up to the next huge page, or all of one */
+		extent = i % whole ? far_min(extent, whole - i % whole) : whole;
+	struct far_fetch *f = far_chunkmap_claim(r->map, i, extent, &n);
 	if (!f && n)
 		return -ENOMEM;
 	if (!f) /* somebody else fetches it, or it has come by now */
 		return far_chunkmap_is_local(r->map, i) ? 0 : may_block(opaque) ? far_chunkmap_wait(r->map, i) : -EAGAIN;
-	uint64_t len = far_chunkmap_len(r->map, i);
-	_Alignas(64) char page[STORED_PAGE];
-	bool near = !(facts->caps & FAR_CAP_REMOTE) && !facts->chunk && len > STORED_PAGE &&
-		    far_read(r->remote, off, page, (size_t)far_min(sizeof page, r->bytes - off), FAR_NOWAIT) == 0;
+	near = near && far_read(r->remote, off, page, (size_t)far_min(sizeof page, r->bytes - off), FAR_NOWAIT) == 0;
 	if (!near && !may_block(opaque)) {
 		far_chunkmap_fetch_end(r->map, f, -EAGAIN);
 		return -EAGAIN;
 	}
-	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
-	far_pull_demand_begin(r, len);
-	far_pull_fault(r, i, 1);
-	if (near)
-		err = far_cache_fetch_near(r, f, i, page, off - (i << r->shift));
-	else
-		err = far_cache_fetch(r, f, i, 1, off, 0);
-	far_pull_demand_end(r, len, err);
-	return err;
+	return stored_carry_out(r, f, n, off, near ? page : NULL, may_block, opaque);
 }
 
 int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque)

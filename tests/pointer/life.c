@@ -537,7 +537,7 @@ static void gdb_can_be_attached(void)
 		if (strstr(line, "ptrace: Operation not permitted"))
 			rig_skip("this process may not be traced here");
 	}
-	SAME(pclose(f), 0);
+	pclose(f); /* its exit status is that of the command that was to fail */
 	CHECK(here);
 	CHECK(!zeros);
 	CHECK(rig_right(p + AT(60), AT(60), CHUNK));
@@ -661,7 +661,7 @@ static void close_while_threads_fault(enum far_on_fail policy)
 	static struct toucher t[ENDS];
 
 	o.on_fail = policy;
-	o.deadline_ms = 60000;
+	o.deadline_ms = policy == FAR_ON_FAIL_WAIT ? 500 : 60000; /* those that wait are waited for so long */
 	struct far_mount *m = rig_map(&o);
 	ends_start(far_addr(m), t);
 	uint64_t began = now_ms();
