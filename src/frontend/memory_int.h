@@ -39,11 +39,12 @@ struct far_memory {
 	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
 	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
 	_Atomic bool reading;     /* with `gone`: an event may be read now */
-	_Atomic unsigned n_poison;
+	_Atomic unsigned n_poison, n_dropping;
 	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
 
 	struct far_mutex lock;
 	struct far_cond changed;
+	struct mem_runs dropping FAR_GUARDED_BY(lock); /* by offset: the program drops it, and the region does not know yet */
 	struct mem_runs own FAR_GUARDED_BY(lock);      /* [addr, len) that we drop ourselves, whose events have not come yet */
 	struct mem_runs poison FAR_GUARDED_BY(lock);   /* by offset */
 	struct mem_runs suspect FAR_GUARDED_BY(lock);  /* stored, and nobody has been told yet */

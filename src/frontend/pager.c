@@ -453,6 +453,7 @@ static void pager_remove_begin_locked(struct pager_work *w) FAR_REQUIRES(w->v->l
 	struct far_member *x = w->x;
 	struct pager_removing *q = malloc(sizeof *q);
 
+	far_memory_dropping(x->c.memory, w->off, w->e.len);
 	if (!q)
 		return; /* then a fault may see what was there before */
 	*q = (struct pager_removing){ x->removing, w->off, w->e.len };
@@ -469,6 +470,7 @@ static void pager_remove(struct pager_work *w)
 	uint64_t old = far_deadline_limit(w->until);
 	int err = far_memory_discarded(x->c.memory, x->c.region, w->off, w->e.len);
 	far_deadline_restore(old);
+	far_memory_dropped(x->c.memory, w->off, w->e.len);
 	if (err)
 		far_log(FAR_LOG_WARNING, "a discard of bytes %" PRIu64 " to %" PRIu64 " of %s is not told yet (%s)", w->off,
 			w->off + w->e.len, x->c.source, far_strerror(err));
