@@ -323,8 +323,7 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 	return err == -ENOENT || err == -ESRCH ? 0 : err;
 }
 
-/* From `off` on, what the program is not dropping at this moment: [*from, *to). False: nothing before end. */
-static bool mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
 {
 	uint64_t a = off, b = end;
 
@@ -354,9 +353,13 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 
 	if (!addr) /* the program has unmapped it */
 		return 0;
-	if (!atomic_load_explicit(&f->m->n_dropping, memory_order_acquire))
+	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
 		return mem_fill_kept(f, addr, off, len);
-	for (uint64_t at = off; !err && mem_kept(f->m, at, end, &from, &to); at = to)
+	if (f->m->c.mechanism != FAR_MECH_CONTINUE) {
+		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
+		return err == -ENOENT || err == -ESRCH ? 0 : err;
+	}
+	for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
 		err = mem_fill_kept(f, addr + (from - off), from, to - from);
 	return err;
 }
@@ -365,6 +368,7 @@ void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
 {
 	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = mem_page_up(off + len);
 
+	atomic_store_explicit(&m->drops, true, memory_order_release);
 	far_mutex_lock(&m->lock);
 	if (m->dropping.n == m->dropping.cap) { /* without memory for it what was there before may be seen again */
 		size_t cap = m->dropping.cap ? 2 * m->dropping.cap : 16;
@@ -374,7 +378,6 @@ void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
 	}
 	if (m->dropping.n < m->dropping.cap)
 		m->dropping.v[m->dropping.n++] = (struct mem_run){ down, up - down };
-	atomic_store_explicit(&m->n_dropping, (unsigned)m->dropping.n, memory_order_release);
 	far_mutex_unlock(&m->lock);
 }
 
@@ -388,7 +391,6 @@ void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len)
 			m->dropping.v[k] = m->dropping.v[--m->dropping.n];
 			break;
 		}
-	atomic_store_explicit(&m->n_dropping, (unsigned)m->dropping.n, memory_order_release);
 	far_mutex_unlock(&m->lock);
 }
 

@@ -39,7 +39,8 @@ struct far_memory {
 	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
 	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
 	_Atomic bool reading;     /* with `gone`: an event may be read now */
-	_Atomic unsigned n_poison, n_dropping;
+	_Atomic unsigned n_poison;
+	_Atomic bool drops;       /* the program has dropped pages at least once */
 	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
 
 	struct far_mutex lock;
@@ -84,6 +85,9 @@ int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len);
 /* memory_given.c */
 int far_mem_given_open(struct far_memory *m);
 int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
+int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
+/* From `off` on, what the program is not dropping at this moment: [*from, *to). False: nothing before end. */
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to);
 
 /* memory_track.c */
 void far_mem_track_open(struct far_memory *m);

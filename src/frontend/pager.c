@@ -548,13 +548,12 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	uint64_t done;
 
 	far_mutex_lock(&v->lock);
-	struct far_member *given = v->ours ? NULL : v->members; /* the only one there is */
-	if (given)
-		far_memory_reading(given->c.memory, true);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, true);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
-	if (given)
-		far_memory_reading(given->c.memory, false);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, false);
 	far_mutex_unlock(&v->lock);
 	if (!go)
 		return n > 0;
