@@ -464,6 +464,7 @@ static void pager_remove_begin_locked(struct pager_work *w) FAR_REQUIRES(w->v->l
 	struct far_member *x = w->x;
 	struct pager_removing *q = malloc(sizeof *q);
 
+	far_memory_dropping(x->c.memory, w->off, w->e.len);
 	if (!q)
 		return; /* then a fault may see what was there before */
 	*q = (struct pager_removing){ x->removing, w->off, w->e.len };
@@ -480,6 +481,7 @@ static void pager_remove(struct pager_work *w)
 	uint64_t old = far_deadline_limit(w->until);
 	int err = far_memory_discarded(x->c.memory, x->c.region, w->off, w->e.len);
 	far_deadline_restore(old);
+	far_memory_dropped(x->c.memory, w->off, w->e.len);
 	if (err)
 		far_log(FAR_LOG_WARNING, "a discard of bytes %" PRIu64 " to %" PRIu64 " of %s is not told yet (%s)", w->off,
 			w->off + w->e.len, x->c.source, far_strerror(err));
@@ -556,15 +558,14 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
 	uint64_t done;
 
-	far_mutex_lock(&w.v->lock);
-	struct far_member *given = v->ours ? NULL : v->members; /* the only one there is */
-	if (given)
-		far_memory_reading(given->c.memory, true);
+	far_mutex_lock(&v->lock);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, true);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
-	if (given)
-		far_memory_reading(given->c.memory, false);
-	far_mutex_unlock(&w.v->lock);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, false);
+	far_mutex_unlock(&v->lock);
 	if (!go)
 		return n > 0;
 	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
