@@ -488,9 +488,12 @@ FAR_API void far_handover_fini(struct far_handover *h); /* close the descriptors
 struct far_pager;
 FAR_API int far_pager_open(struct far_handover *h, struct far_backend *b, const struct far_mount_opts *opts,
 			   void (*ended)(void *opaque), void *opaque, struct far_pager **out, struct far_error *err);
+/* Every store that ended before is on the backend, and its own flush succeeded. Nothing to do unless h.writable. -ESRCH:
+ * the process, or its memory, is gone. */
 FAR_API int far_pager_flush(struct far_pager *p);
 FAR_API void far_pager_status(struct far_pager *p, struct far_status *st);
-FAR_API int far_pager_close(struct far_pager *p); /* the last flush's error */
+/* The last flush's error; -ESRCH: the process ended first, and what it stored after the flush before is lost. */
+FAR_API int far_pager_close(struct far_pager *p);
 
 /* ------------------------------------------------------------------------------------------------ server */
 

@@ -144,24 +144,76 @@ static int mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len)
 	return err;
 }
 
+/* Whether a mapping of this process ends at addr. Seldom asked. */
+static bool mem_vma_ends(uint64_t addr)
+{
+	int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	uint64_t x = 0;
+	unsigned field = 0; /* of the line: 0 where it begins, 1 where it ends, 2 the rest */
+	bool found = false;
+	char buf[1024];
+	ssize_t n;
+
+	while (fd >= 0 && !found && (n = read(fd, buf, sizeof buf)) > 0)
+		for (ssize_t k = 0; k < n && !found; k++) {
+			char c = buf[k];
+			if (c == '\n') {
+				field = 0;
+				x = 0;
+			} else if (field < 2 && (c == '-' || c == ' ')) {
+				found = field == 1 && x == addr;
+				field++;
+				x = 0;
+			} else if (field < 2) {
+				x = x << 4 | (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
+			}
+		}
+	if (fd >= 0)
+		close(fd);
+	return found;
+}
+
+/* Whether this event is of a drop of ours. The kernel does not say whose it is, and the program may drop a part of the
+ * same range at the same moment: ours is the one that is as long, or that ends where a mapping ends, for it reports each
+ * mapping by itself, in order. */
 static bool mem_own_take(struct far_memory *m, uint64_t addr, uint64_t len)
 {
-	bool ours = false;
+	bool ours = false, part = false;
 
 	far_mutex_lock(&m->lock);
 	for (size_t k = 0; k < m->own.n && !ours; k++) {
 		struct mem_run *v = &m->own.v[k];
-		if (addr < v->off || addr + len > v->off + v->len)
-			continue;
-		ours = true;
-		/* Pieces come from its start, in order. */
-		v->len -= addr + len - v->off;
-		v->off = addr + len;
-		if (!v->len)
+		ours = v->off == addr && v->len == len;
+		part |= v->off == addr && v->len > len;
+		if (ours)
 			*v = m->own.v[--m->own.n];
 	}
 	far_mutex_unlock(&m->lock);
+	if (ours || !part || !mem_vma_ends(addr + len))
+		return ours;
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->own.n && !ours; k++) {
+		struct mem_run *v = &m->own.v[k];
+		if (v->off != addr || v->len <= len)
+			continue;
+		ours = true;
+		v->off += len;
+		v->len -= len;
+	}
+	far_mutex_unlock(&m->lock);
 	return ours;
+}
+
+/* It failed in the middle: what is left of it will not be reported. */
+static void mem_own_cancel(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->own.n; k++)
+		if (m->own.v[k].off >= addr && m->own.v[k].off + m->own.v[k].len == addr + len) {
+			m->own.v[k] = m->own.v[--m->own.n];
+			break;
+		}
+	far_mutex_unlock(&m->lock);
 }
 
 /* Drop pages of this process, whatever is in them. */
@@ -173,8 +225,8 @@ int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len)
 		return err;
 	if (madvise((void *)(uintptr_t)addr, (size_t)len, MADV_DONTNEED) == 0)
 		return 0;
-	err = -errno; /* locked memory: nothing was dropped or reported */
-	mem_own_take(m, addr, len);
+	err = -errno; /* locked memory: from there on nothing was dropped or reported */
+	mem_own_cancel(m, addr, len);
 	return err;
 }
 
@@ -586,7 +638,7 @@ static int mem_poison_map(struct far_memory *m, uint64_t addr, uint64_t len)
 
 	if (!err && mmap((void *)(uintptr_t)addr, (size_t)len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
 		err = -errno;
-		mem_own_take(m, addr, len);
+		mem_own_cancel(m, addr, len);
 	}
 	if (fd >= 0)
 		close(fd);

@@ -54,7 +54,7 @@ struct pager_child {
 struct far_receivers {
 	/* fixed after open */
 	int uffd, stop_fd, child_fd; /* eventfds: one is written once and never read, the other when there is a child */
-	bool ours;
+	bool ours, has_pidfd;
 	struct far_crew *crew;
 	void (*ended)(void *opaque);
 	void *opaque;
@@ -525,7 +525,7 @@ static bool pager_note_locked(struct pager_work *w) FAR_REQUIRES(w->v->lock)
 		for (struct far_member *x = v->members; x; x = x->next)
 			if (far_memory_removed(x->c.memory, w->e.addr, w->e.len) || far_memory_forget(x->c.memory, w->e.addr, w->e.len))
 				return false;
-	w->x = pager_find_locked(v, w->e.addr, &w->off);
+	w->x = pager_find_locked(w->v, w->e.addr, &w->off);
 	if (!w->x)
 		return fault;
 	if (w->e.kind == FAR_EVENT_REMOVE)
@@ -545,7 +545,7 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
 	uint64_t done;
 
-	far_mutex_lock(&v->lock);
+	far_mutex_lock(&w.v->lock);
 	struct far_member *given = v->ours ? NULL : v->members; /* the only one there is */
 	if (given)
 		far_memory_reading(given->c.memory, true);
@@ -553,7 +553,7 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	bool go = n > 0 && pager_note_locked(&w);
 	if (given)
 		far_memory_reading(given->c.memory, false);
-	far_mutex_unlock(&v->lock);
+	far_mutex_unlock(&w.v->lock);
 	if (!go)
 		return n > 0;
 	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
@@ -637,7 +637,7 @@ static bool pager_seat_run(void *opaque, struct far_seat *seat)
 		n += pager_children(v, pf + 3, FAR_ARRAY_LEN(pf) - 3);
 	/* A thread that blocks has left its seat: whoever took it comes by here. */
 	bool watch = atomic_load_explicit(&v->n_watched, memory_order_relaxed) != 0;
-	int timeout = watch ? PAGER_WATCH_MS : s->first && (!v->ours || n > 3) ? PAGER_LOOK_MS : -1;
+	int timeout = watch ? PAGER_WATCH_MS : s->first && ((!v->ours && !v->has_pidfd) || n > 3) ? PAGER_LOOK_MS : -1;
 	int got = poll(pf, n, timeout);
 	if ((got < 0 && errno != EINTR) || pf[1].revents)
 		return false;
@@ -729,9 +729,13 @@ static int receivers_make(int uffd, bool ours, void (*ended)(void *opaque), void
 	return 0;
 }
 
-int far_receivers_new(int uffd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err)
+int far_receivers_new(int uffd, bool has_pidfd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out,
+		      struct far_error *err)
 {
 	int e = receivers_make(uffd, false, ended, opaque, out);
+
+	if (!e)
+		(*out)->has_pidfd = has_pidfd; /* no receiver runs yet */
 	return e ? far_error_set(err, -e, "cannot start to serve page faults: %s", far_strerror(e)) : 0;
 }
 

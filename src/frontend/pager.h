@@ -15,8 +15,8 @@ struct far_member;
 /* This process' own, made for the first and ended after the last who asks. have: enum far_uffd_have. */
 int far_receivers_get(unsigned have, struct far_receivers **out, struct far_error *err);
 /* Of a descriptor that was handed over, which is taken on success. ended(opaque) is called once, on a thread of the
- * receivers, when its process is gone. */
-int far_receivers_new(int uffd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err);
+ * receivers, when its process is gone; nobody looks for that where the caller does, who has its pidfd. */
+int far_receivers_new(int uffd, bool has_pidfd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err);
 void far_receivers_put(struct far_receivers *v);
 int far_receivers_uffd(const struct far_receivers *v);
 /* Returns when all changes of mappings that had begun are noted. Not on a receiver that still has its seat. */
