@@ -42,6 +42,7 @@ struct far_memory {
 	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
 	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
 	_Atomic bool reading;     /* with `gone`: an event may be read now */
+	_Atomic unsigned unpoisoned; /* fills that run, where poison is a mapping */
 	_Atomic unsigned n_poison;
 	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
 
@@ -56,6 +57,8 @@ struct far_memory {
 	struct {
 		uint64_t off, len, hash, at;
 	} recent[MEM_RECENT] FAR_GUARDED_BY(lock);     /* the last pushes, a ring */
+
+	struct far_mutex heal_lock; /* held while mappings of poisoned pages are replaced; taken before `lock` */
 
 	struct far_mutex attic_lock;
 	char *attic FAR_GUARDED_BY(attic_lock);        /* where evicted pages go before they are let go */

@@ -311,6 +311,12 @@ static bool pager_was_given_up(struct pager_work *w)
 	return w->watched && atomic_exchange(&w->x->slot[w->slot].until, FAR_NEVER) == FAR_NEVER;
 }
 
+static int pager_poison_cb(void *opaque)
+{
+	struct pager_work *w = opaque;
+	return far_memory_poison(w->x->c.memory, w->e.addr, PAGER_PAGE);
+}
+
 /* The thread gets SIGBUS. */
 static void pager_give_up(struct pager_work *w, int err)
 {
@@ -329,8 +335,11 @@ static void pager_give_up(struct pager_work *w, int err)
 		far_memory_suspect(x->c.memory, w->off, PAGER_PAGE);
 		pager_allow_cb(x, w->off, PAGER_PAGE);
 		err = far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
-	} else
-		err = far_memory_poison(x->c.memory, w->e.addr, PAGER_PAGE);
+	} else {
+		err = far_region_alone(x->c.region, w->off, pager_poison_cb, w);
+		if (err == -EAGAIN) /* it is here, or comes: look again */
+			err = far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
+	}
 	if (err && err != -ESRCH && err != -ENOENT && err != -EEXIST)
 		far_log(FAR_LOG_ERROR, "that cannot be told to the program (%s): it waits until its mapping ends", far_strerror(err));
 }
