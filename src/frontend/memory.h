@@ -16,6 +16,7 @@
 
 #include "backend/backend.h"
 #include "frontend/uffd.h"
+#include "frontend/victim.h"
 #include "region/region.h"
 
 struct far_memory;
@@ -35,6 +36,7 @@ struct far_memory_conf {
 	unsigned have;        /* enum far_uffd_have */
 	char *alias;          /* CONTINUE: the second mapping of the shared memory; borrowed */
 	int shared;           /* CONTINUE: its descriptor; borrowed */
+	struct far_victim *victim;  /* where evicted bytes go; borrowed; NULL: nowhere */
 	struct far_backend *remote; /* for pages that were unmapped while they were dirty */
 	/* Waits until every change of mappings that the program is making now is noted here. Not for receivers. */
 	void (*settle)(void *opaque);
