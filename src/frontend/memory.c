@@ -144,24 +144,76 @@ static int mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len)
 	return err;
 }
 
+/* Whether a mapping of this process ends at addr. Seldom asked. */
+static bool mem_vma_ends(uint64_t addr)
+{
+	int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+	uint64_t x = 0;
+	unsigned field = 0; /* of the line: 0 where it begins, 1 where it ends, 2 the rest */
+	bool found = false;
+	char buf[1024];
+	ssize_t n;
+
+	while (fd >= 0 && !found && (n = read(fd, buf, sizeof buf)) > 0)
+		for (ssize_t k = 0; k < n && !found; k++) {
+			char c = buf[k];
+			if (c == '\n') {
+				field = 0;
+				x = 0;
+			} else if (field < 2 && (c == '-' || c == ' ')) {
+				found = field == 1 && x == addr;
+				field++;
+				x = 0;
+			} else if (field < 2) {
+				x = x << 4 | (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
+			}
+		}
+	if (fd >= 0)
+		close(fd);
+	return found;
+}
+
+/* Whether this event is of a drop of ours. The kernel does not say whose it is, and the program may drop a part of the
+ * same range at the same moment: ours is the one that is as long, or that ends where a mapping ends, for it reports each
+ * mapping by itself, in order. */
 static bool mem_own_take(struct far_memory *m, uint64_t addr, uint64_t len)
 {
-	bool ours = false;
+	bool ours = false, part = false;
 
 	far_mutex_lock(&m->lock);
 	for (size_t k = 0; k < m->own.n && !ours; k++) {
 		struct mem_run *v = &m->own.v[k];
-		if (addr < v->off || addr + len > v->off + v->len)
-			continue;
-		ours = true;
-		/* Pieces come from its start, in order. */
-		v->len -= addr + len - v->off;
-		v->off = addr + len;
-		if (!v->len)
+		ours = v->off == addr && v->len == len;
+		part |= v->off == addr && v->len > len;
+		if (ours)
 			*v = m->own.v[--m->own.n];
 	}
 	far_mutex_unlock(&m->lock);
+	if (ours || !part || !mem_vma_ends(addr + len))
+		return ours;
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->own.n && !ours; k++) {
+		struct mem_run *v = &m->own.v[k];
+		if (v->off != addr || v->len <= len)
+			continue;
+		ours = true;
+		v->off += len;
+		v->len -= len;
+	}
+	far_mutex_unlock(&m->lock);
 	return ours;
+}
+
+/* It failed in the middle: what is left of it will not be reported. */
+static void mem_own_cancel(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->own.n; k++)
+		if (m->own.v[k].off >= addr && m->own.v[k].off + m->own.v[k].len == addr + len) {
+			m->own.v[k] = m->own.v[--m->own.n];
+			break;
+		}
+	far_mutex_unlock(&m->lock);
 }
 
 /* Drop pages of this process, whatever is in them. */
@@ -173,8 +225,8 @@ int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len)
 		return err;
 	if (madvise((void *)(uintptr_t)addr, (size_t)len, MADV_DONTNEED) == 0)
 		return 0;
-	err = -errno; /* locked memory: nothing was dropped or reported */
-	mem_own_take(m, addr, len);
+	err = -errno; /* locked memory: from there on nothing was dropped or reported */
+	mem_own_cancel(m, addr, len);
 	return err;
 }
 
@@ -251,6 +303,17 @@ static int mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64
 	return err;
 }
 
+/* What was at `addr` is not there any more, and the event that says why has been read or will be in a moment: bytes that
+ * were on their way must follow a piece that has moved, or it would be zero at its new place. */
+static bool mem_moved(struct far_memory *m, uint64_t addr, uint64_t off)
+{
+	uint64_t until = far_now() + (m->c.have & FAR_UFFD_EVENTS ? FAR_SEC : 0), now, n;
+
+	while ((now = far_memory_addr(m, off, &n)) == addr && far_now() < until)
+		far_sleep_until(far_now() + 100 * FAR_USEC, false);
+	return now && now != addr;
+}
+
 static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
 {
 	struct mem_fill *f = opaque;
@@ -270,8 +333,21 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 		if (err)
 			err = mem_fill_copy(f->m, addr + done, src + done, len - done);
 	}
-	/* Unmapped or moved since we looked; gone with its process. */
+	if (err == -ENOENT && mem_moved(f->m, addr, off))
+		return -ESTALE;
+	/* Unmapped since we looked; gone with its process. */
 	return err == -ENOENT || err == -ESRCH ? 0 : err;
+}
+
+/* All pieces; after a move from the beginning, pages that are there already are passed over. */
+static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
+{
+	int err;
+
+	do
+		err = far_mem_each(f->m, off, len, mem_fill_piece, f);
+	while (err == -ESTALE);
+	return err;
 }
 
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len)
@@ -289,13 +365,18 @@ static int mem_fill(struct far_memory *m, uint64_t off, const char *buf, uint64_
 		return -EINVAL;
 	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
 		far_memory_heal(m, off, mem_page_up(len));
-	int err = whole ? far_mem_each(m, off, whole, mem_fill_piece, &f) : 0;
+	int err = whole ? mem_fill_pieces(&f, off, whole) : 0;
+	if (!err && whole == len && !m->gone)
+		far_mem_whole(m, off, len);
 	if (err || whole == len)
 		return err;
 	memcpy(tail, buf + whole, (size_t)(len - whole));
 	memset(tail + (len - whole), 0, (size_t)(MEM_PAGE - (len - whole)));
 	f = (struct mem_fill){ .m = m, .buf = tail, .base = off + whole };
-	return far_mem_each(m, off + whole, MEM_PAGE, mem_fill_piece, &f);
+	err = mem_fill_pieces(&f, off + whole, MEM_PAGE);
+	if (!err && !m->gone)
+		far_mem_whole(m, off, len);
+	return err;
 }
 
 /* --------------------------------------------------------------------------------------------- bytes that are there */
@@ -460,6 +541,7 @@ static int mem_drop_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 {
 	struct far_memory *m = opaque;
 
+	far_mem_not_whole(m, off, len);
 	if (m->c.mechanism == FAR_MECH_CONTINUE)
 		return fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) ? -errno : 0;
 	return addr ? far_mem_drop(m, addr, len) : 0;
@@ -558,7 +640,7 @@ static int mem_poison_map(struct far_memory *m, uint64_t addr, uint64_t len)
 
 	if (!err && mmap((void *)(uintptr_t)addr, (size_t)len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
 		err = -errno;
-		mem_own_take(m, addr, len);
+		mem_own_cancel(m, addr, len);
 	}
 	if (fd >= 0)
 		close(fd);
@@ -682,10 +764,26 @@ bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, u
 
 /* ---------------------------------------------------------------------------------------- what the program changed */
 
+/* The program drops pages, as soon as this has been read: its chunks are not whole any more. */
+static void mem_dropping(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	for (uint64_t at = addr, off, n; at < addr + len; at += n) {
+		if (far_memory_off(m, at, &off)) {
+			far_memory_addr(m, off, &n);
+			n = far_min(n, addr + len - at);
+			far_mem_not_whole(m, off, n);
+		} else {
+			n = MEM_PAGE;
+		}
+	}
+}
+
 bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len)
 {
 	uint64_t attic = (uint64_t)(uintptr_t)m->attic;
 
+	if (m->whole)
+		mem_dropping(m, addr, len);
 	return (attic && addr >= attic && addr < attic + m->attic_len) || mem_own_take(m, addr, len);
 }
 
@@ -730,6 +828,7 @@ static void mem_replace(struct far_memory *m, uint64_t addr, uint64_t len, uint6
 		}
 		far_memory_addr(m, off, &n);
 		n = far_min(n, addr + len - at);
+		far_mem_not_whole(m, off, n);
 		mem_place(m, off, n, to ? to + (at - addr) : 0);
 	}
 }
@@ -802,6 +901,8 @@ static void mem_close(void *self) FAR_NO_TSA
 	if (m->attic)
 		munmap(m->attic, (size_t)m->attic_len);
 	free((void *)m->hash);
+	free((void *)m->whole);
+	free((void *)m->fresh);
 	free((void *)m->zero);
 	free((void *)m->gone);
 	free(m->own.v);
@@ -861,7 +962,13 @@ int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, 
 	bool zeros = conf->tracking == FAR_TRACK_NONE && conf->mechanism != FAR_MECH_CONTINUE;
 	if (zeros)
 		m->zero = calloc((size_t)(chunks / 64 + 1), sizeof *m->zero);
-	int err = (hashes && !m->hash) || (zeros && !m->zero) ? -ENOMEM : mem_table_first(m, conf);
+	bool notes = conf->tracking == FAR_TRACK_ASYNC;
+	if (notes) {
+		m->whole = calloc((size_t)(chunks / 64 + 1), sizeof *m->whole);
+		m->fresh = calloc((size_t)(chunks / 64 + 1), sizeof *m->fresh);
+	}
+	int err = (hashes && !m->hash) || (zeros && !m->zero) || (notes && (!m->whole || !m->fresh)) ? -ENOMEM
+														      : mem_table_first(m, conf);
 	if (!err)
 		err = far_mem_given_open(m);
 	far_mem_track_open(m);

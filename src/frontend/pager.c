@@ -860,6 +860,20 @@ void far_member_remove(struct far_member *x)
 	free(x);
 }
 
+int far_member_settle(struct far_member *x)
+{
+	struct far_receivers *v = x->v;
+	int err = 0;
+
+	if (!atomic_load_explicit(&x->n_removing, memory_order_acquire))
+		return 0;
+	far_mutex_lock(&v->lock);
+	while (x->removing && !err)
+		err = far_cond_wait_until(&v->changed, &v->lock, far_deadline()) ? 0 : -ETIMEDOUT;
+	far_mutex_unlock(&v->lock);
+	return err;
+}
+
 bool far_member_wait_idle(struct far_member *x, uint64_t until)
 {
 	while (atomic_load_explicit(&x->n_blocked, memory_order_relaxed) && far_now() < until)

@@ -38,6 +38,8 @@ void far_member_stop(struct far_member *x);
 void far_member_remove(struct far_member *x);
 /* Fills faults, n_blocked, blocked_at, blocked_ms. */
 void far_member_status(struct far_member *x, struct far_status *st);
+/* Wait until what the program has dropped so far has been told. Honours the thread's deadline. */
+int far_member_settle(struct far_member *x);
 /* Wait until nobody is blocked, or `until`. */
 bool far_member_wait_idle(struct far_member *x, uint64_t until);
 

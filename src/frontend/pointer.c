@@ -439,8 +439,10 @@ struct far_region *far_pointer_region(struct far_pointer *p)
 
 int far_pointer_flush(struct far_pointer *p)
 {
+	int err = p->member && p->writable ? far_member_settle(p->member) : 0;
+
 	if (p->region)
-		return far_region_flush(p->region);
+		return err ? err : far_region_flush(p->region);
 	return p->writable ? far_flush(p->below) : 0;
 }
 

@@ -27,6 +27,7 @@
 #define PULL_EXTENT_NEAR (512 * FAR_KIB)
 #define PULL_NEAR (2 * FAR_MSEC) /* the shortest fetch of such an extent */
 #define PULL_NO_TRIGGER UINT64_MAX
+#define PULL_ASK_AGAIN (50 * FAR_MSEC)
 
 struct pull_request {
 	struct pull_request *next;
@@ -496,14 +497,19 @@ void far_pull_progress(struct far_region *r)
 	far_mutex_unlock(&p->lock);
 }
 
-/* Sleep until something moves. -ETIMEDOUT, -ESHUTDOWN, or the error that the puller met since `errors`. */
-static int pull_sleep_locked(struct far_pull *p, uint64_t errors) FAR_REQUIRES(p->lock)
+/* Sleep until something moves, or for `longest`. -ETIMEDOUT, -ESHUTDOWN, or the error that the puller met since `errors`. */
+static int pull_sleep_locked(struct far_pull *p, uint64_t errors, uint64_t longest) FAR_REQUIRES(p->lock)
 {
+	uint64_t until = far_deadline();
+
 	if (p->stopped)
 		return -ESHUTDOWN;
 	if (p->errors != errors && p->error)
 		return p->error;
-	return far_cond_wait_until(&p->progress, &p->lock, far_deadline()) ? 0 : -ETIMEDOUT;
+	if (longest == FAR_NEVER || until - far_min(until, far_now()) < longest)
+		return far_cond_wait_until(&p->progress, &p->lock, until) ? 0 : -ETIMEDOUT;
+	far_cond_wait_until(&p->progress, &p->lock, far_now() + longest);
+	return 0;
 }
 
 int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
@@ -533,7 +539,9 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
 		if (i == end)
 			break;
 		if (pull_has_room(r, i, p->extent)) {
-			err = pull_sleep_locked(p, errors);
+			if (!p->requests && wanted(r, i)) /* it came and was evicted before we looked */
+				pull_request_locked(p, i, end);
+			err = pull_sleep_locked(p, errors, PULL_ASK_AGAIN);
 			continue;
 		}
 		far_mutex_unlock(&p->lock); /* the puller has stopped for want of room: come in at the cost of others */
@@ -561,7 +569,7 @@ int far_region_wait_local(struct far_region *r, uint64_t bytes)
 		/* First said, then looked: far_pull_progress() looks after it has been counted. */
 		if (atomic_load(&p->want) > want)
 			atomic_store(&p->want, want);
-		if (far_chunkmap_local(r->map) >= want || (err = pull_sleep_locked(p, errors)))
+		if (far_chunkmap_local(r->map) >= want || (err = pull_sleep_locked(p, errors, FAR_NEVER)))
 			break;
 	}
 	far_mutex_unlock(&p->lock);
