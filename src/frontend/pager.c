@@ -298,6 +298,8 @@ static int pager_child_fetch(struct pager_work *w)
 
 static int pager_serve(struct pager_work *w)
 {
+	if (w->child >= 0 && w->e.kind == FAR_EVENT_STORE) /* its own copy: nobody asks what is in it */
+		return far_uffd_protect(w->child, w->e.addr, PAGER_PAGE, false, 0);
 	if (w->child >= 0)
 		return pager_child_fetch(w);
 	return w->e.kind == FAR_EVENT_STORE ? pager_store(w) : pager_fetch(w);
