@@ -204,7 +204,7 @@ def the_end_waits_for_clients_and_a_second_signal_does_not(w):
     c = Client(w, 4 * MIB, 'farpage')
     equal(c.do('check %d 4096' % MIB), 'right')
     p.p.send_signal(signal.SIGTERM)
-    wait_for(lambda: 'this ends when they have ended' in p.err(), 'the message')
+    wait_for(lambda: 'This ends when they have ended' in p.err(), 'the message')
     equal(c.do('check %d 4096' % (2 * MIB)), 'right', 'it is still served')
     true(p.p.poll() is None)
     late = socket.socket(socket.AF_UNIX)
@@ -287,6 +287,11 @@ def hostile_clients_disturb_nobody(w):
     for s in silent:
         s.close()
     wait_for(lambda: len(os.listdir('/proc/%d/fd' % p.p.pid)) < 60, 'their descriptors to be closed')
+    good.do('block')  # the flag belongs to both processes: nobody may hang on it
+    equal(good.do('check 0 %d' % (4 * MIB)), 'right')
+    stuck = Client(w, 4 * MIB, 'go', '0', 'blocking')
+    equal(stuck.do('check 0 %d' % (4 * MIB)), 'right')
+    stuck.end()
     # Memory that is not registered, addresses that are not there: fills fail, others go on.
     for how in ('unregistered', 'nowhere', 'no-api'):
         bad = Client(w, 4 * MIB, how)
@@ -296,6 +301,22 @@ def hostile_clients_disturb_nobody(w):
     good.end()
     wait_for(lambda: not clients(w), 'their end')
     equal(p.end(), 0, p.err())
+
+
+def stop_and_flush_by_the_control_socket(w):
+    w.file('src', MIB)
+    p = pager(w, 'file:src', '--pull-workers', '0', '--writable')
+    c = Client(w, MIB, 'writable-sync')
+    equal(c.do('store 0 7'), 'stored')
+    w.run('flush', '--control', w.path('ctl'), code=0)
+    equal(w.read('src')[:8], struct.pack('<Q', 7))
+    equal(c.do('store 8 9'), 'stored')
+    w.run('stop', '--control', w.path('ctl'), code=0)
+    wait_for(lambda: 'This ends when they have ended' in p.err(), 'the message')
+    w.run('stop', '--now', '--control', w.path('ctl'), code=0)
+    equal(p.p.wait(DEADLINE), 130, p.err())
+    equal(w.read('src')[8:16], struct.pack('<Q', 9), 'what was stored before the end')
+    c.end(signal.SIGKILL)
 
 
 def status_names_the_clients(w):
@@ -342,4 +363,5 @@ main([each_format_gives_the_right_bytes, a_part_of_a_region_and_a_tail, many_cli
       over_the_network_with_a_round_trip, stores_are_pushed_by_a_flush, a_writable_client_needs_a_writable_pager,
       killed_clients_that_write_lose_only_what_is_not_pushed, the_end_waits_for_clients_and_a_second_signal_does_not,
       a_killed_pager_is_a_stall_and_not_zeros, a_dead_source_is_sigbus_at_the_deadline, hostile_clients_disturb_nobody,
+      stop_and_flush_by_the_control_socket,
       status_names_the_clients, a_recorded_order_is_pulled_first, wrong_usage_is_told])
