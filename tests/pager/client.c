@@ -253,6 +253,8 @@ static void obey(const char *socket_path)
 			conn = connect_to(socket_path);
 			if (send_ours() == 0)
 				say("ready");
+		} else if (sscanf(line, "drop %" SCNu64 " %" SCNu64, &a, &b) == 2) {
+			say(madvise(memory + a, b, MADV_DONTNEED) ? "cannot" : "dropped");
 		} else if (strcmp(line, "block\n") == 0) {
 			say(fcntl(uffd, F_SETFL, 0) ? "cannot" : "blocking");
 		} else if (strcmp(line, "flush\n") == 0) {

@@ -168,6 +168,28 @@ def stores_are_pushed_by_a_flush(w):
         equal(p.end(), 0, p.err())
 
 
+def what_a_writable_client_drops_is_zero_there_too(w):
+    for tracking in ('async', 'sync'):
+        data = bytearray(ruler(8 * MIB))
+        with open(w.path('src'), 'wb') as f:
+            f.write(data)
+        p = pager(w, 'file:src', '--writable', '--layer', 'delay:rtt=3ms', '--window', '512K')
+        c = Client(w, 8 * MIB, 'writable-' + tracking)
+        r = random.Random(tracking)
+        for k in range(60):  # while it is pulled
+            page = r.randrange(2000)
+            equal(c.do('drop %d 8192' % (page * 4096)), 'dropped')
+            data[page * 4096:page * 4096 + 8192] = bytes(8192)
+            equal(c.do('zero %d 8192' % (page * 4096)), 'right', 'dropped page %d' % page)
+        equal(c.do('flush'), 'flushed')
+        equal(w.read('src'), bytes(data), tracking)
+        for page in range(0, 2048, 17):
+            zero = not any(data[page * 4096:page * 4096 + 4096])
+            equal(c.do('%s %d 4096' % ('zero' if zero else 'check', page * 4096)), 'right', 'page %d' % page)
+        c.end()
+        equal(p.end(), 0, p.err())
+
+
 def a_writable_client_needs_a_writable_pager(w):
     w.file('src', MIB)
     pager(w, 'file:src')
@@ -360,7 +382,7 @@ def wrong_usage_is_told(w):
 
 
 main([each_format_gives_the_right_bytes, a_part_of_a_region_and_a_tail, many_clients_and_their_deaths,
-      over_the_network_with_a_round_trip, stores_are_pushed_by_a_flush, a_writable_client_needs_a_writable_pager,
+      over_the_network_with_a_round_trip, stores_are_pushed_by_a_flush, what_a_writable_client_drops_is_zero_there_too, a_writable_client_needs_a_writable_pager,
       killed_clients_that_write_lose_only_what_is_not_pushed, the_end_waits_for_clients_and_a_second_signal_does_not,
       a_killed_pager_is_a_stall_and_not_zeros, a_dead_source_is_sigbus_at_the_deadline, hostile_clients_disturb_nobody,
       stop_and_flush_by_the_control_socket,
