@@ -64,6 +64,9 @@ bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, u
 bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_unmapped(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint64_t len);
+/* From the first on fills leave the range alone, until the region has been told with far_memory_discarded(). */
+void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len);
+void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len);
 /* ... and it was the program, in a region that can be written: these are zeros now. */
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len);
 /* [off, off+len) may have been stored: the next collect tells. */
