@@ -244,6 +244,8 @@ def the_end_waits_for_clients_and_a_second_signal_does_not(w):
         return
     equal(c.do('check %d 4096' % (3 * MIB)), 'SIGBUS', 'what was not there')
     equal(c.do('zero 0 4096'), 'SIGBUS', 'zeros that were never fetched are not invented')
+    equal(c.do('drop %d 4096' % MIB), 'dropped', 'it is ordinary memory again, and nobody need read events of it')
+    equal(c.do('zero %d 4096' % MIB), 'right')
     c.end()
 
 
