@@ -761,9 +761,24 @@ static void mem_poison_cut(struct far_memory *m, uint64_t off, uint64_t len)
 	far_mutex_unlock(&m->lock);
 }
 
+/* A page of shared memory that was write-protected leaves a mark when it goes, and the kernel refuses to poison that. */
+static int mem_poison(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	uint64_t done = 0;
+	bool here = true;
+	int err = far_uffd_poison(m->c.uffd, addr, len, &done);
+
+	if (err != -EEXIST || m->c.mechanism != FAR_MECH_CONTINUE || !m->arms)
+		return err;
+	if (far_uffd_mapped(m->c.pagemap, addr, MEM_PAGE, &here) || here)
+		return -EEXIST;
+	far_uffd_protect(m->c.uffd, addr, len, false, FAR_UFFD_NO_WAKE);
+	return far_uffd_poison(m->c.uffd, addr, len, &done);
+}
+
 int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 {
-	uint64_t off, done = 0;
+	uint64_t off;
 	int err;
 
 	if (!far_memory_off(m, addr, &off))
@@ -784,7 +799,7 @@ int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 	while (!(m->c.have & FAR_UFFD_POISON) && atomic_load(&m->unpoisoned))
 		far_sleep_until(far_now() + 20 * FAR_USEC, false);
 	if (m->c.have & FAR_UFFD_POISON)
-		err = far_uffd_poison(m->c.uffd, addr, len, &done);
+		err = mem_poison(m, addr, len);
 	else if (mem_look(m, addr) == -EEXIST) /* the mapping would replace what is there */
 		err = -EEXIST;
 	else
@@ -824,6 +839,11 @@ int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len)
 	int err = far_mem_each(m, off, len, mem_heal_piece, m);
 	far_mutex_unlock(&m->heal_lock);
 	return err;
+}
+
+bool far_memory_marks(const struct far_memory *m)
+{
+	return m->c.have & FAR_UFFD_POISON;
 }
 
 uint64_t far_memory_poisoned(struct far_memory *m)

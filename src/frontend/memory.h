@@ -55,6 +55,7 @@ int far_memory_appear(struct far_memory *m, uint64_t addr);
 /* Pages of [addr, addr+len) raise SIGBUS from now on; whoever waits there goes on into that. */
 int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len);
 int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len);
+bool far_memory_marks(const struct far_memory *m); /* by the kernel's own mark, not by another mapping */
 uint64_t far_memory_poisoned(struct far_memory *m); /* bytes */
 bool far_memory_has_poison(const struct far_memory *m);
 /* The first poisoned page in [from, end). */
