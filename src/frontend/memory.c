@@ -481,8 +481,10 @@ static int mem_foreign(int fd, uint64_t addr, char *buf, const char *from, uint6
 {
 	while (len) {
 		ssize_t n = buf ? pread(fd, buf, (size_t)len, (off_t)addr) : pwrite(fd, from, (size_t)len, (off_t)addr);
+		if (n < 0 && errno == EINTR)
+			continue;
 		if (n <= 0)
-			return n < 0 && errno == EINTR ? 0 : -EIO;
+			return -EIO;
 		addr += (uint64_t)n;
 		len -= (uint64_t)n;
 		buf = buf ? buf + n : NULL;

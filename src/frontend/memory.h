@@ -75,8 +75,8 @@ int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t of
 /* [off, off+len) may have been stored: the next collect tells. */
 void far_memory_suspect(struct far_memory *m, uint64_t off, uint64_t len);
 /*
- * Another process' memory that is not writable (memory_given.c). Its program drops pages: forget() takes note, and is false
- * for any other memory. Around reading events: reading(begin), reading(end).
+ * Another process' memory (memory_given.c). Its program drops pages: forget() takes note, and is true if the region need not
+ * be told: the memory is not writable. Around reading events: reading(begin), reading(end).
  */
 bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len);
 bool far_memory_is_gone(struct far_memory *m, uint64_t off);

@@ -249,6 +249,15 @@ static bool track_there(void *self, uint64_t off, uint64_t len)
 
 /* ----------------------------------------------------------------------------------------------------------- collect */
 
+/* The process that had the memory has ended, or it has another now. */
+static bool track_lost(struct far_memory *m)
+{
+	bool here;
+	uint64_t n, addr = far_memory_addr(m, 0, &n);
+
+	return m->c.foreign && far_uffd_present(m->c.pagemap, addr, MEM_PAGE, &here) == -ESRCH;
+}
+
 /* Whether [off, off+len), inside one chunk, is known to hold what `hash` is of. */
 static bool track_is(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len, uint64_t hash)
 {
@@ -256,7 +265,8 @@ static bool track_is(struct far_memory *m, struct far_region *r, uint64_t off, u
 	bool same = false;
 
 	if (buf && far_region_hold(r, off)) {
-		same = far_mem_read(m, off, buf, (size_t)len, 0) == 0 && track_hash(buf, len) == hash;
+		int err = far_mem_read(m, off, buf, (size_t)len, 0);
+		same = err ? track_lost(m) : track_hash(buf, len) == hash; /* nobody stores into what is gone */
 		far_region_release(r, off);
 	}
 	far_buf_put(buf, (size_t)len);

@@ -30,6 +30,7 @@
 #include "base/pool.h"
 #include "base/thread.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -639,6 +640,16 @@ static unsigned pager_children(struct far_receivers *v, struct pollfd *pf, unsig
 	return n;
 }
 
+/* poll(2) says so at once of a descriptor in blocking mode. Who does it again and again shall not cost a CPU. */
+static void pager_unblock(int uffd)
+{
+	int flags = fcntl(uffd, F_GETFL);
+
+	if (flags >= 0)
+		fcntl(uffd, F_SETFL, flags | O_NONBLOCK);
+	far_sleep_until(far_now() + FAR_MSEC, false);
+}
+
 static bool pager_seat_run(void *opaque, struct far_seat *seat)
 {
 	struct pager_seat *s = opaque;
@@ -658,6 +669,8 @@ static bool pager_seat_run(void *opaque, struct far_seat *seat)
 	int got = poll(pf, n, timeout);
 	if ((got < 0 && errno != EINTR) || pf[1].revents)
 		return false;
+	if (got > 0 && (pf[0].revents & POLLERR) && !v->ours) /* the other process has made it blocking again */
+		pager_unblock(v->uffd);
 	if (got > 0 && pf[2].revents)
 		(void)!read(v->child_fd, &count, sizeof count);
 	if (got == 0 && pager_is_gone(v)) {
