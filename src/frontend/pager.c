@@ -319,7 +319,12 @@ static void pager_give_up(struct pager_work *w, int err)
 
 	if (pager_was_given_up(w))
 		return;
-
+	/* It came in another way, and nobody waits for it any more. */
+	const struct far_region_memory *calls = far_memory_calls(x->c.memory);
+	if (w->child < 0 && w->e.kind != FAR_EVENT_STORE && calls->there(calls->self, w->off / PAGER_PAGE * PAGER_PAGE, PAGER_PAGE)) {
+		far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
+		return;
+	}
 	pager_may_block(w); /* where it changes mappings that has to be read of by a receiver */
 	far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
 		w->off + PAGER_PAGE, x->c.source, far_strerror(err));
