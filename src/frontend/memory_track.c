@@ -689,7 +689,10 @@ static int track_evict(struct far_memory *m, uint64_t off, uint64_t len)
 	if (track_is_suspect(m, off, len)) /* it is told first */
 		return -EBUSY;
 	if (m->c.tracking == FAR_TRACK_NONE || m->c.tracking == FAR_TRACK_SYNC) {
-		err = far_memory_drop(m, off, pages);
+		/* A hole is punched into locked memory, too: the program's view goes first, if it may. */
+		err = m->c.mechanism == FAR_MECH_CONTINUE && addr ? far_mem_drop(m, addr, far_min(n, pages)) : 0;
+		if (!err)
+			err = far_memory_drop(m, off, pages);
 		return err == -EINVAL ? -EBUSY : err; /* locked in memory */
 	}
 	uint64_t h = m->hash ? atomic_load_explicit(&m->hash[i], memory_order_acquire) : 0;

@@ -78,6 +78,12 @@ void far_uffd_on_wait(void (*fn)(void *arg), void *arg)
 	uffd_wait_arg = arg;
 }
 
+void far_uffd_will_wait(void)
+{
+	if (uffd_wait_fn)
+		uffd_wait_fn(uffd_wait_arg);
+}
+
 /* ------------------------------------------------------------------------------------------- what is here */
 
 static bool uffd_listed(const char *list, const char *word)
