@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the farpage authors
-"""bench/run [--quick] [ROW...]: farpage beside what else there is, in about four minutes.
+"""bench/run [--quick] [ROW...]: farpage beside what else there is, in about twelve minutes; the
+rows of the pointer (pointer-...) are more than half of that.
 
 Each row is a ratio of two things that were measured in this run, in alternating pairs; each side is represented by its
 best. A row names its mechanism. What falls short is printed with its figure and 'short'; what cannot be measured here is

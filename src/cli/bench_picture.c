@@ -147,6 +147,7 @@ static int picture_open(struct picture *pic, struct far_error *err)
 	o.mode = FAR_MODE_MANAGED;
 	o.chunk = PICTURE_CHUNK;
 	o.push_interval_ms = 150;
+	o.local_max = 2 * PICTURE_BYTES; /* no limit, but the pointer then knows at once what it may give back */
 	pic->start = far_now();
 	r = far_pointer_open(&conf, &pic->pointer, err);
 	if (r) {
@@ -220,9 +221,10 @@ static void picture_axes(FILE *f, const struct picture *pic)
 			picture_y(mib * FAR_MIB) + 4, mib);
 	for (unsigned i = 0; i < 2; i++)
 		fprintf(f, "<path d=\"M%.1f %dv%d\" stroke=\"black\" stroke-dasharray=\"3 3\"/><text x=\"%.1f\" y=\"%d\" "
-			   "text-anchor=\"%s\">%s</text>\n",
-			picture_x(pic->flushed_at[i]), PIC_TOP - 4, PIC_PLOT_H + 30, picture_x(pic->flushed_at[i]),
-			PIC_TOP + PIC_PLOT_H + 38, i ? "middle" : "end", i ? "flushed, 16 to 40 MiB given back" : "flush");
+			   "text-anchor=\"end\">%s</text>\n",
+			picture_x(pic->flushed_at[i]), PIC_TOP - 4, PIC_PLOT_H + 30 + (int)i * 16,
+			picture_x(pic->flushed_at[i]) - 4, PIC_TOP + PIC_PLOT_H + 38 + (int)i * 16,
+			i ? "flushed; 16 to 40 MiB given back" : "flush");
 }
 
 static int picture_draw(const struct picture *pic, const char *path, struct far_error *err)

@@ -326,8 +326,8 @@ static void page_loop(struct page *p, int signals)
 		if (asked >= 2 || (asked && !n))
 			return;
 		if (first)
-			cli_say("%zu programs have memory that is served from here: this ends when they have ended. A second signal ends it "
-				"now; what they have not touched yet then raises SIGBUS", n);
+			cli_say("programs that have memory which is served from here: %zu. This ends when they have ended. A second signal "
+				"ends it now; what they have not touched yet then raises SIGBUS", n);
 	}
 }
 

@@ -244,7 +244,8 @@ static void handover_find_process(int socket, struct far_handover *h)
 	socklen_t n = sizeof peer, m = sizeof h->process;
 	char dead[32];
 
-	if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &n) < 0 || peer.pid <= 0)
+	/* Of a socket pair it is who made it: if that is this process, whoever has the other end is not known. */
+	if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &n) < 0 || peer.pid <= 0 || peer.pid == getpid())
 		return;
 	if (getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &h->process, &m) < 0)
 		h->process = (int)syscall(SYS_pidfd_open, peer.pid, 0);

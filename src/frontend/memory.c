@@ -314,15 +314,12 @@ static bool mem_moved(struct far_memory *m, uint64_t addr, uint64_t off)
 	return now && now != addr;
 }
 
-static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
 {
-	struct mem_fill *f = opaque;
 	const char *src = f->buf + (off - f->base);
 	uint64_t done = 0;
 	int err = -EINVAL;
 
-	if (!addr) /* the program has unmapped it */
-		return 0;
 	if (f->m->c.mechanism == FAR_MECH_CONTINUE) {
 		err = mem_fill_alias(f->m, addr, off, src, len);
 	} else if (f->m->gone) {
@@ -361,6 +358,49 @@ static int mem_fill_mapped(void *opaque, uint64_t addr, uint64_t off, uint64_t l
 	return err == -ESRCH ? 0 : err; /* gone with its process */
 }
 
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
+{
+	uint64_t a = off, b = end;
+
+	far_mutex_lock(&m->lock);
+	for (bool moved = true; moved;) {
+		moved = false;
+		for (size_t k = 0; k < m->dropping.n; k++)
+			if (a - m->dropping.v[k].off < m->dropping.v[k].len) {
+				a = m->dropping.v[k].off + m->dropping.v[k].len;
+				moved = true;
+			}
+	}
+	for (size_t k = 0; k < m->dropping.n; k++)
+		if (m->dropping.v[k].off >= a)
+			b = far_min(b, m->dropping.v[k].off);
+	far_mutex_unlock(&m->lock);
+	*from = a;
+	*to = b;
+	return a < end;
+}
+
+static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct mem_fill *f = opaque;
+	uint64_t end = off + len, from, to;
+	int err = 0;
+
+	if (!addr) /* the program has unmapped it */
+		return 0;
+	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
+		return mem_fill_kept(f, addr, off, len);
+	if (f->m->c.mechanism != FAR_MECH_CONTINUE) {
+		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
+		if (err == -ENOENT && mem_moved(f->m, addr, off))
+			return -ESTALE;
+		return err == -ENOENT || err == -ESRCH ? 0 : err;
+	}
+	for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
+		err = mem_fill_kept(f, addr + (from - off), from, to - from);
+	return err;
+}
+
 /* All pieces; after a move from the beginning, pages that are there already are passed over. */
 static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
 {
@@ -372,12 +412,42 @@ static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
 	return err;
 }
 
+void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = mem_page_up(off + len);
+
+	atomic_store_explicit(&m->drops, true, memory_order_release);
+	far_mutex_lock(&m->lock);
+	if (m->dropping.n == m->dropping.cap) { /* without memory for it what was there before may be seen again */
+		size_t cap = m->dropping.cap ? 2 * m->dropping.cap : 16;
+		struct mem_run *v = reallocarray(m->dropping.v, cap, sizeof *v);
+		m->dropping.v = v ? v : m->dropping.v;
+		m->dropping.cap = v ? cap : m->dropping.cap;
+	}
+	if (m->dropping.n < m->dropping.cap)
+		m->dropping.v[m->dropping.n++] = (struct mem_run){ down, up - down };
+	far_mutex_unlock(&m->lock);
+}
+
+void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = mem_page_up(off + len);
+
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->dropping.n; k++)
+		if (m->dropping.v[k].off == down && m->dropping.v[k].len == up - down) {
+			m->dropping.v[k] = m->dropping.v[--m->dropping.n];
+			break;
+		}
+	far_mutex_unlock(&m->lock);
+}
+
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len)
 {
 	return m->c.mechanism == FAR_MECH_MOVE && !(off % FAR_STAGE) && !(len % FAR_STAGE) && !((uintptr_t)buf % FAR_STAGE);
 }
 
-static int mem_fill(struct far_memory *m, uint64_t off, const char *buf, uint64_t len)
+static int mem_fill_now(struct far_memory *m, uint64_t off, const char *buf, uint64_t len)
 {
 	uint64_t whole = len / MEM_PAGE * MEM_PAGE;
 	struct mem_fill f = { .m = m, .buf = buf, .base = off, .staged = far_mem_is_staged(m, off, buf, len) };
@@ -401,6 +471,25 @@ static int mem_fill(struct far_memory *m, uint64_t off, const char *buf, uint64_
 	return err;
 }
 
+/* Where poison is another mapping, none must come over a page that appears at this moment. */
+static int mem_fill(struct far_memory *m, uint64_t off, const char *buf, uint64_t len)
+{
+	if (m->c.have & FAR_UFFD_POISON)
+		return mem_fill_now(m, off, buf, len);
+	for (;;) {
+		atomic_fetch_add(&m->unpoisoned, 1);
+		if (!far_mem_is_poisoned(m, off, mem_page_up(len)))
+			break;
+		atomic_fetch_sub(&m->unpoisoned, 1);
+		int err = far_memory_heal(m, off, mem_page_up(len));
+		if (err)
+			return err;
+	}
+	int err = mem_fill_now(m, off, buf, len);
+	atomic_fetch_sub(&m->unpoisoned, 1);
+	return err;
+}
+
 /* --------------------------------------------------------------------------------------------- bytes that are there */
 
 struct mem_io {
@@ -414,8 +503,10 @@ static int mem_foreign(int fd, uint64_t addr, char *buf, const char *from, uint6
 {
 	while (len) {
 		ssize_t n = buf ? pread(fd, buf, (size_t)len, (off_t)addr) : pwrite(fd, from, (size_t)len, (off_t)addr);
+		if (n < 0 && errno == EINTR)
+			continue;
 		if (n <= 0)
-			return n < 0 && errno == EINTR ? 0 : -EIO;
+			return -EIO;
 		addr += (uint64_t)n;
 		len -= (uint64_t)n;
 		buf = buf ? buf + n : NULL;
@@ -684,6 +775,14 @@ static int mem_unpoison_map(struct far_memory *m, uint64_t addr, uint64_t off, u
 	return err;
 }
 
+static void mem_poison_cut(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	far_mutex_lock(&m->lock);
+	mem_cut_locked(&m->poison, off, len);
+	atomic_store_explicit(&m->n_poison, (unsigned)m->poison.n, memory_order_release);
+	far_mutex_unlock(&m->lock);
+}
+
 /* A page of shared memory that was write-protected leaves a mark when it goes, and the kernel refuses to poison that. */
 static int mem_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 {
@@ -708,12 +807,19 @@ int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 		return far_uffd_wake(m->c.uffd, addr, len);
 	if (!(m->c.have & FAR_UFFD_POISON) && !m->ours)
 		return -EOPNOTSUPP;
+	far_uffd_will_wait();
+	far_mutex_lock(&m->heal_lock);
 	far_mutex_lock(&m->lock);
 	err = far_mem_add_locked(&m->poison, off, len);
 	atomic_store_explicit(&m->n_poison, (unsigned)m->poison.n, memory_order_release);
 	far_mutex_unlock(&m->lock);
-	if (err)
+	if (err) {
+		far_mutex_unlock(&m->heal_lock);
 		return err;
+	}
+	/* From now on a fill heals first, and waits for us; those that began before must be through. */
+	while (!(m->c.have & FAR_UFFD_POISON) && atomic_load(&m->unpoisoned))
+		far_sleep_until(far_now() + 20 * FAR_USEC, false);
 	if (m->c.have & FAR_UFFD_POISON)
 		err = mem_poison(m, addr, len);
 	else if (mem_look(m, addr) == -EEXIST) /* the mapping would replace what is there */
@@ -721,41 +827,40 @@ int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 	else
 		err = mem_poison_map(m, addr, len);
 	if (err) { /* it came while we gave up, or it is gone */
-		far_mutex_lock(&m->lock);
-		mem_cut_locked(&m->poison, off, len);
-		atomic_store_explicit(&m->n_poison, (unsigned)m->poison.n, memory_order_release);
-		far_mutex_unlock(&m->lock);
+		mem_poison_cut(m, off, len);
 		far_uffd_wake(m->c.uffd, addr, len);
 	}
+	far_mutex_unlock(&m->heal_lock);
 	return err == -EEXIST || err == -ENOENT || err == -ESRCH ? 0 : err;
 }
-
-struct mem_heal {
-	struct far_memory *m;
-	struct mem_runs runs;
-};
 
 static int mem_heal_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
 {
 	struct far_memory *m = opaque;
-	uint64_t cut;
 	int err = 0;
 
 	for (uint64_t at = off; at < off + len && !err; at += MEM_PAGE) {
-		far_mutex_lock(&m->lock);
-		cut = mem_cut_locked(&m->poison, at, MEM_PAGE);
-		atomic_store_explicit(&m->n_poison, (unsigned)m->poison.n, memory_order_release);
-		far_mutex_unlock(&m->lock);
-		/* A fill goes over the kernel's own mark; the empty file has to go first. */
-		if (cut && addr && !(m->c.have & FAR_UFFD_POISON))
+		if (!far_mem_is_poisoned(m, at, MEM_PAGE))
+			continue;
+		/* A fill goes over the kernel's own mark; the empty file has to go first, and only then the note of it: who finds
+		 * none fills. */
+		if (addr && !(m->c.have & FAR_UFFD_POISON))
 			err = mem_unpoison_map(m, addr + (at - off), at, MEM_PAGE);
+		if (!err)
+			mem_poison_cut(m, at, MEM_PAGE);
 	}
 	return err;
 }
 
 int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len)
 {
-	return far_mem_each(m, off, len, mem_heal_piece, m);
+	if (!far_mem_is_poisoned(m, off, len))
+		return 0;
+	far_uffd_will_wait(); /* whoever has the lock may wait for an event to be read */
+	far_mutex_lock(&m->heal_lock);
+	int err = far_mem_each(m, off, len, mem_heal_piece, m);
+	far_mutex_unlock(&m->heal_lock);
+	return err;
 }
 
 bool far_memory_marks(const struct far_memory *m)
@@ -946,11 +1051,13 @@ static void mem_close(void *self) FAR_NO_TSA
 	free((void *)m->zero);
 	free((void *)m->gone);
 	free(m->own.v);
+	free(m->dropping.v);
 	free(m->poison.v);
 	free(m->suspect.v);
 	far_cond_fini(&m->changed);
 	far_mutex_fini(&m->lock);
 	far_mutex_fini(&m->attic_lock);
+	far_mutex_fini(&m->heal_lock);
 	far_mutex_fini(&m->stage_lock);
 	free(m);
 }
@@ -992,6 +1099,7 @@ int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, 
 	m->arms = conf->tracking == FAR_TRACK_ASYNC || conf->tracking == FAR_TRACK_SYNC;
 	far_mutex_init(&m->lock);
 	far_mutex_init(&m->attic_lock);
+	far_mutex_init(&m->heal_lock);
 	far_mutex_init(&m->stage_lock);
 	far_cond_init(&m->changed);
 	/* Where unseen stores can be told from what came only by looking at the bytes. */

@@ -16,6 +16,7 @@
 
 #include "backend/backend.h"
 #include "frontend/uffd.h"
+#include "frontend/victim.h"
 #include "region/region.h"
 
 struct far_memory;
@@ -35,6 +36,7 @@ struct far_memory_conf {
 	unsigned have;        /* enum far_uffd_have */
 	char *alias;          /* CONTINUE: the second mapping of the shared memory; borrowed */
 	int shared;           /* CONTINUE: its descriptor; borrowed */
+	struct far_victim *victim;  /* where evicted bytes go; borrowed; NULL: nowhere */
 	struct far_backend *remote; /* for pages that were unmapped while they were dirty */
 	/* Waits until every change of mappings that the program is making now is noted here. Not for receivers. */
 	void (*settle)(void *opaque);
@@ -65,13 +67,16 @@ bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, u
 bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_unmapped(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint64_t len);
+/* From the first on fills leave the range alone, until the region has been told with far_memory_discarded(). */
+void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len);
+void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len);
 /* ... and it was the program, in a region that can be written: these are zeros now. */
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len);
 /* [off, off+len) may have been stored: the next collect tells. */
 void far_memory_suspect(struct far_memory *m, uint64_t off, uint64_t len);
 /*
- * Another process' memory that is not writable (memory_given.c). Its program drops pages: forget() takes note, and is false
- * for any other memory. Around reading events: reading(begin), reading(end).
+ * Another process' memory (memory_given.c). Its program drops pages: forget() takes note, and is true if the region need not
+ * be told: the memory is not writable. Around reading events: reading(begin), reading(end).
  */
 bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len);
 bool far_memory_is_gone(struct far_memory *m, uint64_t off);

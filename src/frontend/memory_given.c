@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /*
- * Another process' memory whose stores are its own business (not handed over as writable), and how any such memory is left.
+ * Another process' memory: pages that its program drops, and how it is left.
  *
- * When its program drops pages (a balloon, madvise) they are zero from then on, and the region has nothing to do with them:
- * `gone` has a bit for each. A fill passes them over, a touch finds zeros. The kernel lets the program go on, and so drop the
+ * When the program drops pages (a balloon, madvise) they are zero from then on; `gone` has a bit for each. A fill passes them
+ * over, a touch finds zeros. If it was not handed over as writable its stores are its own business, and the region has
+ * nothing to do with any of that; else it is told as well. The kernel lets the program go on, and so drop the
  * pages, as soon as the event has been read; a fill that had looked at `gone` before and reached the kernel after would
  * bring old bytes back, and nobody could take them away again. So reading events and filling exclude each other:
  *
@@ -24,7 +25,7 @@
 
 int far_mem_given_open(struct far_memory *m)
 {
-	if (!m->c.foreign || m->c.tracking != FAR_TRACK_NONE || !(m->c.have & FAR_UFFD_EVENTS))
+	if (!m->c.foreign || !(m->c.have & FAR_UFFD_EVENTS))
 		return 0;
 	m->gone = calloc((size_t)(m->pages_len / MEM_PAGE / 64 + 1), sizeof *m->gone);
 	return m->gone ? 0 : -ENOMEM;
@@ -46,12 +47,12 @@ bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len)
 	for (uint64_t at = addr; at < addr + len; at += MEM_PAGE)
 		if (far_memory_off(m, at, &off))
 			atomic_fetch_or_explicit(&m->gone[off / MEM_PAGE / 64], (uint64_t)1 << (off / MEM_PAGE % 64), memory_order_release);
-	return true;
+	return m->c.tracking == FAR_TRACK_NONE;
 }
 
 void far_memory_reading(struct far_memory *m, bool begin)
 {
-	if (!m->gone)
+	if (begin && !m->gone && !atomic_load_explicit(&m->drops, memory_order_relaxed))
 		return;
 	atomic_store(&m->reading, begin); /* in one order with `filling`: each sees the other */
 	while (begin && atomic_load(&m->filling))
@@ -91,7 +92,7 @@ int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const 
 		uint64_t n = given_run(m, off + at, far_min(len - at, GIVEN_PIECE), &gone);
 		done = n;
 		if (!gone)
-			err = far_uffd_copy(m->c.uffd, addr + at, src + at, n, FAR_UFFD_ONCE, &done);
+			err = far_uffd_copy(m->c.uffd, addr + at, src + at, n, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
 		atomic_fetch_sub(&m->filling, 1);
 		turns = err == -EAGAIN && !done ? turns : 0;
 		if (err == -EEXIST) /* the program has it already */
@@ -100,6 +101,35 @@ int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const 
 			err = 0;
 		else if (err == -EAGAIN)
 			err = far_uffd_wait(&turns);
+	}
+	return err;
+}
+
+/* The same for memory of ours, whose program has dropped pages before: what it is dropping now is passed over. (The fills
+ * that ran when it did so for the first time are not held against that drop.) */
+int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
+{
+	unsigned turns = 0;
+	int err = 0;
+
+	for (uint64_t at = 0, from, to, done; at < len && !err;) {
+		given_fill_begin(m);
+		if (!far_mem_kept(m, off + at, off + len, &from, &to)) {
+			atomic_fetch_sub(&m->filling, 1);
+			break;
+		}
+		at = from - off;
+		done = far_min(to - from, GIVEN_PIECE);
+		err = far_uffd_copy(m->c.uffd, addr + at, src + at, done, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
+		atomic_fetch_sub(&m->filling, 1);
+		turns = err == -EAGAIN && !done ? turns : 0;
+		if (err == -EEXIST) /* the program has it already */
+			done += MEM_PAGE;
+		if (err == -EEXIST)
+			err = 0;
+		else if (err == -EAGAIN)
+			err = far_uffd_wait(&turns);
+		at += done;
 	}
 	return err;
 }

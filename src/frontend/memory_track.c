@@ -249,6 +249,15 @@ static bool track_there(void *self, uint64_t off, uint64_t len)
 
 /* ----------------------------------------------------------------------------------------------------------- collect */
 
+/* The process that had the memory has ended, or it has another now. */
+static bool track_lost(struct far_memory *m)
+{
+	bool here;
+	uint64_t n, addr = far_memory_addr(m, 0, &n);
+
+	return m->c.foreign && far_uffd_present(m->c.pagemap, addr, MEM_PAGE, &here) == -ESRCH;
+}
+
 /* Whether [off, off+len), inside one chunk, is known to hold what `hash` is of. */
 static bool track_is(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len, uint64_t hash)
 {
@@ -256,7 +265,8 @@ static bool track_is(struct far_memory *m, struct far_region *r, uint64_t off, u
 	bool same = false;
 
 	if (buf && far_region_hold(r, off)) {
-		same = far_mem_read(m, off, buf, (size_t)len, 0) == 0 && track_hash(buf, len) == hash;
+		int err = far_mem_read(m, off, buf, (size_t)len, 0);
+		same = err ? track_lost(m) : track_hash(buf, len) == hash; /* nobody stores into what is gone */
 		far_region_release(r, off);
 	}
 	far_buf_put(buf, (size_t)len);
@@ -584,7 +594,7 @@ static char *track_attic_locked(struct far_memory *m, uint64_t len) FAR_REQUIRES
 }
 
 /* The pages of [addr, addr+len) are at `to` now, in the attic: read them, missing ones are zero. */
-static bool track_attic_is(struct far_memory *m, const char *at, uint64_t len, uint64_t hash)
+static bool track_attic_is(struct far_memory *m, const char *at, uint64_t off, uint64_t len, uint64_t hash, uint64_t epoch)
 {
 	bool here[16];
 	char *buf = far_buf_get((size_t)len);
@@ -602,11 +612,14 @@ static bool track_attic_is(struct far_memory *m, const char *at, uint64_t len, u
 		}
 	}
 	bool same = !err && track_hash(buf, len) == hash;
+	if (same && m->c.victim)
+		far_victim_put(m->c.victim, off, buf, len, epoch);
 	far_buf_put(buf, (size_t)len);
 	return same;
 }
 
-static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash)
+static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash,
+				     uint64_t epoch)
 	FAR_REQUIRES(m->attic_lock)
 {
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE, done, back;
@@ -617,7 +630,7 @@ static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64
 	far_mem_not_whole(m, off, len);
 	int err = far_uffd_move(m->c.uffd, (uint64_t)(uintptr_t)at, addr, pages, 0, &done);
 	/* After a failure in the middle (a page that is pinned or locked) all of it goes back. */
-	if (!err && track_attic_is(m, at, len, hash)) {
+	if (!err && track_attic_is(m, at, off, len, hash, epoch)) {
 		m->attic_at += pages;
 		return 0;
 	}
@@ -639,14 +652,17 @@ static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64
 	return -EBUSY;
 }
 
-static int track_evict_alias(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash)
+static int track_evict_alias(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash, uint64_t epoch)
 {
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
 	far_mem_not_whole(m, off, len);
 	int err = far_mem_drop(m, addr, pages); /* only the program's view of it */
 
-	if (!err && track_hash(m->c.alias + off, len) == hash)
+	if (!err && track_hash(m->c.alias + off, len) == hash) {
+		if (m->c.victim)
+			far_victim_put(m->c.victim, off, m->c.alias + off, len, epoch);
 		return fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)pages) ? -errno : 0;
+	}
 	far_memory_suspect(m, off, len);
 	return -EBUSY;
 }
@@ -680,7 +696,27 @@ static bool track_is_suspect(struct far_memory *m, uint64_t off, uint64_t len)
 	return is || atomic_load(&m->lost_track);
 }
 
-static int track_evict(struct far_memory *m, uint64_t off, uint64_t len)
+/* What nobody can store into is dropped as it is. */
+static int track_evict_still(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t epoch)
+{
+	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE, n;
+	char *buf = m->c.victim ? far_buf_get((size_t)len) : NULL;
+	bool read = buf && far_mem_read(m, off, buf, (size_t)len, 0) == 0;
+	int err = 0;
+
+	/* A hole is punched into locked memory, too: the program's view goes first, if it may. */
+	far_memory_addr(m, off, &n);
+	if (m->c.mechanism == FAR_MECH_CONTINUE && addr)
+		err = far_mem_drop(m, addr, far_min(n, pages));
+	if (!err)
+		err = far_memory_drop(m, off, pages);
+	if (!err && read)
+		far_victim_put(m->c.victim, off, buf, len, epoch);
+	far_buf_put(buf, (size_t)len);
+	return err == -EINVAL ? -EBUSY : err; /* locked in memory */
+}
+
+static int track_evict(struct far_memory *m, uint64_t off, uint64_t len, uint64_t epoch)
 {
 	uint64_t n, addr = far_memory_addr(m, off, &n), i = off >> m->c.shift;
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
@@ -688,13 +724,8 @@ static int track_evict(struct far_memory *m, uint64_t off, uint64_t len)
 
 	if (track_is_suspect(m, off, len)) /* it is told first */
 		return -EBUSY;
-	if (m->c.tracking == FAR_TRACK_NONE || m->c.tracking == FAR_TRACK_SYNC) {
-		/* A hole is punched into locked memory, too: the program's view goes first, if it may. */
-		err = m->c.mechanism == FAR_MECH_CONTINUE && addr ? far_mem_drop(m, addr, far_min(n, pages)) : 0;
-		if (!err)
-			err = far_memory_drop(m, off, pages);
-		return err == -EINVAL ? -EBUSY : err; /* locked in memory */
-	}
+	if (m->c.tracking == FAR_TRACK_NONE || m->c.tracking == FAR_TRACK_SYNC)
+		return track_evict_still(m, addr, off, len, epoch);
 	uint64_t h = m->hash ? atomic_load_explicit(&m->hash[i], memory_order_acquire) : 0;
 	if (!m->hash) /* nobody keeps what the remote has, so none can be given back */
 		return -EBUSY;
@@ -705,20 +736,24 @@ static int track_evict(struct far_memory *m, uint64_t off, uint64_t len)
 	if (!addr || n < pages || off != i << m->c.shift || len != track_chunk_len(m, i))
 		return -EBUSY;
 	if (m->c.mechanism == FAR_MECH_CONTINUE)
-		return track_evict_alias(m, addr, off, len, h);
+		return track_evict_alias(m, addr, off, len, h, epoch);
 	if (!(m->c.have & FAR_UFFD_MOVE))
 		return -EBUSY;
 	far_mutex_lock(&m->attic_lock);
-	err = track_evict_moving_locked(m, addr, off, len, h);
+	err = track_evict_moving_locked(m, addr, off, len, h, epoch);
 	far_mutex_unlock(&m->attic_lock);
 	return err;
 }
 
 int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len)
 {
+	uint64_t epoch = m->c.victim ? far_victim_epoch(m->c.victim) : 0;
+
+	if (m->c.victim && far_victim_spare(m->c.victim, off))
+		return -EBUSY;
 	if (!track_evict_begin(m))
 		return -EBUSY;
-	int err = track_evict(m, off, len);
+	int err = track_evict(m, off, len, epoch);
 	track_evict_end(m);
 	return err;
 }

@@ -30,6 +30,7 @@
 #include "base/pool.h"
 #include "base/thread.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -327,6 +328,12 @@ static bool pager_was_given_up(struct pager_work *w)
 	return w->watched && atomic_exchange(&w->x->slot[w->slot].until, FAR_NEVER) == FAR_NEVER;
 }
 
+static int pager_poison_cb(void *opaque)
+{
+	struct pager_work *w = opaque;
+	return far_memory_poison(w->x->c.memory, w->e.addr, PAGER_PAGE);
+}
+
 /* The thread gets SIGBUS. */
 static void pager_give_up(struct pager_work *w, int err)
 {
@@ -348,8 +355,11 @@ static void pager_give_up(struct pager_work *w, int err)
 		far_memory_suspect(x->c.memory, w->off, PAGER_PAGE);
 		pager_allow_cb(x, w->off, PAGER_PAGE);
 		err = far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
-	} else
-		err = far_memory_poison(x->c.memory, w->e.addr, PAGER_PAGE);
+	} else {
+		err = far_region_alone(x->c.region, w->off, pager_poison_cb, w);
+		if (err == -EAGAIN) /* it is here, or comes: look again */
+			err = far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
+	}
 	if (err && err != -ESRCH && err != -ENOENT && err != -EEXIST)
 		far_log(FAR_LOG_ERROR, "that cannot be told to the program (%s): it waits until its mapping ends", far_strerror(err));
 }
@@ -476,6 +486,7 @@ static void pager_remove_begin_locked(struct pager_work *w) FAR_REQUIRES(w->v->l
 	struct far_member *x = w->x;
 	struct pager_removing *q = malloc(sizeof *q);
 
+	far_memory_dropping(x->c.memory, w->off, w->e.len);
 	if (!q)
 		return; /* then a fault may see what was there before */
 	*q = (struct pager_removing){ x->removing, w->off, w->e.len };
@@ -492,6 +503,7 @@ static void pager_remove(struct pager_work *w)
 	uint64_t old = far_deadline_limit(w->until);
 	int err = far_memory_discarded(x->c.memory, x->c.region, w->off, w->e.len);
 	far_deadline_restore(old);
+	far_memory_dropped(x->c.memory, w->off, w->e.len);
 	if (err)
 		far_log(FAR_LOG_WARNING, "a discard of bytes %" PRIu64 " to %" PRIu64 " of %s is not told yet (%s)", w->off,
 			w->off + w->e.len, x->c.source, far_strerror(err));
@@ -568,15 +580,14 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
 	uint64_t done;
 
-	far_mutex_lock(&w.v->lock);
-	struct far_member *given = v->ours ? NULL : v->members; /* the only one there is */
-	if (given)
-		far_memory_reading(given->c.memory, true);
+	far_mutex_lock(&v->lock);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, true);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
-	if (given)
-		far_memory_reading(given->c.memory, false);
-	far_mutex_unlock(&w.v->lock);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, false);
+	far_mutex_unlock(&v->lock);
 	if (!go)
 		return n > 0;
 	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
@@ -645,6 +656,16 @@ static unsigned pager_children(struct far_receivers *v, struct pollfd *pf, unsig
 	return n;
 }
 
+/* poll(2) says so at once of a descriptor in blocking mode. Who does it again and again shall not cost a CPU. */
+static void pager_unblock(int uffd)
+{
+	int flags = fcntl(uffd, F_GETFL);
+
+	if (flags >= 0)
+		fcntl(uffd, F_SETFL, flags | O_NONBLOCK);
+	far_sleep_until(far_now() + FAR_MSEC, false);
+}
+
 static bool pager_seat_run(void *opaque, struct far_seat *seat)
 {
 	struct pager_seat *s = opaque;
@@ -664,6 +685,8 @@ static bool pager_seat_run(void *opaque, struct far_seat *seat)
 	int got = poll(pf, n, timeout);
 	if ((got < 0 && errno != EINTR) || pf[1].revents)
 		return false;
+	if (got > 0 && (pf[0].revents & POLLERR) && !v->ours) /* the other process has made it blocking again */
+		pager_unblock(v->uffd);
 	if (got > 0 && pf[2].revents)
 		(void)!read(v->child_fd, &count, sizeof count);
 	if (got == 0 && pager_is_gone(v)) {

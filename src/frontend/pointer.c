@@ -17,6 +17,7 @@
 #include "frontend/pager.h"
 #include "frontend/pointer_segv.h"
 #include "frontend/uffd_abi.h"
+#include "frontend/victim.h"
 #include "region/region.h"
 
 #include <fcntl.h>
@@ -47,6 +48,8 @@ struct far_pointer {
 	struct far_handover given;
 	struct far_receivers *receivers;
 	struct far_memory *memory;
+	struct far_victim *victim; /* with local_max; NULL else */
+	struct far_backend *limbo; /* its face, between the region and what is below; owned by the region */
 	struct far_backend *store; /* the memory; owned by the region */
 	struct far_region *region;
 	struct far_member *member;
@@ -208,6 +211,20 @@ static int pointer_settle(struct far_pointer *p, const struct far_pointer_conf *
 	return 0;
 }
 
+/* An eighth of what may be here is for what was evicted a moment ago. */
+static int pointer_limbo(struct far_pointer *p, struct far_error *err)
+{
+	uint64_t chunk = p->o.chunk ? p->o.chunk : 64 * FAR_KIB, most = p->o.local_max / 8;
+
+	if (p->borrowed || most < chunk || chunk < POINTER_PAGE || (chunk & (chunk - 1)))
+		return 0;
+	int e = far_victim_new(p->below, (unsigned)__builtin_ctzll(chunk), most, &p->victim, &p->limbo);
+	if (e)
+		return far_error_set(err, -e, "no memory for a map of %s", p->source);
+	p->o.local_max -= most / chunk * chunk;
+	return 0;
+}
+
 static int pointer_memory(struct far_pointer *p, const struct far_pointer_conf *conf, struct far_error *err)
 {
 	struct far_handover_range all = { (uint64_t)(uintptr_t)p->addr, p->len, 0 };
@@ -228,6 +245,7 @@ static int pointer_memory(struct far_pointer *p, const struct far_pointer_conf *
 		.alias = p->alias,
 		.shared = p->shared,
 		.remote = p->below,
+		.victim = p->victim,
 		.settle = far_receivers_settle_cb,
 		.opaque = p->receivers,
 	};
@@ -242,16 +260,19 @@ static int pointer_region(struct far_pointer *p, const struct far_pointer_conf *
 {
 	struct far_region_conf rc = {
 		.memory = far_memory_calls(p->memory),
-		.remote = p->below,
+		.remote = p->limbo ? p->limbo : p->below,
 		.local = p->store,
 		.local_is_zero = true,
 		.ahead_only = !conf->managed || conf->borrowed,
-		.remote_borrowed = conf->borrowed,
+		.remote_borrowed = conf->borrowed && !p->victim,
 		.opts = &p->o,
 	};
 
 	p->o.read_only = !p->writable;
-	return far_region_open(&rc, &p->region, err);
+	int e = far_region_open(&rc, &p->region, err);
+	if (!e && p->victim)
+		far_victim_own(p->victim);
+	return e;
 }
 
 static int pointer_serve(struct far_pointer *p, struct far_error *err)
@@ -311,6 +332,8 @@ static int pointer_open_uffd(struct far_pointer *p, const struct far_pointer_con
 		e = pointer_map(p, err);
 	if (!e && p->ours)
 		e = pointer_register(p, err);
+	if (!e)
+		e = pointer_limbo(p, err);
 	if (!e)
 		e = pointer_memory(p, conf, err);
 	if (!e)
@@ -411,6 +434,8 @@ void far_pointer_close(struct far_pointer *p)
 		far_region_close(p->region); /* the memory and what is below go with it */
 	else if (p->store)
 		far_close(p->store);
+	if (!p->region && p->limbo)
+		far_close(p->limbo);
 	if (!p->region && !p->borrowed)
 		far_close(p->below);
 	far_receivers_put(p->receivers);
@@ -544,7 +569,14 @@ int far_pointer_refresh(struct far_pointer *p, uint64_t off, uint64_t len)
 {
 	if (p->segv)
 		return far_segv_pointer_refresh(p->segv, off, len);
-	return p->region ? far_region_refresh(p->region, off, len) : 0;
+	if (!p->region)
+		return 0;
+	if (p->victim)
+		far_victim_pause(p->victim);
+	int err = far_region_refresh(p->region, off, len);
+	if (p->victim)
+		far_victim_resume(p->victim);
+	return err;
 }
 
 void far_pointer_status(struct far_pointer *p, struct far_status *st)

@@ -28,10 +28,12 @@
 
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define UFFD_EVENTS (UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP)
@@ -76,6 +78,12 @@ void far_uffd_on_wait(void (*fn)(void *arg), void *arg)
 {
 	uffd_wait_fn = fn;
 	uffd_wait_arg = arg;
+}
+
+void far_uffd_will_wait(void)
+{
+	if (uffd_wait_fn)
+		uffd_wait_fn(uffd_wait_arg);
 }
 
 /* ------------------------------------------------------------------------------------------- what is here */
@@ -664,6 +672,24 @@ static void uffd_fault(const struct uffd_msg *m, struct far_uffd_event *e)
 	e->addr = m->arg.pagefault.address & ~(e->len - 1);
 }
 
+/* Never blocks, where the kernel can do that (6.10), whatever the process that handed the descriptor over has made of it:
+ * O_NONBLOCK belongs to both. */
+static ssize_t uffd_read_now(int fd, struct uffd_msg *m)
+{
+	static _Atomic bool cannot;
+	struct iovec v = { m, sizeof *m };
+
+	if (!atomic_load_explicit(&cannot, memory_order_relaxed)) {
+		ssize_t n = preadv2(fd, &v, 1, -1, RWF_NOWAIT);
+		if (n >= 0 || errno == EAGAIN || errno == EINTR)
+			return n;
+		if (errno != EOPNOTSUPP && errno != EINVAL && errno != ENOSYS && errno != ESPIPE)
+			return n;
+		atomic_store_explicit(&cannot, true, memory_order_relaxed);
+	}
+	return read(fd, m, sizeof *m);
+}
+
 int far_uffd_read(int fd, struct far_uffd_event *e)
 {
 	struct uffd_msg m;
@@ -671,7 +697,7 @@ int far_uffd_read(int fd, struct far_uffd_event *e)
 
 	*e = (struct far_uffd_event){ .fd = -1 };
 	do
-		n = read(fd, &m, sizeof m);
+		n = uffd_read_now(fd, &m);
 	while (n < 0 && errno == EINTR);
 	if (n < 0)
 		return errno == EAGAIN ? 0 : -errno;

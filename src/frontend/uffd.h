@@ -59,6 +59,8 @@ int far_uffd_unregister(int fd, uint64_t addr, uint64_t len);
  * this thread waits for that for more than a moment, fn(arg) is called: a receiver leaves its seat there, so that another
  * reads the event. NULL: none. */
 void far_uffd_on_wait(void (*fn)(void *arg), void *arg);
+/* This thread is about to wait for something of that kind outside this file. */
+void far_uffd_will_wait(void);
 
 enum far_uffd_flag {
 	FAR_UFFD_NO_WAKE = 1, /* whoever waits there goes on waiting */

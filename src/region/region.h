@@ -83,6 +83,9 @@ int far_region_remember(struct far_region *r, const struct far_facts *facts, con
  * come next. Before it blocks it asks may_block(opaque). 0: look again with far_region_hold(); 1: the page has been
  * filled; -EAGAIN: it may not block and would have to. Honours the thread's deadline. */
 int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void *opaque), void *opaque);
+/* Call fn(opaque) while nothing can be filled into the chunk of `off`, which is not local: 0 or its error; -EAGAIN: it is
+ * local, or somebody else has it. */
+int far_region_alone(struct far_region *r, uint64_t off, int (*fn)(void *opaque), void *opaque);
 /* Pin the chunk of `off`; false: it is not local. */
 uint64_t far_region_chunk(const struct far_region *r); /* its size */
 bool far_region_hold(struct far_region *r, uint64_t off);

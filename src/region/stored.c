@@ -45,6 +45,18 @@ void far_region_release(struct far_region *r, uint64_t off)
 	far_chunkmap_unpin(r->map, off >> r->shift, 1);
 }
 
+int far_region_alone(struct far_region *r, uint64_t off, int (*fn)(void *opaque), void *opaque)
+{
+	uint64_t n;
+	struct far_fetch *f = far_chunkmap_claim(r->map, off >> r->shift, 1, &n);
+
+	if (!f)
+		return n ? -ENOMEM : -EAGAIN;
+	int err = fn(opaque);
+	far_chunkmap_fetch_end(r->map, f, -EAGAIN); /* who waits for it looks again */
+	return err == -EAGAIN ? -EIO : err;
+}
+
 /* ------------------------------------------------------------------------------------------------------------ faults */
 
 /*

@@ -4,7 +4,7 @@
  * A program that hands memory over and then does what it is told on standard input, a line each, with a line as answer. The
  * formats other than farpage's are written out here, by hand, as the programs that they come from write them.
  *
- * client SOCKET BYTES HOW [OFFSET]
+ * client SOCKET BYTES HOW [OFFSET [blocking]]
  *     HOW  farpage, pieces (three, out of order), writable-async, writable-sync, writable-hash; go (and closes the
  *          connection), go-twice (the userfaultfd in both places); firecracker; unregistered, nowhere, no-api: bad ones
  */
@@ -216,6 +216,16 @@ static void tried_is(uint64_t want)
 	say(atomic_load(&tried) == want ? "right" : "wrong");
 }
 
+static void *block_cb(void *arg)
+{
+	(void)arg;
+	for (int k = 0; k < 2000; k++) {
+		fcntl(uffd, F_SETFL, 0);
+		usleep(500);
+	}
+	return NULL;
+}
+
 static void obey(const char *socket_path)
 {
 	static uint64_t where;
@@ -243,6 +253,10 @@ static void obey(const char *socket_path)
 			conn = connect_to(socket_path);
 			if (send_ours() == 0)
 				say("ready");
+		} else if (sscanf(line, "drop %" SCNu64 " %" SCNu64, &a, &b) == 2) {
+			say(madvise(memory + a, b, MADV_DONTNEED) ? "cannot" : "dropped");
+		} else if (strcmp(line, "block\n") == 0) {
+			say(fcntl(uffd, F_SETFL, 0) ? "cannot" : "blocking");
 		} else if (strcmp(line, "flush\n") == 0) {
 			flush_now(false);
 		} else if (strcmp(line, "last\n") == 0) {
@@ -288,6 +302,10 @@ int main(int argc, char **argv)
 		send_firecracker();
 	else if (send_ours())
 		return 1;
+	if (argc > 5) { /* again and again, while it is served */
+		pthread_t t;
+		pthread_create(&t, NULL, block_cb, NULL);
+	}
 	say("ready");
 	obey(argv[1]);
 	return 0;

@@ -168,6 +168,28 @@ def stores_are_pushed_by_a_flush(w):
         equal(p.end(), 0, p.err())
 
 
+def what_a_writable_client_drops_is_zero_there_too(w):
+    for tracking in ('async', 'sync'):
+        data = bytearray(ruler(8 * MIB))
+        with open(w.path('src'), 'wb') as f:
+            f.write(data)
+        p = pager(w, 'file:src', '--writable', '--layer', 'delay:rtt=3ms', '--window', '512K')
+        c = Client(w, 8 * MIB, 'writable-' + tracking)
+        r = random.Random(tracking)
+        for k in range(60):  # while it is pulled
+            page = r.randrange(2000)
+            equal(c.do('drop %d 8192' % (page * 4096)), 'dropped')
+            data[page * 4096:page * 4096 + 8192] = bytes(8192)
+            equal(c.do('zero %d 8192' % (page * 4096)), 'right', 'dropped page %d' % page)
+        equal(c.do('flush'), 'flushed')
+        equal(w.read('src'), bytes(data), tracking)
+        for page in range(0, 2048, 17):
+            zero = not any(data[page * 4096:page * 4096 + 4096])
+            equal(c.do('%s %d 4096' % ('zero' if zero else 'check', page * 4096)), 'right', 'page %d' % page)
+        c.end()
+        equal(p.end(), 0, p.err())
+
+
 def a_writable_client_needs_a_writable_pager(w):
     w.file('src', MIB)
     pager(w, 'file:src')
@@ -204,7 +226,7 @@ def the_end_waits_for_clients_and_a_second_signal_does_not(w):
     c = Client(w, 4 * MIB, 'farpage')
     equal(c.do('check %d 4096' % MIB), 'right')
     p.p.send_signal(signal.SIGTERM)
-    wait_for(lambda: 'this ends when they have ended' in p.err(), 'the message')
+    wait_for(lambda: 'This ends when they have ended' in p.err(), 'the message')
     equal(c.do('check %d 4096' % (2 * MIB)), 'right', 'it is still served')
     true(p.p.poll() is None)
     late = socket.socket(socket.AF_UNIX)
@@ -222,6 +244,8 @@ def the_end_waits_for_clients_and_a_second_signal_does_not(w):
         return
     equal(c.do('check %d 4096' % (3 * MIB)), 'SIGBUS', 'what was not there')
     equal(c.do('zero 0 4096'), 'SIGBUS', 'zeros that were never fetched are not invented')
+    equal(c.do('drop %d 4096' % MIB), 'dropped', 'it is ordinary memory again, and nobody need read events of it')
+    equal(c.do('zero %d 4096' % MIB), 'right')
     c.end()
 
 
@@ -287,6 +311,11 @@ def hostile_clients_disturb_nobody(w):
     for s in silent:
         s.close()
     wait_for(lambda: len(os.listdir('/proc/%d/fd' % p.p.pid)) < 60, 'their descriptors to be closed')
+    good.do('block')  # the flag belongs to both processes: nobody may hang on it
+    equal(good.do('check 0 %d' % (4 * MIB)), 'right')
+    stuck = Client(w, 4 * MIB, 'go', '0', 'blocking')
+    equal(stuck.do('check 0 %d' % (4 * MIB)), 'right')
+    stuck.end()
     # Memory that is not registered, addresses that are not there: fills fail, others go on.
     for how in ('unregistered', 'nowhere', 'no-api'):
         bad = Client(w, 4 * MIB, how)
@@ -296,6 +325,22 @@ def hostile_clients_disturb_nobody(w):
     good.end()
     wait_for(lambda: not clients(w), 'their end')
     equal(p.end(), 0, p.err())
+
+
+def stop_and_flush_by_the_control_socket(w):
+    w.file('src', MIB)
+    p = pager(w, 'file:src', '--pull-workers', '0', '--writable')
+    c = Client(w, MIB, 'writable-sync')
+    equal(c.do('store 0 7'), 'stored')
+    w.run('flush', '--control', w.path('ctl'), code=0)
+    equal(w.read('src')[:8], struct.pack('<Q', 7))
+    equal(c.do('store 8 9'), 'stored')
+    w.run('stop', '--control', w.path('ctl'), code=0)
+    wait_for(lambda: 'This ends when they have ended' in p.err(), 'the message')
+    w.run('stop', '--now', '--control', w.path('ctl'), code=0)
+    equal(p.p.wait(DEADLINE), 130, p.err())
+    equal(w.read('src')[8:16], struct.pack('<Q', 9), 'what was stored before the end')
+    c.end(signal.SIGKILL)
 
 
 def status_names_the_clients(w):
@@ -339,7 +384,8 @@ def wrong_usage_is_told(w):
 
 
 main([each_format_gives_the_right_bytes, a_part_of_a_region_and_a_tail, many_clients_and_their_deaths,
-      over_the_network_with_a_round_trip, stores_are_pushed_by_a_flush, a_writable_client_needs_a_writable_pager,
+      over_the_network_with_a_round_trip, stores_are_pushed_by_a_flush, what_a_writable_client_drops_is_zero_there_too, a_writable_client_needs_a_writable_pager,
       killed_clients_that_write_lose_only_what_is_not_pushed, the_end_waits_for_clients_and_a_second_signal_does_not,
       a_killed_pager_is_a_stall_and_not_zeros, a_dead_source_is_sigbus_at_the_deadline, hostile_clients_disturb_nobody,
+      stop_and_flush_by_the_control_socket,
       status_names_the_clients, a_recorded_order_is_pulled_first, wrong_usage_is_told])

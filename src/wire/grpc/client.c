@@ -133,9 +133,11 @@ static int client_read_parts(struct far_client *c, uint64_t off, void *buf, size
 	struct far_exchange op[FAR_EXCHANGE_READS];
 	uint64_t deadline = far_client_deadline(c);
 	size_t part = far_max(CLIENT_PART, (size_t)far_div_up(len, FAR_EXCHANGE_READS));
+	size_t chunk = (size_t)c->facts.chunk; /* does not change once it is known, and it is */
 	bool near = atomic_load_explicit(&c->shortest, memory_order_relaxed) <= CLIENT_NEAR;
 	unsigned n = 0;
 
+	part = chunk ? (size_t)far_div_up(part, chunk) * chunk : part;
 	for (size_t at = 0; at < len; at += part)
 		op[n++] = (struct far_exchange){ .m = FAR_M_READ, .off = off + at, .len = far_min(part, len - at),
 						 .dst = (char *)buf + at, .flags = flags };
