@@ -333,31 +333,6 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 	return err;
 }
 
-/*
- * -ENOENT is said of what was unmapped or moved since we looked, but also of a range that is not one mapping of the kernel's
- * any more: the program may have changed the protection of a page in the middle, locked it, given advice. So it is done page
- * by page then; what is still refused, and still ours, is an error: a page that did not come must not count as zeros.
- */
-static int mem_fill_mapped(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
-{
-	struct mem_fill *f = opaque;
-	int err = mem_fill_piece(f, addr, off, len);
-	uint64_t n;
-
-	for (uint64_t at = 0; err == -ENOENT && at < len; at += MEM_PAGE) {
-		int e = mem_fill_piece(f, addr + at, off + at, MEM_PAGE);
-		if (e == -ENOENT && mem_moved(f->m, addr + at, off + at))
-			return -ESTALE;
-		if (e == -ENOENT && far_memory_addr(f->m, off + at, &n)) /* it is still there */
-			return -EFAULT;
-		if (e && e != -ENOENT)
-			return e == -ESRCH ? 0 : e;
-		if (at + MEM_PAGE >= len)
-			return 0;
-	}
-	return err == -ESRCH ? 0 : err; /* gone with its process */
-}
-
 bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
 {
 	uint64_t a = off, b = end;
@@ -390,15 +365,36 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 		return 0;
 	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
 		return mem_fill_kept(f, addr, off, len);
-	if (f->m->c.mechanism != FAR_MECH_CONTINUE) {
-		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
-		if (err == -ENOENT && mem_moved(f->m, addr, off))
-			return -ESTALE;
-		return err == -ENOENT || err == -ESRCH ? 0 : err;
-	}
+	if (f->m->c.mechanism != FAR_MECH_CONTINUE)
+		return far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
 	for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
 		err = mem_fill_kept(f, addr + (from - off), from, to - from);
 	return err;
+}
+
+/*
+ * -ENOENT is said of what was unmapped or moved since we looked, but also of a range that is not one mapping of the kernel's
+ * any more: the program may have changed the protection of a page in the middle, locked it, given advice. So it is done page
+ * by page then; what is still refused, and still ours, is an error: a page that did not come must not count as zeros.
+ */
+static int mem_fill_mapped(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct mem_fill *f = opaque;
+	int err = mem_fill_piece(f, addr, off, len);
+	uint64_t n;
+
+	for (uint64_t at = 0; err == -ENOENT && at < len; at += MEM_PAGE) {
+		int e = mem_fill_piece(f, addr + at, off + at, MEM_PAGE);
+		if (e == -ENOENT && mem_moved(f->m, addr + at, off + at))
+			return -ESTALE;
+		if (e == -ENOENT && far_memory_addr(f->m, off + at, &n)) /* it is still there */
+			return -EFAULT;
+		if (e && e != -ENOENT)
+			return e == -ESRCH ? 0 : e;
+		if (at + MEM_PAGE >= len)
+			return 0;
+	}
+	return err == -ESRCH ? 0 : err; /* gone with its process */
 }
 
 /* All pieces; after a move from the beginning, pages that are there already are passed over. */
