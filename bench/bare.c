@@ -16,7 +16,7 @@
  * program that stays where it is; "each" has one on every CPU.
  *
  * "most" is no opponent but the ceiling: a thread on every CPU that does nothing but copy from memory and call UFFDIO_COPY
- * for 512 KiB each, or UFFDIO_MOVE for a huge page that it has filled. No pager can be faster on this machine at this hour.
+ * for 256 KiB each, or UFFDIO_MOVE for a huge page that it has filled. No pager can be faster on this machine at this hour.
  */
 #define _GNU_SOURCE
 #include "cli/bench_touch.h"
@@ -205,19 +205,20 @@ struct bare_most {
 static void *bare_most_thread(void *arg)
 {
 	struct bare_most *m = arg;
-	size_t piece = m->move ? BARE_HUGE : BARE_HUGE / 4, off;
+	size_t piece = m->move ? BARE_HUGE : BARE_HUGE / 8, off;
 	char *stage = bare_map(piece, m->move ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 
 	bare_pin(__atomic_fetch_add(&m->cpu, 1, __ATOMIC_RELAXED));
-	while (stage && (off = __atomic_fetch_add(&m->next, piece, __ATOMIC_RELAXED)) < m->b->size) {
-		struct bare_move mv = { (uintptr_t)m->b->memory + off, (uintptr_t)stage, piece, 0, 0 };
-		struct uffdio_copy c = { .dst = mv.dst, .src = mv.src, .len = piece };
-		memcpy(stage, m->b->source + off, piece);
-		if (m->move ? ioctl(m->b->fd, BARE_MOVE, &mv) : ioctl(m->b->fd, UFFDIO_COPY, &c)) {
-			perror("bare: most");
-			_exit(1);
+	while (stage && (off = __atomic_fetch_add(&m->next, BARE_HUGE, __ATOMIC_RELAXED)) < m->b->size)
+		for (size_t end = off + BARE_HUGE; off < end; off += piece) {
+			struct bare_move mv = { (uintptr_t)m->b->memory + off, (uintptr_t)stage, piece, 0, 0 };
+			struct uffdio_copy c = { .dst = mv.dst, .src = mv.src, .len = piece };
+			memcpy(stage, m->b->source + off, piece);
+			if (m->move ? ioctl(m->b->fd, BARE_MOVE, &mv) : ioctl(m->b->fd, UFFDIO_COPY, &c)) {
+				perror("bare: most");
+				_exit(1);
+			}
 		}
-	}
 	return NULL;
 }
 

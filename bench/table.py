@@ -225,11 +225,11 @@ def pairs(n, ours, theirs):
     return max(a), max(b)
 
 
-def raw_tcp():
-    """The best write size of one raw loopback stream, MiB/s."""
+def raw_tcp(*pages):
+    """The best write size of one raw loopback stream, MiB/s; pages: from memory into fresh 'huge' or 'small' pages."""
     best = 0
     for block in (64 << 10, 256 << 10, 1 << 20):
-        out = subprocess.run([RAWTCP, str(GIB), str(block)], capture_output=True, text=True)
+        out = subprocess.run([RAWTCP, str(GIB), str(block), *pages], capture_output=True, text=True)
         if out.returncode:
             raise Broken('rawtcp: %s' % out.stderr.strip())
         best = max(best, float(out.stdout.split()[0]))
@@ -764,6 +764,10 @@ def row_pointer_pull(o):
         a, b = pairs(o.pairs, lambda: value(pointer('pull', m, '--size', size)), raw_tcp)
         show('pull over gRPC into a pointer, %s' % m, a / b, 'x', 0.4 if m == 'copy' else 0.6, rates(a, b),
              how + ', mapping counted, against one raw TCP stream (%s)' % congestion())
+        pages = 'small' if m == 'copy' else 'huge'
+        c = max(raw_tcp(pages) for _ in range(3))
+        show('the same, against one into fresh memory', a / c, 'x', None, rates(a, c),
+             'a raw TCP stream that fills 1 GiB of %s pages from 1 GiB, as a pull does; the row above: one block in cache' % pages)
     mechanisms('pull over gRPC', ('move', 'continue', 'copy'), one)
 
 

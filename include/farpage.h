@@ -442,7 +442,7 @@ FAR_API void *far_addr(const struct far_mount *m); /* valid until far_mount_clos
 FAR_API int far_mount_populate(struct far_mount *m, uint64_t off, uint64_t len);
 /* The range reads as zeros from now on, here and after the next flush on the remote. */
 FAR_API int far_mount_discard(struct far_mount *m, uint64_t off, uint64_t len);
-/* Make poisoned pages of the range absent again: the next touch fetches them. */
+/* Fetch the poisoned pages of the range. 0: none is poisoned any more; else the remote's error, and the rest stays so. */
 FAR_API int far_mount_heal(struct far_mount *m, uint64_t off, uint64_t len);
 /* Something was stored in a way that no tracking sees: by a device into pages that are pinned for long (io_uring's
  * registered buffers). Call it after the I/O has ended and before far_mount_flush(). */
@@ -488,9 +488,12 @@ FAR_API void far_handover_fini(struct far_handover *h); /* close the descriptors
 struct far_pager;
 FAR_API int far_pager_open(struct far_handover *h, struct far_backend *b, const struct far_mount_opts *opts,
 			   void (*ended)(void *opaque), void *opaque, struct far_pager **out, struct far_error *err);
+/* Every store that ended before is on the backend, and its own flush succeeded. Nothing to do unless h.writable. -ESRCH:
+ * the process, or its memory, is gone. */
 FAR_API int far_pager_flush(struct far_pager *p);
 FAR_API void far_pager_status(struct far_pager *p, struct far_status *st);
-FAR_API int far_pager_close(struct far_pager *p); /* the last flush's error */
+/* The last flush's error; -ESRCH: the process ended first, and what it stored after the flush before is lost. */
+FAR_API int far_pager_close(struct far_pager *p);
 
 /* ------------------------------------------------------------------------------------------------ server */
 

@@ -32,7 +32,7 @@
 #define PICTURE_WAITS 4096
 #define PICTURE_STALL (500 * FAR_USEC) /* a touch that takes longer has waited for the store */
 
-enum { PIC_CHUNKS = PICTURE_BYTES / PICTURE_CHUNK, PIC_SAMPLES = 400 };
+enum { PIC_CHUNKS = PICTURE_BYTES / PICTURE_CHUNK, PIC_ROWS = 512, PIC_SAMPLES = 400 };
 enum { PIC_WIDTH = 980, PIC_LEFT = 60, PIC_TOP = 70, PIC_PLOT_W = 900, PIC_PLOT_H = 512, PIC_HEIGHT = 640 };
 
 struct picture_wait {
@@ -46,7 +46,7 @@ struct picture {
 	struct far_region *region;
 	char *p;
 	uint64_t start;
-	uint8_t look[PIC_SAMPLES][PIC_CHUNKS];
+	uint8_t look[PIC_SAMPLES][PIC_ROWS]; /* the most that one of its chunks is */
 	struct picture_wait wait[PICTURE_WAITS];
 	size_t n_wait;
 	uint64_t wrong, flushed_at[2];
@@ -117,8 +117,10 @@ static void *picture_sampler(void *arg)
 
 	for (unsigned s = 0; s < PIC_SAMPLES; s++) {
 		far_sleep_until(pic->start + PICTURE_NS * s / PIC_SAMPLES, false);
-		for (unsigned i = 0; i < PIC_CHUNKS; i++)
-			pic->look[s][i] = (uint8_t)far_region_look(pic->region, i * PICTURE_CHUNK);
+		for (unsigned i = 0; i < PIC_CHUNKS; i++) {
+			uint8_t *row = &pic->look[s][i * PIC_ROWS / PIC_CHUNKS], look = far_region_look(pic->region, i * PICTURE_CHUNK);
+			*row = *row > look ? *row : look;
+		}
 	}
 	return NULL;
 }
@@ -179,10 +181,10 @@ static double picture_y(uint64_t off)
 
 static void picture_runs(FILE *f, const struct picture *pic, enum far_region_look look)
 {
-	const double h = (double)PIC_PLOT_H / PIC_CHUNKS, w = (double)PIC_PLOT_W / PIC_SAMPLES;
+	const double h = (double)PIC_PLOT_H / PIC_ROWS, w = (double)PIC_PLOT_W / PIC_SAMPLES;
 
 	fprintf(f, "<path fill=\"%s\" d=\"", picture_looks[look].colour);
-	for (unsigned i = 0; i < PIC_CHUNKS; i++)
+	for (unsigned i = 0; i < PIC_ROWS; i++)
 		for (unsigned s = 0, n; s < PIC_SAMPLES; s += n) {
 			for (n = 1; s + n < PIC_SAMPLES && pic->look[s + n][i] == pic->look[s][i];)
 				n++;
@@ -220,7 +222,7 @@ static void picture_axes(FILE *f, const struct picture *pic)
 		fprintf(f, "<path d=\"M%.1f %dv%d\" stroke=\"black\" stroke-dasharray=\"3 3\"/><text x=\"%.1f\" y=\"%d\" "
 			   "text-anchor=\"%s\">%s</text>\n",
 			picture_x(pic->flushed_at[i]), PIC_TOP - 4, PIC_PLOT_H + 30, picture_x(pic->flushed_at[i]),
-			PIC_TOP + PIC_PLOT_H + 38, i ? "start" : "end", i ? "flushed; 16 to 40 MiB evicted" : "flush");
+			PIC_TOP + PIC_PLOT_H + 38, i ? "middle" : "end", i ? "flushed, 16 to 40 MiB given back" : "flush");
 }
 
 static int picture_draw(const struct picture *pic, const char *path, struct far_error *err)

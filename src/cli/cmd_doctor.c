@@ -165,7 +165,7 @@ static void doctor_pointer(struct doctor_line *l, bool writable)
 	}
 	snprintf(l->found, sizeof l->found, "%s: %s%s%s", far_mechanism_word(m), far_pointer_words(m), writable ? "; " : "",
 		 writable ? far_pointer_tracking_words(t) : "");
-	for (enum far_mechanism faster = writable ? FAR_MECH_CONTINUE : FAR_MECH_MOVE; faster < m && m == FAR_MECH_COPY; faster++) {
+	for (enum far_mechanism faster = writable ? FAR_MECH_MOVE : FAR_MECH_CONTINUE; faster < m && m == FAR_MECH_COPY; faster++) {
 		size_t n = strlen(l->next);
 		snprintf(l->next + n, sizeof l->next - n, "%s%s would be faster, but %s", n ? "; " : "",
 			 far_mechanism_word(faster), far_pointer_why_not(have, &facts, &opts, writable, true, faster));

@@ -53,7 +53,7 @@ struct page_client {
 	/* under all->lock */
 	struct far_pager *pager; /* NULL: not yet, or no more */
 	unsigned users;
-	bool writer, gone;
+	bool writer, closing, gone;
 };
 
 struct page_clients {
@@ -80,20 +80,35 @@ static void page_client_ended_cb(void *opaque)
 	eventfd_write(c->ended, 1);
 }
 
-/* What a pager that is opened for it starts with. */
+/* Whether somebody else has the one place for a writer. One who is about to leave is waited for. */
+static bool page_writer_locked(struct page_clients *all) FAR_REQUIRES(all->lock)
+{
+	uint64_t until = far_now() + 10 * FAR_SEC;
+
+	for (;;) {
+		struct page_client *c = all->first;
+		while (c && !c->writer)
+			c = c->next;
+		if (!c || !c->closing)
+			return all->writer;
+		if (!far_cond_wait_until(&all->changed, &all->lock, until))
+			return true;
+	}
+}
+
+/* Receive is over: make it a pager. */
 static int page_client_open(struct page_client *c, struct far_error *err)
 {
 	struct page_clients *all = c->all;
 	struct far_pager *pager;
-	bool taken = false;
+	bool taken;
 
 	if (c->h.writable && !all->conf.writable)
 		return far_error_set(err, EROFS, "its stores are to be pushed, and this pager was started without --writable");
 	far_mutex_lock(&all->lock);
-	if (c->h.writable && all->writer)
-		taken = true;
-	else
-		all->writer = c->writer = c->h.writable;
+	taken = c->h.writable && page_writer_locked(all);
+	if (c->h.writable && !taken)
+		all->writer = c->writer = true;
 	far_mutex_unlock(&all->lock);
 	if (taken)
 		return far_error_set(err, EBUSY, "another client's stores are pushed to this region already: one at a time");
@@ -109,30 +124,32 @@ static int page_client_open(struct page_client *c, struct far_error *err)
 	return 0;
 }
 
-/* Flush for the client itself, and tell it. False: it cannot be told any more. */
-static bool page_client_flush(struct page_client *c, const struct far_handover *how)
+/* Flush for the client itself, and tell it. -ESRCH: its memory is gone; else whether it could be told. */
+static int page_client_flush(struct page_client *c, const struct far_handover *how)
 {
 	int e = far_pager_flush(c->pager);
+	int told = far_uffd_accept(c->fd, how, e < 0 ? -e : 0, e < 0 ? far_strerror(e) : NULL);
 
-	return far_uffd_accept(c->fd, how, e < 0 ? -e : 0, e < 0 ? far_strerror(e) : NULL) == 0;
+	return e == -ESRCH ? e : told;
 }
 
-/* Requests on the connection. False: it has ended. */
-static bool page_client_request(struct page_client *c, const struct far_handover *how)
+/* Requests on the connection. 0, or why it has ended: -ESRCH: with the memory. */
+static int page_client_request(struct page_client *c, const struct far_handover *how)
 {
 	char buf[64];
 	ssize_t n = recv(c->fd, buf, sizeof buf, MSG_DONTWAIT);
 
 	if (n < 0)
-		return errno == EAGAIN || errno == EINTR;
+		return errno == EAGAIN || errno == EINTR ? 0 : -errno;
 	if (n == 0) {
-		page_client_flush(c, how);
-		return false;
+		int e = page_client_flush(c, how);
+		return e ? e : -ENOTCONN;
 	}
-	for (ssize_t k = 0; k < n; k++)
-		if (buf[k] == 'F' && !page_client_flush(c, how))
-			return false;
-	return true;
+	int e = 0;
+	for (ssize_t k = 0; k < n && !e; k++)
+		if (buf[k] == 'F')
+			e = page_client_flush(c, how);
+	return e;
 }
 
 static void page_client_serve(struct page_client *c, enum far_handover_format format, bool has_process)
@@ -147,11 +164,11 @@ static void page_client_serve(struct page_client *c, enum far_handover_format fo
 			return;
 		if (p[0].revents || p[1].revents)
 			return;
-		if (p[2].revents && !page_client_request(c, &how)) {
-			if (!has_process)
-				return;
+		int e = p[2].revents ? page_client_request(c, &how) : 0;
+		if (e == -ESRCH || (e && !has_process))
+			return;
+		if (e)
 			p[2].fd = -1;
-		}
 	}
 }
 
@@ -164,6 +181,7 @@ static void page_client_close(struct page_client *c)
 	far_mutex_lock(&all->lock);
 	struct far_pager *pager = c->pager;
 	c->pager = NULL;
+	c->closing = true;
 	while (c->users)
 		far_cond_wait(&all->changed, &all->lock);
 	far_mutex_unlock(&all->lock);
@@ -171,7 +189,9 @@ static void page_client_close(struct page_client *c)
 		return;
 	far_pager_status(pager, &st);
 	int e = far_pager_close(pager);
-	if (e < 0 && st.dirty)
+	if (e == -ESRCH && !st.dirty)
+		cli_say("client %u ended without a last flush: what it stored after the one before is lost", c->number);
+	else if (e < 0 && st.dirty)
 		cli_say("client %u: %s of its stores are lost: %s", c->number, progress_size(size, sizeof size, st.dirty),
 			e == -ESRCH ? "its process ended without a flush" : far_strerror(e));
 	else if (!all->conf.quiet)
@@ -223,6 +243,7 @@ static void *page_client_cb(void *arg)
 	c->gone = true;
 	if (c->writer)
 		all->writer = c->writer = false;
+	far_cond_broadcast(&all->changed);
 	far_mutex_unlock(&all->lock);
 	eventfd_write(all->conf.wake, 1);
 	return NULL;

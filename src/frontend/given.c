@@ -10,8 +10,8 @@
  *     window     all of it, so that the caller's backend is neither stopped nor closed from above
  *     backend    the caller's
  *
- * One thread waits for the end of the process (its pidfd); the pointer notices it as well, when the kernel says so at a
- * fill. Whichever is first tells the caller, once: `told`. The callback may not close the pager, for that joins the thread.
+ * One thread waits for the end of the process (its pidfd; without one the receivers look for it once a second), and the kernel
+ * says so at a fill. Whichever is first tells the caller, once: `told`. The callback may not close the pager, for that joins the thread.
  */
 #define _GNU_SOURCE
 #include "base/clock.h"
@@ -28,6 +28,8 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#define GIVEN_FORKS (1u << 1) /* UFFD_FEATURE_EVENT_FORK */
+
 struct far_pager {
 	/* fixed after open */
 	struct far_mount_opts o;
@@ -37,9 +39,17 @@ struct far_pager {
 	void (*ended)(void *opaque);
 	void *opaque;
 	int process, stop; /* pidfd; eventfd */
+	int pagemap;       /* -1: none */
+	uint64_t addr;     /* some of the memory */
 	struct far_thread life;
 	_Atomic bool told; /* `ended` was called or is being called */
 };
+
+static uint64_t given_pages(uint64_t bytes)
+{
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	return far_div_up(bytes, page) * page;
+}
 
 /* ------------------------------------------------------------------------------------------------ the end */
 
@@ -64,13 +74,18 @@ static void *given_life_cb(void *arg)
 	return NULL;
 }
 
-/* ------------------------------------------------------------------------------------------------ ranges */
-
-static uint64_t given_pages(uint64_t bytes)
+/* Memory goes before the process has ended altogether; its pagemap is empty then. */
+static bool given_is_gone(struct far_pager *p)
 {
-	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-	return far_div_up(bytes, page) * page;
+	struct pollfd fd = { .fd = p->process, .events = POLLIN };
+	uint64_t entry;
+
+	if (atomic_load(&p->told) || (p->process >= 0 && poll(&fd, 1, 0) > 0))
+		return true;
+	return p->pagemap >= 0 && pread(p->pagemap, &entry, sizeof entry, (off_t)(p->addr / given_pages(1) * sizeof entry)) == 0;
 }
+
+/* ------------------------------------------------------------------------------------------------ ranges */
 
 /* The Go format says no length: then the memory is as long as the region, in whole pages. */
 static int given_check_ranges(const struct far_handover *h, uint64_t bytes, struct far_error *err)
@@ -173,6 +188,9 @@ static int given_check(const struct far_pager *p, const struct far_handover *h, 
 {
 	if (h->uffd < 0)
 		return far_error_set(err, EINVAL, "cannot serve memory: no userfaultfd was given");
+	if (h->features & GIVEN_FORKS)
+		return far_error_set(err, EOPNOTSUPP, "cannot serve memory whose children are to be served too: leave UFFD_FEATURE_EVENT_FORK out, "
+				     "and use MADV_DONTFORK");
 	if (h->writable && (p->o.read_only || !(far_facts(b)->caps & FAR_CAP_WRITE)))
 		return far_error_set(err, EROFS, "cannot serve memory whose stores are to be pushed: the region is read-only");
 	if (h->writable && (h->pagemap < 0 || h->mem < 0))
@@ -210,6 +228,7 @@ static void given_free(struct far_pager *p)
 {
 	far_fd_close(&p->stop);
 	far_fd_close(&p->process);
+	far_fd_close(&p->pagemap);
 	free(p->order);
 	free(p->record_order);
 	free(p);
@@ -271,6 +290,8 @@ static int given_open(struct far_pager *p, struct far_handover *h, struct far_ba
 	if (e)
 		return e;
 	p->writable = h->writable;
+	p->addr = h->range[0].addr;
+	p->pagemap = h->pagemap < 0 ? -1 : fcntl(h->pagemap, F_DUPFD_CLOEXEC, 0);
 	e = given_watch(p, h->process);
 	if (e)
 		far_error_set(err, -e, "cannot start a thread: %s", far_strerror(e));
@@ -291,7 +312,7 @@ int far_pager_open(struct far_handover *h, struct far_backend *b, const struct f
 
 	if (!p)
 		return far_error_set(err, ENOMEM, "cannot serve memory: out of memory");
-	p->process = p->stop = -1;
+	p->process = p->stop = p->pagemap = -1;
 	p->ended = ended;
 	p->opaque = opaque;
 	int e = given_options(p, opts);
@@ -327,8 +348,12 @@ int far_pager_open(struct far_handover *h, struct far_backend *b, const struct f
 
 int far_pager_flush(struct far_pager *p)
 {
+	if (given_is_gone(p)) /* and with it what it stored last */
+		return -ESRCH;
+	if (!p->writable)
+		return 0;
 	uint64_t old = far_deadline_limit(p->o.on_fail == FAR_ON_FAIL_WAIT ? FAR_NEVER : far_now() + p->o.deadline_ms * FAR_MSEC);
-	int e = p->writable ? far_pointer_flush(p->pointer) : 0;
+	int e = far_pointer_flush(p->pointer);
 
 	far_deadline_restore(old);
 	return e;
@@ -349,7 +374,7 @@ int far_pager_close(struct far_pager *p)
 {
 	if (!p)
 		return 0;
-	int e = far_pager_flush(p);
+	int e = p->writable ? far_pager_flush(p) : 0;
 	given_unwatch(p);
 	far_pointer_stop(p->pointer);
 	far_pointer_close(p->pointer);

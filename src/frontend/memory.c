@@ -303,6 +303,17 @@ static int mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64
 	return err;
 }
 
+/* What was at `addr` is not there any more, and the event that says why has been read or will be in a moment: bytes that
+ * were on their way must follow a piece that has moved, or it would be zero at its new place. */
+static bool mem_moved(struct far_memory *m, uint64_t addr, uint64_t off)
+{
+	uint64_t until = far_now() + (m->c.have & FAR_UFFD_EVENTS ? FAR_SEC : 0), now, n;
+
+	while ((now = far_memory_addr(m, off, &n)) == addr && far_now() < until)
+		far_sleep_until(far_now() + 100 * FAR_USEC, false);
+	return now && now != addr;
+}
+
 static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
 {
 	const char *src = f->buf + (off - f->base);
@@ -319,8 +330,7 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 		if (err)
 			err = mem_fill_copy(f->m, addr + done, src + done, len - done);
 	}
-	/* Unmapped or moved since we looked; gone with its process. */
-	return err == -ENOENT || err == -ESRCH ? 0 : err;
+	return err;
 }
 
 bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
@@ -354,14 +364,16 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 	if (!addr) /* the program has unmapped it */
 		return 0;
 	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
-		return mem_fill_kept(f, addr, off, len);
-	if (f->m->c.mechanism != FAR_MECH_CONTINUE) {
+		err = mem_fill_kept(f, addr, off, len);
+	else if (f->m->c.mechanism != FAR_MECH_CONTINUE)
 		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
-		return err == -ENOENT || err == -ESRCH ? 0 : err;
-	}
-	for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
-		err = mem_fill_kept(f, addr + (from - off), from, to - from);
-	return err;
+	else
+		for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
+			err = mem_fill_kept(f, addr + (from - off), from, to - from);
+	if (err == -ENOENT && mem_moved(f->m, addr, off))
+		return -ESTALE;
+	/* Unmapped since we looked; gone with its process. */
+	return err == -ENOENT || err == -ESRCH ? 0 : err;
 }
 
 void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
@@ -394,6 +406,17 @@ void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len)
 	far_mutex_unlock(&m->lock);
 }
 
+/* All pieces; after a move from the beginning, pages that are there already are passed over. */
+static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
+{
+	int err;
+
+	do
+		err = far_mem_each(f->m, off, len, mem_fill_piece, f);
+	while (err == -ESTALE);
+	return err;
+}
+
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len)
 {
 	return m->c.mechanism == FAR_MECH_MOVE && !(off % FAR_STAGE) && !(len % FAR_STAGE) && !((uintptr_t)buf % FAR_STAGE);
@@ -409,13 +432,19 @@ static int mem_fill(struct far_memory *m, uint64_t off, const char *buf, uint64_
 		return -EINVAL;
 	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
 		far_memory_heal(m, off, mem_page_up(len));
-	int err = whole ? far_mem_each(m, off, whole, mem_fill_piece, &f) : 0;
+	int err = whole ? mem_fill_pieces(&f, off, whole) : 0;
+	bool all = !m->gone && !atomic_load_explicit(&m->drops, memory_order_acquire); /* nothing was passed over */
+	if (!err && whole == len && all)
+		far_mem_whole(m, off, len);
 	if (err || whole == len)
 		return err;
 	memcpy(tail, buf + whole, (size_t)(len - whole));
 	memset(tail + (len - whole), 0, (size_t)(MEM_PAGE - (len - whole)));
 	f = (struct mem_fill){ .m = m, .buf = tail, .base = off + whole };
-	return far_mem_each(m, off + whole, MEM_PAGE, mem_fill_piece, &f);
+	err = mem_fill_pieces(&f, off + whole, MEM_PAGE);
+	if (!err && all)
+		far_mem_whole(m, off, len);
+	return err;
 }
 
 /* --------------------------------------------------------------------------------------------- bytes that are there */
@@ -578,6 +607,7 @@ static int mem_drop_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 {
 	struct far_memory *m = opaque;
 
+	far_mem_not_whole(m, off, len);
 	if (m->c.mechanism == FAR_MECH_CONTINUE)
 		return fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len) ? -errno : 0;
 	return addr ? far_mem_drop(m, addr, len) : 0;
@@ -800,10 +830,26 @@ bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, u
 
 /* ---------------------------------------------------------------------------------------- what the program changed */
 
+/* The program drops pages, as soon as this has been read: its chunks are not whole any more. */
+static void mem_dropping(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	for (uint64_t at = addr, off, n; at < addr + len; at += n) {
+		if (far_memory_off(m, at, &off)) {
+			far_memory_addr(m, off, &n);
+			n = far_min(n, addr + len - at);
+			far_mem_not_whole(m, off, n);
+		} else {
+			n = MEM_PAGE;
+		}
+	}
+}
+
 bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len)
 {
 	uint64_t attic = (uint64_t)(uintptr_t)m->attic;
 
+	if (m->whole)
+		mem_dropping(m, addr, len);
 	return (attic && addr >= attic && addr < attic + m->attic_len) || mem_own_take(m, addr, len);
 }
 
@@ -848,6 +894,7 @@ static void mem_replace(struct far_memory *m, uint64_t addr, uint64_t len, uint6
 		}
 		far_memory_addr(m, off, &n);
 		n = far_min(n, addr + len - at);
+		far_mem_not_whole(m, off, n);
 		mem_place(m, off, n, to ? to + (at - addr) : 0);
 	}
 }
@@ -920,6 +967,8 @@ static void mem_close(void *self) FAR_NO_TSA
 	if (m->attic)
 		munmap(m->attic, (size_t)m->attic_len);
 	free((void *)m->hash);
+	free((void *)m->whole);
+	free((void *)m->fresh);
 	free((void *)m->zero);
 	free((void *)m->gone);
 	free(m->own.v);
@@ -980,7 +1029,13 @@ int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, 
 	bool zeros = conf->tracking == FAR_TRACK_NONE && conf->mechanism != FAR_MECH_CONTINUE;
 	if (zeros)
 		m->zero = calloc((size_t)(chunks / 64 + 1), sizeof *m->zero);
-	int err = (hashes && !m->hash) || (zeros && !m->zero) ? -ENOMEM : mem_table_first(m, conf);
+	bool notes = conf->tracking == FAR_TRACK_ASYNC;
+	if (notes) {
+		m->whole = calloc((size_t)(chunks / 64 + 1), sizeof *m->whole);
+		m->fresh = calloc((size_t)(chunks / 64 + 1), sizeof *m->fresh);
+	}
+	int err = (hashes && !m->hash) || (zeros && !m->zero) || (notes && (!m->whole || !m->fresh)) ? -ENOMEM
+														      : mem_table_first(m, conf);
 	if (!err)
 		err = far_mem_given_open(m);
 	far_mem_track_open(m);

@@ -35,6 +35,9 @@ struct far_memory {
 	uint64_t pages_len;       /* the region in whole pages */
 	_Atomic(struct mem_table *) table;
 	_Atomic uint64_t *hash;   /* of each chunk's bytes as the remote has them; 0: not known. NULL: not kept */
+	/* With asynchronous tracking, NULL else. */
+	_Atomic uint64_t *whole;  /* bit i: each page of chunk i has been filled in, and none was dropped since */
+	_Atomic uint64_t *fresh;  /* bit i: chunk i was moved in, so it counts as written, and nobody has looked at it yet */
 	_Atomic uint64_t *zero;   /* bit i: chunk i came as zeros. Read-only maps; NULL: any missing page of a local chunk is zero */
 	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
 	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
@@ -90,6 +93,9 @@ int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, cons
 bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to);
 
 /* memory_track.c */
+/* [off, off+len) was filled in, or is about to be dropped. */
+void far_mem_whole(struct far_memory *m, uint64_t off, uint64_t len);
+void far_mem_not_whole(struct far_memory *m, uint64_t off, uint64_t len);
 void far_mem_track_open(struct far_memory *m);
 /* The chunk of `off` holds something else than the remote, or nobody knows. */
 void far_mem_differs(struct far_memory *m, uint64_t off);

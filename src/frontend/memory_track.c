@@ -11,7 +11,13 @@
  * A note that was cleared and not told yet is known to nobody but the collect that runs: so only one runs at a time, and
  * whoever wants all stores told waits for it and then runs its own. What could not be told stays in `suspect`.
  *
- * Hashes also settle what the notes cannot: pages that were moved in count as written until they are looked at, and an
+ * The kernel's notes are in the page table, and a page that leaves it takes its note along: of shared memory, when its
+ * huge page is split (a hole is punched beside it) or reclaimed; of private memory that is all zeros, when its huge page is
+ * split. The write-protection of a clean page is kept, though. So in a chunk that was filled completely, a page that is
+ * not there has been stored into. Elsewhere absent pages mean nothing, but one of shared memory that holds something else
+ * than zeros was there once (`whole` tells the two kinds of chunks apart).
+ *
+ * Hashes settle what the notes cannot: pages that were moved in count as written until they are looked at (`fresh`), and an
  * eviction must not drop a store that nobody has noted. hash[i] is of the bytes that the remote has in chunk i, as they
  * were filled in or read for a push (a push that fails leaves the chunk dirty, and then nobody asks); 0: not known.
  *
@@ -34,6 +40,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define TRACK_RECENT (10 * FAR_SEC)
 #define TRACK_BLOCK (64 * FAR_KIB) /* of a push that is looked at once more */
@@ -89,6 +96,45 @@ static void track_zero(struct far_memory *m, uint64_t off, const char *buf, uint
 	}
 }
 
+static void track_bits(_Atomic uint64_t *bits, uint64_t first, uint64_t end, bool set)
+{
+	for (uint64_t i = first; bits && i < end; i++) {
+		uint64_t bit = (uint64_t)1 << (i % 64);
+		if (set)
+			atomic_fetch_or_explicit(&bits[i / 64], bit, memory_order_release);
+		else if (atomic_load_explicit(&bits[i / 64], memory_order_relaxed) & bit)
+			atomic_fetch_and_explicit(&bits[i / 64], ~bit, memory_order_release);
+	}
+}
+
+static bool track_bit(const _Atomic uint64_t *bits, uint64_t i)
+{
+	return bits && (atomic_load_explicit(&bits[i / 64], memory_order_acquire) >> (i % 64) & 1);
+}
+
+/* Whether it was set; it is not any more. */
+static bool track_bit_take(_Atomic uint64_t *bits, uint64_t i)
+{
+	uint64_t bit = (uint64_t)1 << (i % 64);
+
+	return track_bit(bits, i) && (atomic_fetch_and_explicit(&bits[i / 64], ~bit, memory_order_acq_rel) & bit);
+}
+
+void far_mem_whole(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t end = off + len >= m->c.bytes ? far_div_up(m->c.bytes, far_mem_chunk(m)) : (off + len) >> m->c.shift;
+
+	track_bits(m->whole, far_div_up(off, far_mem_chunk(m)), end, true);
+}
+
+void far_mem_not_whole(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t end = far_min(off + len, m->c.bytes);
+
+	if (off < end)
+		track_bits(m->whole, off >> m->c.shift, ((end - 1) >> m->c.shift) + 1, false);
+}
+
 static void track_came(void *self, uint64_t off, const void *buf, uint64_t len)
 {
 	struct far_memory *m = self;
@@ -97,6 +143,8 @@ static void track_came(void *self, uint64_t off, const void *buf, uint64_t len)
 		track_zero(m, off, buf, len);
 	if (!m->hash)
 		return;
+	if (far_mem_is_staged(m, off, buf, len))
+		track_bits(m->fresh, off >> m->c.shift, (off + len) >> m->c.shift, true);
 	if (m->c.evicts || m->c.tracking == FAR_TRACK_HASH || far_mem_is_staged(m, off, buf, len))
 		track_same(m, off, buf, len);
 	else
@@ -154,7 +202,10 @@ static int track_arm_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t l
 
 	if (!addr)
 		return 0;
-	if (m->c.tracking == FAR_TRACK_ASYNC)
+	/* Of shared memory also what is absent: else it would count as written again and again. */
+	if (m->c.tracking == FAR_TRACK_ASYNC && m->c.mechanism == FAR_MECH_CONTINUE)
+		err = far_uffd_written_whole(m->c.pagemap, addr, pages, true, track_nothing, NULL);
+	else if (m->c.tracking == FAR_TRACK_ASYNC)
 		err = far_uffd_written(m->c.pagemap, addr, pages, true, track_nothing, NULL);
 	else if (m->c.tracking == FAR_TRACK_SYNC)
 		err = far_uffd_protect(m->c.uffd, addr, pages, true, 0);
@@ -212,8 +263,8 @@ static bool track_is(struct far_memory *m, struct far_region *r, uint64_t off, u
 	return same;
 }
 
-/* [off, off+len) may have been stored. What cannot be told now is told later. */
-static int track_tell(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
+/* [off, off+len) may have been stored; noted: the kernel says so. What cannot be told now is told later. */
+static int track_tell(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len, bool noted)
 {
 	uint64_t end = far_min(off + len, m->c.bytes);
 	int err = 0;
@@ -221,7 +272,9 @@ static int track_tell(struct far_memory *m, struct far_region *r, uint64_t off, 
 	while (off < end && !err) {
 		uint64_t i = off >> m->c.shift, n = far_min(end, (i + 1) << m->c.shift) - off;
 		uint64_t h = m->hash ? atomic_load_explicit(&m->hash[i], memory_order_acquire) : 0;
-		/* What was moved in counts as written all at once: look at each chunk. */
+		/* What was moved in counts as written all at once: look at each chunk, once. */
+		if (noted && !track_bit_take(m->fresh, i))
+			h = 0;
 		if (!h || !track_is(m, r, i << m->c.shift, track_chunk_len(m, i), h))
 			err = far_region_stored(r, off, n, 0, NULL, NULL);
 		if (err)
@@ -234,39 +287,106 @@ static int track_tell(struct far_memory *m, struct far_region *r, uint64_t off, 
 struct track_scan {
 	struct far_memory *m;
 	uint64_t addr, off; /* of the piece */
-	struct mem_runs found;
+	bool whole;         /* its chunks are */
+	struct mem_runs *into, found, maybe;
 };
 
 static int track_found(void *opaque, uint64_t addr, uint64_t len)
 {
 	struct track_scan *s = opaque;
 
-	if (far_mem_add_locked(&s->found, s->off + (addr - s->addr), len))
+	if (far_mem_add_locked(s->into, s->off + (addr - s->addr), len))
 		atomic_store(&s->m->lost_track, true);
 	return 0;
+}
+
+/* What is absent from the program's view, and may hold something in the file all the same. */
+static int track_scan_absent(struct track_scan *s, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = s->m;
+	int err = 0;
+
+	s->into = &s->maybe;
+	for (uint64_t at = off, end = off + len; at < end && !err;) {
+		off_t data = lseek(m->c.shared, (off_t)at, SEEK_DATA);
+		off_t hole = data < 0 ? data : lseek(m->c.shared, data, SEEK_HOLE);
+		if (data < 0 || hole < 0 || (uint64_t)data >= end)
+			break; /* no bytes from here on */
+		uint64_t from = far_max(at, (uint64_t)data) / MEM_PAGE * MEM_PAGE;
+		uint64_t to = far_min(end, far_div_up((uint64_t)hole, MEM_PAGE) * MEM_PAGE);
+		err = far_uffd_written_whole(m->c.pagemap, addr + (from - off), to - from, true, track_found, s);
+		at = to;
+	}
+	return err;
 }
 
 static int track_scan_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
 {
 	struct track_scan *s = opaque;
+	int err;
 
+	if (!addr)
+		return 0;
 	s->addr = addr;
 	s->off = off;
-	return addr ? far_uffd_written(s->m->c.pagemap, addr, len, true, track_found, s) : 0;
+	s->into = &s->found;
+	if (s->whole)
+		return far_uffd_written_whole(s->m->c.pagemap, addr, len, true, track_found, s);
+	err = far_uffd_written(s->m->c.pagemap, addr, len, true, track_found, s);
+	return err || s->m->c.mechanism != FAR_MECH_CONTINUE ? err : track_scan_absent(s, addr, off, len);
+}
+
+/* Pages of chunks of one kind after the other. */
+static int track_scan_pages(struct track_scan *s)
+{
+	struct far_memory *m = s->m;
+	uint64_t chunks = far_div_up(m->pages_len, far_mem_chunk(m));
+	int err = 0;
+
+	for (uint64_t i = 0, end; i < chunks; i = end) {
+		s->whole = track_bit(m->whole, i);
+		for (end = i + 1; end < chunks && track_bit(m->whole, end) == s->whole; end++)
+			;
+		uint64_t off = i << m->c.shift;
+		int e = far_mem_each(m, off, far_min(end << m->c.shift, m->pages_len) - off, track_scan_piece, s);
+		/* Unmapped or moved meanwhile, or gone with its process: the next look finds it where it is. */
+		err = err ? err : e == -ESRCH || e == -ENOENT ? 0 : e;
+	}
+	return err;
+}
+
+/* An absent page that is not zero was there: stored, for what is clean keeps its mark when it is taken away. */
+static int track_tell_absent(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
+{
+	int err = 0;
+
+	for (uint64_t end = far_min(off + len, m->c.bytes), n; off < end; off += n) {
+		n = far_min(end - off, MEM_PAGE);
+		if (!far_region_hold(r, off))
+			continue;
+		bool stored = !far_is_zero(m->c.alias + off, (size_t)n);
+		far_region_release(r, off);
+		int e = stored ? track_tell(m, r, off, n, true) : 0;
+		err = err ? err : e;
+	}
+	return err;
 }
 
 static int track_scan(struct far_memory *m, struct far_region *r)
 {
 	struct track_scan s = { .m = m };
-	int err = far_mem_each(m, 0, m->pages_len, track_scan_piece, &s);
+	int err = track_scan_pages(&s);
 
-	if (err == -ESRCH || err == -ENOENT)
-		err = 0;
 	for (size_t k = 0; k < s.found.n; k++) { /* all of it, or it would be forgotten */
-		int e = track_tell(m, r, s.found.v[k].off, s.found.v[k].len);
+		int e = track_tell(m, r, s.found.v[k].off, s.found.v[k].len, true);
+		err = err ? err : e;
+	}
+	for (size_t k = 0; k < s.maybe.n; k++) {
+		int e = track_tell_absent(m, r, s.maybe.v[k].off, s.maybe.v[k].len);
 		err = err ? err : e;
 	}
 	free(s.found.v);
+	free(s.maybe.v);
 	return err;
 }
 
@@ -281,7 +401,7 @@ static int track_compare_all(struct far_memory *m, struct far_region *r)
 		if (!far_region_hold(r, off))
 			continue;
 		far_region_release(r, off);
-		err = track_tell(m, r, off, track_chunk_len(m, i));
+		err = track_tell(m, r, off, track_chunk_len(m, i), false);
 	}
 	return err;
 }
@@ -494,6 +614,7 @@ static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64
 
 	if (!at)
 		return -EBUSY;
+	far_mem_not_whole(m, off, len);
 	int err = far_uffd_move(m->c.uffd, (uint64_t)(uintptr_t)at, addr, pages, 0, &done);
 	/* After a failure in the middle (a page that is pinned or locked) all of it goes back. */
 	if (!err && track_attic_is(m, at, len, hash)) {
@@ -521,6 +642,7 @@ static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64
 static int track_evict_alias(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash)
 {
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE;
+	far_mem_not_whole(m, off, len);
 	int err = far_mem_drop(m, addr, pages); /* only the program's view of it */
 
 	if (!err && track_hash(m->c.alias + off, len) == hash)

@@ -54,7 +54,7 @@ struct pager_child {
 struct far_receivers {
 	/* fixed after open */
 	int uffd, stop_fd, child_fd; /* eventfds: one is written once and never read, the other when there is a child */
-	bool ours;
+	bool ours, has_pidfd;
 	struct far_crew *crew;
 	void (*ended)(void *opaque);
 	void *opaque;
@@ -298,6 +298,8 @@ static int pager_child_fetch(struct pager_work *w)
 
 static int pager_serve(struct pager_work *w)
 {
+	if (w->child >= 0 && w->e.kind == FAR_EVENT_STORE) /* its own copy: nobody asks what is in it */
+		return far_uffd_protect(w->child, w->e.addr, PAGER_PAGE, false, 0);
 	if (w->child >= 0)
 		return pager_child_fetch(w);
 	return w->e.kind == FAR_EVENT_STORE ? pager_store(w) : pager_fetch(w);
@@ -527,7 +529,7 @@ static bool pager_note_locked(struct pager_work *w) FAR_REQUIRES(w->v->lock)
 		for (struct far_member *x = v->members; x; x = x->next)
 			if (far_memory_removed(x->c.memory, w->e.addr, w->e.len) || far_memory_forget(x->c.memory, w->e.addr, w->e.len))
 				return false;
-	w->x = pager_find_locked(v, w->e.addr, &w->off);
+	w->x = pager_find_locked(w->v, w->e.addr, &w->off);
 	if (!w->x)
 		return fault;
 	if (w->e.kind == FAR_EVENT_REMOVE)
@@ -547,14 +549,14 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
 	uint64_t done;
 
-	far_mutex_lock(&v->lock);
+	far_mutex_lock(&w.v->lock);
 	for (struct far_member *x = v->members; x; x = x->next)
 		far_memory_reading(x->c.memory, true);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
 	for (struct far_member *x = v->members; x; x = x->next)
 		far_memory_reading(x->c.memory, false);
-	far_mutex_unlock(&v->lock);
+	far_mutex_unlock(&w.v->lock);
 	if (!go)
 		return n > 0;
 	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
@@ -638,7 +640,7 @@ static bool pager_seat_run(void *opaque, struct far_seat *seat)
 		n += pager_children(v, pf + 3, FAR_ARRAY_LEN(pf) - 3);
 	/* A thread that blocks has left its seat: whoever took it comes by here. */
 	bool watch = atomic_load_explicit(&v->n_watched, memory_order_relaxed) != 0;
-	int timeout = watch ? PAGER_WATCH_MS : s->first && (!v->ours || n > 3) ? PAGER_LOOK_MS : -1;
+	int timeout = watch ? PAGER_WATCH_MS : s->first && ((!v->ours && !v->has_pidfd) || n > 3) ? PAGER_LOOK_MS : -1;
 	int got = poll(pf, n, timeout);
 	if ((got < 0 && errno != EINTR) || pf[1].revents)
 		return false;
@@ -730,9 +732,13 @@ static int receivers_make(int uffd, bool ours, void (*ended)(void *opaque), void
 	return 0;
 }
 
-int far_receivers_new(int uffd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err)
+int far_receivers_new(int uffd, bool has_pidfd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out,
+		      struct far_error *err)
 {
 	int e = receivers_make(uffd, false, ended, opaque, out);
+
+	if (!e)
+		(*out)->has_pidfd = has_pidfd; /* no receiver runs yet */
 	return e ? far_error_set(err, -e, "cannot start to serve page faults: %s", far_strerror(e)) : 0;
 }
 
@@ -855,6 +861,20 @@ void far_member_remove(struct far_member *x)
 		far_cond_wait(&v->changed, &v->lock);
 	far_mutex_unlock(&v->lock);
 	free(x);
+}
+
+int far_member_settle(struct far_member *x)
+{
+	struct far_receivers *v = x->v;
+	int err = 0;
+
+	if (!atomic_load_explicit(&x->n_removing, memory_order_acquire))
+		return 0;
+	far_mutex_lock(&v->lock);
+	while (x->removing && !err)
+		err = far_cond_wait_until(&v->changed, &v->lock, far_deadline()) ? 0 : -ETIMEDOUT;
+	far_mutex_unlock(&v->lock);
+	return err;
 }
 
 bool far_member_wait_idle(struct far_member *x, uint64_t until)

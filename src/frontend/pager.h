@@ -15,8 +15,8 @@ struct far_member;
 /* This process' own, made for the first and ended after the last who asks. have: enum far_uffd_have. */
 int far_receivers_get(unsigned have, struct far_receivers **out, struct far_error *err);
 /* Of a descriptor that was handed over, which is taken on success. ended(opaque) is called once, on a thread of the
- * receivers, when its process is gone. */
-int far_receivers_new(int uffd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err);
+ * receivers, when its process is gone; nobody looks for that where the caller does, who has its pidfd. */
+int far_receivers_new(int uffd, bool has_pidfd, void (*ended)(void *opaque), void *opaque, struct far_receivers **out, struct far_error *err);
 void far_receivers_put(struct far_receivers *v);
 int far_receivers_uffd(const struct far_receivers *v);
 /* Returns when all changes of mappings that had begun are noted. Not on a receiver that still has its seat. */
@@ -38,6 +38,8 @@ void far_member_stop(struct far_member *x);
 void far_member_remove(struct far_member *x);
 /* Fills faults, n_blocked, blocked_at, blocked_ms. */
 void far_member_status(struct far_member *x, struct far_status *st);
+/* Wait until what the program has dropped so far has been told. Honours the thread's deadline. */
+int far_member_settle(struct far_member *x);
 /* Wait until nobody is blocked, or `until`. */
 bool far_member_wait_idle(struct far_member *x, uint64_t until);
 

@@ -170,10 +170,11 @@ static unsigned pointer_given_have(const struct far_handover *h)
 {
 	unsigned have = FAR_UFFD_ANY | (far_uffd_have() & (FAR_UFFD_SCAN | FAR_UFFD_POISON));
 
-	if (h->features & UFFD_FEATURE_PAGEFAULT_FLAG_WP)
+	/* A descriptor that notes stores makes no faults of them: who cannot read the notes must not count on faults. */
+	if ((h->features & UFFD_FEATURE_PAGEFAULT_FLAG_WP) && !(h->features & FAR_FEATURE_WP_ASYNC))
 		have |= FAR_UFFD_WP;
-	if ((h->features & FAR_FEATURE_WP_ASYNC) && h->pagemap >= 0 && (have & FAR_UFFD_SCAN))
-		have |= FAR_UFFD_WP_ASYNC;
+	else if ((h->features & FAR_FEATURE_WP_ASYNC) && h->pagemap >= 0 && (have & FAR_UFFD_SCAN))
+		have |= FAR_UFFD_WP | FAR_UFFD_WP_ASYNC;
 	if ((h->features & (UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_EVENT_REMAP)) != 0)
 		have |= FAR_UFFD_EVENTS;
 	return have;
@@ -295,7 +296,8 @@ static int pointer_open_segv(struct far_pointer *p, const struct far_pointer_con
 
 static int pointer_open_uffd(struct far_pointer *p, const struct far_pointer_conf *conf, struct far_error *err)
 {
-	int e = conf->given ? far_receivers_new(conf->given->uffd, conf->ended, conf->opaque, &p->receivers, err)
+	int e = conf->given ? far_receivers_new(conf->given->uffd, conf->given->process >= 0, conf->ended, conf->opaque,
+					       &p->receivers, err)
 			    : far_receivers_get(p->have, &p->receivers, err);
 
 	if (!e && conf->given)
@@ -437,8 +439,10 @@ struct far_region *far_pointer_region(struct far_pointer *p)
 
 int far_pointer_flush(struct far_pointer *p)
 {
+	int err = p->member && p->writable ? far_member_settle(p->member) : 0;
+
 	if (p->region)
-		return far_region_flush(p->region);
+		return err ? err : far_region_flush(p->region);
 	return p->writable ? far_flush(p->below) : 0;
 }
 

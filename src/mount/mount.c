@@ -318,7 +318,7 @@ static int mnt_watch_remote(struct far_mnt *m, const struct far_mnt_conf *conf, 
 
 static int mnt_pull_first(struct far_mnt *m, struct far_error *err)
 {
-	struct far_region *r = far_mnt_top(m);
+	struct far_region *r = m->region ? m->region : far_mnt_top(m);
 
 	if (!r || !m->o.pull_first || m->mode != FAR_MODE_MANAGED || far_leaser_offline(m->leaser))
 		return 0;

@@ -55,7 +55,8 @@ int far_mnt_pointer_flush(struct far_mnt *m)
 
 int far_mnt_pointer_wait_percent(struct far_mnt *m, uint64_t bytes)
 {
-	struct far_region *r = far_pointer_region(m->pointer);
+	/* What is in the local store is here; it is that store which is filled in the background. */
+	struct far_region *r = m->region ? m->region : far_pointer_region(m->pointer);
 
 	if (!r)
 		return 0;

@@ -71,20 +71,61 @@ static struct outside *outside_of(const struct far_mount *m)
 
 /* ------------------------------------------------------------------------------------------------ the guard */
 
-/* An empty file in the page's place raises SIGBUS as well, where the kernel has no mark for that. */
+struct outside_empty {
+	void *at;
+	int done; /* eventfd */
+};
+
+static void *outside_empty_cb(void *arg)
+{
+	struct outside_empty *x = arg;
+	int fd = memfd_create("farpage-poison", MFD_CLOEXEC);
+
+	if (fd >= 0)
+		mmap(x->at, OUTSIDE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+	far_fd_close(&fd);
+	eventfd_write(x->done, 1);
+	return NULL;
+}
+
+static void outside_event(struct outside *m, struct far_uffd_event *e);
+
+static void outside_read(struct outside *m)
+{
+	struct far_uffd_event e;
+
+	while (far_uffd_read(m->uffd, &e) > 0)
+		outside_event(m, &e);
+}
+
+/* An empty file in the page's place raises SIGBUS as well, where the kernel has no mark for that. The kernel reports that
+ * the page was unmapped, and lets who did it go on when this has been read: so it is another thread. */
+static void outside_empty(struct outside *m, uint64_t addr)
+{
+	struct outside_empty x = { (void *)(uintptr_t)addr, eventfd(0, EFD_CLOEXEC) };
+	struct far_thread t = { .running = false };
+
+	if (x.done >= 0 && far_thread_start(&t, "far-poison", outside_empty_cb, &x) == 0)
+		for (bool done = false; !done;) {
+			struct pollfd p[2] = { { .fd = m->uffd, .events = POLLIN }, { .fd = x.done, .events = POLLIN } };
+			if (poll(p, 2, -1) < 0 && errno != EINTR)
+				break;
+			outside_read(m);
+			done = p[1].revents;
+		}
+	far_thread_join(&t);
+	far_fd_close(&x.done);
+	far_uffd_wake(m->uffd, addr, OUTSIDE_PAGE);
+}
+
 static void outside_poison(struct outside *m, uint64_t addr)
 {
 	uint64_t done;
 
-	if (m->have & FAR_UFFD_POISON) {
+	if (m->have & FAR_UFFD_POISON)
 		far_uffd_poison(m->uffd, addr, OUTSIDE_PAGE, &done);
-		return;
-	}
-	int fd = memfd_create("farpage-poison", MFD_CLOEXEC);
-	if (fd >= 0)
-		mmap((void *)(uintptr_t)addr, OUTSIDE_PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
-	far_fd_close(&fd);
-	far_uffd_wake(m->uffd, addr, OUTSIDE_PAGE);
+	else
+		outside_empty(m, addr);
 }
 
 static void outside_note(struct outside *m, uint64_t addr)
@@ -99,8 +140,8 @@ static void outside_note(struct outside *m, uint64_t addr)
 	if (m->n == m->cap) {
 		size_t cap = m->cap ? 2 * m->cap : 64;
 		struct outside_wait *w = reallocarray(m->wait, cap, sizeof *w);
-		if (!w) { /* no memory to wait with */
-			outside_poison(m, addr);
+		if (!w) { /* no memory to wait with: it asks again, until there is */
+			far_uffd_wake(m->uffd, addr, OUTSIDE_PAGE);
 			return;
 		}
 		m->wait = w;
@@ -124,14 +165,12 @@ static bool outside_turn(struct outside *m)
 {
 	struct pollfd p[2] = { { .fd = m->uffd, .events = POLLIN }, { .fd = m->stop, .events = POLLIN } };
 	uint64_t until = m->first < m->n ? m->wait[m->first].until : FAR_NEVER;
-	struct far_uffd_event e;
 
 	if ((poll(p, 2, far_deadline_poll_ms(until)) < 0 && errno != EINTR) || p[1].revents)
 		return false;
-	while (far_uffd_read(m->uffd, &e) > 0)
-		outside_event(m, &e);
-	for (; m->first < m->n && m->wait[m->first].until <= far_now(); m->first++)
-		outside_poison(m, m->wait[m->first].addr);
+	outside_read(m);
+	while (m->first < m->n && m->wait[m->first].until <= far_now())
+		outside_poison(m, m->wait[m->first++].addr);
 	return true;
 }
 

@@ -18,6 +18,7 @@
 #define CACHE_BATCH 64
 #define CACHE_LOCAL_TRIES 3
 #define CACHE_PAGE ((uint64_t)4096)
+#define CACHE_PIECE (256 * FAR_KIB)
 #define CACHE_STAGE_CHUNKS (FAR_STAGE / 4096)
 #define CACHE_SAY_AGAIN (60 * FAR_SEC)
 #define CACHE_SAY_BAD 20
@@ -183,31 +184,43 @@ static int cache_fill_run(struct far_region *r, struct far_fetch *f, uint64_t fi
 	return err;
 }
 
+/* [off, off+len) of the claim. */
+static int cache_fetch_piece(struct far_region *r, struct far_fetch *f, uint64_t off, uint64_t len, char *buf, bool staged,
+			     uint64_t urgent, bool *shown, unsigned flags)
+{
+	int err = far_read(r->remote, off, buf, (size_t)len, flags);
+
+	if (err) {
+		if (!(flags & FAR_NOWAIT && err == -EAGAIN))
+			far_region_remote_failed(r, err);
+		return err;
+	}
+	atomic_fetch_add_explicit(&r->pulled, len, memory_order_relaxed);
+	return cache_fill_run(r, f, off >> r->shift, far_div_up(len, r->chunk), buf, staged, urgent, shown,
+			      r->memory.self ? flags | FAR_FILL : flags);
+}
+
 int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, uint64_t n, uint64_t urgent, unsigned flags)
 {
-	uint64_t off = first << r->shift, len = far_min(n << r->shift, r->bytes - off);
+	uint64_t off = first << r->shift, len = far_min(n << r->shift, r->bytes - off), piece = len;
 	char *stage = r->memory.stage ? r->memory.stage(r->memory.self, off, len) : NULL;
-	char *buf = stage ? stage : far_buf_get((size_t)len);
-	int err = buf ? 0 : -ENOMEM;
 	bool shown = false;
 
+	/* From memory to memory: what stays in the cache on its way. */
+	if (r->memory.self && !stage && !(far_facts(r->remote)->caps & FAR_CAP_REMOTE))
+		piece = far_min(len, far_max(CACHE_PIECE, r->chunk));
+	char *buf = stage ? stage : far_buf_get((size_t)piece);
+	int err = buf ? 0 : -ENOMEM;
+
 	atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
-	if (!err) {
-		err = far_read(r->remote, off, buf, (size_t)len, flags);
-		if (err && !(flags & FAR_NOWAIT && err == -EAGAIN))
-			far_region_remote_failed(r, err);
-		else if (!err)
-			atomic_fetch_add_explicit(&r->pulled, len, memory_order_relaxed);
-	}
+	for (uint64_t at = 0; at < len && !err; at += piece)
+		err = cache_fetch_piece(r, f, off + at, far_min(piece, len - at), buf, stage != NULL, urgent, &shown, flags);
 	atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
-	if (!err)
-		err = cache_fill_run(r, f, first, n, buf, stage != NULL, urgent, &shown,
-				     r->memory.self ? flags | FAR_FILL : flags);
 	far_chunkmap_fetch_end(r->map, f, err);
 	if (stage)
 		r->memory.unstage(r->memory.self, stage, len);
 	else
-		far_buf_put(buf, (size_t)len);
+		far_buf_put(buf, (size_t)piece);
 	far_cache_arrived(r);
 	if (flags & FAR_BULK) /* who fetches on demand trims after it has used the chunk: the rest may all be dirty */
 		far_evict_trim(r);

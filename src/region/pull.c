@@ -10,7 +10,7 @@
  * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, or more if the workers could not
  * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms). Near by it
  * is 512 KiB at most, as long as the threads fill the window with that: it then stays in a CPU's cache on its way from the
- * store through the socket to the local store.
+ * store through the socket to the local store; where that takes huge pages, it is one of those.
  *
  * Invariants, under lock: inflight is the sum of the extents that workers are fetching; a worker claims its extent
  * before it lets go of the lock, so that the cursor never passes a chunk that nobody took.
@@ -143,13 +143,24 @@ static double pull_best_rate_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 	return best;
 }
 
+/* From memory to memory. Workers that fill small pages side by side wait for each other's lock: one lock is 2 MiB. */
+static bool pull_is_memory(struct far_region *r)
+{
+	return r->memory.self && !(far_facts(r->remote)->caps & FAR_CAP_REMOTE);
+}
+
+static bool pull_huge(struct far_region *r)
+{
+	return r->memory.stage || pull_is_memory(r);
+}
+
 static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
 	double rate = pull_best_rate_locked(p);
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
-	uint64_t brisk = p->rtt > PULL_NEAR ? most : r->memory.stage ? FAR_STAGE : PULL_EXTENT_NEAR;
+	uint64_t brisk = p->rtt > PULL_NEAR ? most : pull_huge(r) ? FAR_STAGE : PULL_EXTENT_NEAR;
 	uint64_t extent = r->chunk, window = p->window;
 
 	if (!p->window_fixed)
@@ -306,7 +317,7 @@ static void pull_fetch_locked(struct far_pull *p, uint64_t first, uint64_t end) 
 	struct far_region *r = p->r;
 	uint64_t n, max = far_max(p->extent >> r->shift, 1), whole = FAR_STAGE >> r->shift;
 
-	if (r->memory.stage && whole) /* so that what follows is whole huge pages */
+	if (pull_huge(r) && whole) /* so that what follows is whole huge pages */
 		max = max < whole || first % whole ? far_min(max, whole - first % whole) : max / whole * whole;
 	struct far_fetch *f = far_chunkmap_claim(r->map, first, far_min(end - first, max), &n);
 
@@ -539,7 +550,7 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
 		if (i == end)
 			break;
 		if (pull_has_room(r, i, p->extent)) {
-			if (!p->requests && wanted(r, i)) /* it came and was dropped again before we looked */
+			if (!p->requests && wanted(r, i)) /* it came and was evicted before we looked */
 				pull_request_locked(p, i, end);
 			err = pull_sleep_locked(p, errors, PULL_ASK_AGAIN);
 			continue;
@@ -618,7 +629,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	far_mutex_lock(&p->lock);
 	p->max_threads = r->o.pull_workers < 0 ? PULL_THREADS_MAX
 					       : (unsigned)far_min((uint64_t)r->o.pull_workers, PULL_THREADS_MAX);
-	p->extent = far_max(PULL_EXTENT_FIRST, r->chunk);
+	p->extent = far_max(pull_is_memory(r) ? FAR_STAGE : PULL_EXTENT_FIRST, r->chunk);
 	if (far_facts(r->remote)->max_io)
 		p->extent = far_max(r->chunk, far_min(p->extent, far_facts(r->remote)->max_io));
 	p->window_fixed = r->o.window != 0;

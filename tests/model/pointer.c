@@ -98,9 +98,12 @@ static void check(struct worker *w, const unsigned char *got, uint64_t off, uint
 /* A touch that failed leaves its pages poisoned until they are healed. */
 static void mend(struct worker *w, uint64_t off, uint64_t len)
 {
+	int tries = 0;
+
 	MUST(w->m->faulty);
 	w->failed++;
-	MUST(!far_mount_heal(w->m->m, off, len));
+	while (far_mount_heal(w->m->m, off, len)) /* the remote fails again */
+		MUST(++tries < 1000);
 }
 
 static void load(struct worker *w, uint64_t off, uint64_t len)

@@ -98,7 +98,7 @@ int face_map(const struct face_kind *k, struct far_backend *remote, const struct
 
 /* ------------------------------------------------------------------------------------------------------ touching */
 
-static _Thread_local sigjmp_buf *face_way_out;
+static _Thread_local sigjmp_buf *volatile face_way_out; /* a store before memcpy() that nobody reads would be dropped */
 
 static void face_bus(int sig)
 {

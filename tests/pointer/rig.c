@@ -156,6 +156,17 @@ bool rig_right(const unsigned char *p, uint64_t off, size_t len)
 	return true;
 }
 
+bool rig_same(const unsigned char *a, const unsigned char *b, size_t len)
+{
+	for (size_t k = 0; k < len; k++) {
+		if (a[k] != b[k]) {
+			printf("# byte %zu is %u here and %u there\n", k, a[k], b[k]);
+			return false;
+		}
+	}
+	return true;
+}
+
 bool rig_zero(const unsigned char *p, size_t len)
 {
 	for (size_t k = 0; k < len; k++) {

@@ -58,6 +58,7 @@ extern struct rig_remote {
 unsigned char rig_byte(uint64_t off);
 /* The bytes at p, of offsets from `off` on, are as they were at first; true if so. */
 bool rig_right(const unsigned char *p, uint64_t off, size_t len);
+bool rig_same(const unsigned char *a, const unsigned char *b, size_t len);
 bool rig_zero(const unsigned char *p, size_t len);
 void rig_open(void); /* a new remote, rig_byte() everywhere */
 struct far_backend *rig_backend(void);

@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 
 #define AT(chunk) ((uint64_t)(chunk) * CHUNK)
 
@@ -115,6 +116,8 @@ static void pulling_heals(void)
 	SAME(touch(p + AT(100), NULL), SIGBUS);
 	remote.fail_reads = 0;
 	SAME(far_mount_wait(m, 100, LONG_MS), 0);
+	if (rig_local) /* it was the local store that was filled */
+		SAME(far_mount_heal(m, 0, SIZE), 0);
 	UNTIL(rig_status(m).poisoned == 0);
 	CHECK(rig_right(p, 0, SIZE));
 	SAME(far_mount_close(m), 0);
@@ -263,6 +266,10 @@ static void serving_start(struct serving *s)
 		struct far_error err = { 0 };
 		struct far_server *server;
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		/* Nothing of a map that is open: a copy of its descriptors would keep its local store locked. */
+		dup2(ready[1], 3);
+		ready[1] = 3;
+		syscall(SYS_close_range, 4, ~0u, 0);
 		unlink(s->path);
 		if (far_server_new(&o, &server, &err) || far_server_export(server, "r", rig_backend(), &err) ||
 		    far_server_listen(server, s->uri, NULL, &err))

@@ -343,6 +343,11 @@ static unsigned count_fds(void)
 	return n;
 }
 
+static bool handover_is_open(int fd)
+{
+	return fcntl(fd, F_GETFD) >= 0;
+}
+
 static void send_with(int socket, const void *buf, size_t n, const int *fd, size_t fds)
 {
 	struct iovec iov = { (void *)(uintptr_t)buf, n };
@@ -627,6 +632,62 @@ static void a_sender_gets_a_sentence_too(void **state)
 	close(h.uffd);
 }
 
+static void a_pager_says_what_it_cannot_serve(void **state)
+{
+	static const struct {
+		const char *what, *says;
+		int code;
+	} bad[] = {
+		{ "local_max", "only that process can give pages back", EOPNOTSUPP },
+		{ "local", "with a local store", EINVAL },
+		{ "chunk", "in chunks of 5000 bytes", EINVAL },
+		{ "writable", "its pagemap and mem were not given", EINVAL },
+		{ "read-only", "the region is read-only", EROFS },
+		{ "too long", "the region ends at 65536", EINVAL },
+		{ "twice", "overlap or are not in order", EINVAL },
+		{ "none", "there is none of it", EINVAL },
+		{ "fork", "UFFD_FEATURE_EVENT_FORK", EOPNOTSUPP },
+		{ "no uffd", "no userfaultfd was given", EINVAL },
+		{ "order", "order", EINVAL },
+	};
+	struct far_backend *b;
+	int uffd = open_uffd(true);
+
+	if (uffd < 0) {
+		print_message("skipped: userfaultfd is refused here\n");
+		skip();
+	}
+	assert_int_equal(far_open("mem:65536", NULL, &b, NULL), 0);
+	for (unsigned k = 0; k < FAR_ARRAY_LEN(bad); k++) {
+		struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
+		struct far_handover h = FAR_HANDOVER_INIT;
+		struct far_pager *p = NULL;
+		struct far_error err = { .text = "" };
+		h.range = calloc(2, sizeof *h.range);
+		h.range[0] = (struct far_handover_range){ 0x10000, 2 * PAGE, 0 };
+		h.range[1] = (struct far_handover_range){ 0x20000, PAGE, k == 6 ? PAGE : 2 * PAGE };
+		h.range[0].len = k == 5 ? 17 * PAGE : h.range[0].len;
+		h.n = k == 5 ? 1 : k == 7 ? 0 : 2;
+		h.uffd = k == 9 ? -1 : fcntl(uffd, F_DUPFD_CLOEXEC, 0);
+		h.writable = k == 3 || k == 4;
+		h.features = k == 8 ? UFFD_FEATURE_EVENT_FORK : 0;
+		o.local_max = k == 0 ? 65536 : 0;
+		o.local = k == 1 ? "mem:" : NULL;
+		o.chunk = k == 2 ? 5000 : 4096;
+		o.read_only = k == 4;
+		o.order = k == 10 ? "backwards" : NULL;
+		unsigned before = count_fds();
+		int e = far_pager_open(&h, b, &o, NULL, NULL, &p, &err);
+		if (e != -bad[k].code || !strstr(err.text, bad[k].says))
+			fail_msg("%s: %d, %s", bad[k].what, e, err.text);
+		assert_int_equal(count_fds(), before);
+		assert_true(k == 9 || handover_is_open(h.uffd)); /* nothing of it changed owner */
+		far_handover_fini(&h);
+	}
+	far_close(b);
+	close(uffd);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -644,6 +705,7 @@ int main(void)
 		cmocka_unit_test(firecracker_sends_to_us),
 		cmocka_unit_test(hostile_peers_are_refused),
 		cmocka_unit_test(a_sender_gets_a_sentence_too),
+		cmocka_unit_test(a_pager_says_what_it_cannot_serve),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

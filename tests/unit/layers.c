@@ -942,6 +942,56 @@ static void fault_disconnects_and_comes_back(void **state)
 
 /* ------------------------------------------------------------------------------------------------------ retry */
 
+/* Parts of a backend as one region: calls are cut at their edges, and whoever lent the backend keeps it. */
+static void window_joins_parts(void **state)
+{
+	const struct far_extent part[] = { { .off = 4096, .len = 1000 }, { .off = 0, .len = 512 }, { .off = BYTES - 100, .len = 100 } };
+	const struct far_extent one = { .off = 0, .len = BYTES };
+	unsigned char got[1612], want[1612];
+	struct far_backend *b, *w;
+	struct far_extent x[4];
+	struct probe *p = probe_new(0, &b);
+	size_t n;
+	int fd;
+
+	for (unsigned k = 0; k < BYTES; k++)
+		p->data[k] = (unsigned char)(k * 31 + (k >> 8));
+	memcpy(want, p->data + 4096, 1000);
+	memcpy(want + 1000, p->data, 512);
+	memcpy(want + 1512, p->data + BYTES - 100, 100);
+	assert_int_equal(far_window_new(b, false, part, 3, &w), 0);
+	assert_int_equal(far_size(w), 1612);
+	for (unsigned at = 0; at < 1612; at += 7)
+		for (unsigned len = 1; at + len <= 1612; len += 331) {
+			assert_int_equal(far_read(w, at, got, len, 0), 0);
+			assert_memory_equal(got, want + at, len);
+		}
+	assert_int_equal(far_read(w, 1612, got, 1, 0), -EINVAL);
+	p->log[0] = 0;
+	memset(got, 5, sizeof got);
+	assert_int_equal(far_write(w, 999, got, 514, 0), 0);
+	assert_string_equal(p->log, "w5095+1 w0+512 w65436+1 ");
+	p->log[0] = 0;
+	assert_int_equal(far_discard(w, 0, 1001, 0), 0);
+	assert_int_equal(far_zero(w, 1500, 20, 0), 0);
+	assert_int_equal(far_flush(w), 0);
+	assert_string_equal(p->log, "d4096+1000 d0+1 z500+12 z65436+8 f0+0 ");
+	assert_int_equal(far_extents(w, 900, 500, x, 4, &n), 0);
+	assert_int_equal(n, 1);
+	assert_int_equal(x[0].off, 900);
+	assert_int_equal(x[0].len, 100);
+	assert_int_equal(far_share(w, &fd), -EOPNOTSUPP);
+	assert_int_equal(far_record_write(w, got, 1), -EOPNOTSUPP);
+	far_stop(w);
+	far_close(w);
+	assert_int_equal(p->stops + p->closes, 0);
+	assert_int_equal(far_window_new(b, true, &one, 1, &w), 0);
+	assert_int_equal(far_read(w, 1, got, 1, 0), 0);
+	far_stop(w);
+	far_close(w);
+	probe_free(p);
+}
+
 static void retry_tries_again(void **state)
 {
 	struct far_backend *b = wrap("retry:backoff=10us,max-backoff=20us", wrap("fault:rate=0.5,seed=7", memory("mem:1M")));
@@ -1040,6 +1090,7 @@ int main(void)
 		cmocka_unit_test(fault_late_has_done_the_work),
 		cmocka_unit_test(fault_disconnects_and_comes_back),
 		cmocka_unit_test(retry_tries_again),
+		cmocka_unit_test(window_joins_parts),
 		cmocka_unit_test(retry_gives_up),
 		cmocka_unit_test(retry_has_a_deadline),
 	};
