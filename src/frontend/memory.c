@@ -330,10 +330,7 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 		if (err)
 			err = mem_fill_copy(f->m, addr + done, src + done, len - done);
 	}
-	if (err == -ENOENT && mem_moved(f->m, addr, off))
-		return -ESTALE;
-	/* Unmapped since we looked; gone with its process. */
-	return err == -ENOENT || err == -ESRCH ? 0 : err;
+	return err;
 }
 
 bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
@@ -367,16 +364,16 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 	if (!addr) /* the program has unmapped it */
 		return 0;
 	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
-		return mem_fill_kept(f, addr, off, len);
-	if (f->m->c.mechanism != FAR_MECH_CONTINUE) {
+		err = mem_fill_kept(f, addr, off, len);
+	else if (f->m->c.mechanism != FAR_MECH_CONTINUE)
 		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
-		if (err == -ENOENT && mem_moved(f->m, addr, off))
-			return -ESTALE;
-		return err == -ENOENT || err == -ESRCH ? 0 : err;
-	}
-	for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
-		err = mem_fill_kept(f, addr + (from - off), from, to - from);
-	return err;
+	else
+		for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
+			err = mem_fill_kept(f, addr + (from - off), from, to - from);
+	if (err == -ENOENT && mem_moved(f->m, addr, off))
+		return -ESTALE;
+	/* Unmapped since we looked; gone with its process. */
+	return err == -ENOENT || err == -ESRCH ? 0 : err;
 }
 
 /* All pieces; after a move from the beginning, pages that are there already are passed over. */
@@ -436,7 +433,8 @@ static int mem_fill_now(struct far_memory *m, uint64_t off, const char *buf, uin
 	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
 		far_memory_heal(m, off, mem_page_up(len));
 	int err = whole ? mem_fill_pieces(&f, off, whole) : 0;
-	if (!err && whole == len && !m->gone)
+	bool all = !m->gone && !atomic_load_explicit(&m->drops, memory_order_acquire); /* nothing was passed over */
+	if (!err && whole == len && all)
 		far_mem_whole(m, off, len);
 	if (err || whole == len)
 		return err;
@@ -444,7 +442,7 @@ static int mem_fill_now(struct far_memory *m, uint64_t off, const char *buf, uin
 	memset(tail + (len - whole), 0, (size_t)(MEM_PAGE - (len - whole)));
 	f = (struct mem_fill){ .m = m, .buf = tail, .base = off + whole };
 	err = mem_fill_pieces(&f, off + whole, MEM_PAGE);
-	if (!err && !m->gone)
+	if (!err && all)
 		far_mem_whole(m, off, len);
 	return err;
 }
