@@ -727,6 +727,8 @@ static int track_evict(struct far_memory *m, uint64_t off, uint64_t len, uint64_
 	if (m->c.tracking == FAR_TRACK_NONE || m->c.tracking == FAR_TRACK_SYNC)
 		return track_evict_still(m, addr, off, len, epoch);
 	uint64_t h = m->hash ? atomic_load_explicit(&m->hash[i], memory_order_acquire) : 0;
+	if (!m->hash) /* nobody keeps what the remote has, so none can be given back */
+		return -EBUSY;
 	if (!h) { /* nobody knows what the remote has: push it, then it is known */
 		far_memory_suspect(m, off, len);
 		return -EBUSY;
