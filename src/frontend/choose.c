@@ -103,6 +103,8 @@ static const char *choose_continue(const struct choose *c, bool forced)
 		return NULL;
 	if (c->writable && (c->have & (FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP)) != (FAR_UFFD_WP_SHMEM | FAR_UFFD_MINOR_WP))
 		return "UFFDIO_CONTINUE cannot write-protect pages as they appear (6.4)";
+	if (c->writable && (c->have & FAR_UFFD_WP_ASYNC))
+		return "stores into shared memory would each time be a fault first; of private memory the kernel notes them";
 	if (c->opts->local_max || !c->managed || !c->opts->pull_workers)
 		return "memory is taken 2 MiB at a time, which suits what will be here as a whole";
 	if (c->facts->bytes < CHOOSE_HUGE)
@@ -171,6 +173,8 @@ static const char *choose_no_tracking(unsigned have, enum far_mechanism m, enum 
 		return "moved pages cannot be write-protected as they appear; async and hash work";
 	if (m == FAR_MECH_CONTINUE && (have & shmem) != shmem)
 		return "this kernel does not write-protect shared memory as it appears (6.4); hash works";
+	if (t == FAR_TRACK_ASYNC && m == FAR_MECH_CONTINUE) /* memory pressure, MADV_PAGEOUT, a huge page that is split */
+		return "the kernel forgets that a shared page was written when it takes it out of the page tables; sync works";
 	if (t == FAR_TRACK_ASYNC && !(have & FAR_UFFD_WP_ASYNC))
 		return "this kernel does not note written pages (6.7)";
 	if (t == FAR_TRACK_SYNC && !(have & FAR_UFFD_WP))

@@ -314,15 +314,12 @@ static bool mem_moved(struct far_memory *m, uint64_t addr, uint64_t off)
 	return now && now != addr;
 }
 
-static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
 {
-	struct mem_fill *f = opaque;
 	const char *src = f->buf + (off - f->base);
 	uint64_t done = 0;
 	int err = -EINVAL;
 
-	if (!addr) /* the program has unmapped it */
-		return 0;
 	if (f->m->c.mechanism == FAR_MECH_CONTINUE) {
 		err = mem_fill_alias(f->m, addr, off, src, len);
 	} else if (f->m->gone) {
@@ -339,6 +336,49 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 	return err == -ENOENT || err == -ESRCH ? 0 : err;
 }
 
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
+{
+	uint64_t a = off, b = end;
+
+	far_mutex_lock(&m->lock);
+	for (bool moved = true; moved;) {
+		moved = false;
+		for (size_t k = 0; k < m->dropping.n; k++)
+			if (a - m->dropping.v[k].off < m->dropping.v[k].len) {
+				a = m->dropping.v[k].off + m->dropping.v[k].len;
+				moved = true;
+			}
+	}
+	for (size_t k = 0; k < m->dropping.n; k++)
+		if (m->dropping.v[k].off >= a)
+			b = far_min(b, m->dropping.v[k].off);
+	far_mutex_unlock(&m->lock);
+	*from = a;
+	*to = b;
+	return a < end;
+}
+
+static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct mem_fill *f = opaque;
+	uint64_t end = off + len, from, to;
+	int err = 0;
+
+	if (!addr) /* the program has unmapped it */
+		return 0;
+	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
+		return mem_fill_kept(f, addr, off, len);
+	if (f->m->c.mechanism != FAR_MECH_CONTINUE) {
+		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
+		if (err == -ENOENT && mem_moved(f->m, addr, off))
+			return -ESTALE;
+		return err == -ENOENT || err == -ESRCH ? 0 : err;
+	}
+	for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
+		err = mem_fill_kept(f, addr + (from - off), from, to - from);
+	return err;
+}
+
 /* All pieces; after a move from the beginning, pages that are there already are passed over. */
 static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
 {
@@ -348,6 +388,36 @@ static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
 		err = far_mem_each(f->m, off, len, mem_fill_piece, f);
 	while (err == -ESTALE);
 	return err;
+}
+
+void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = mem_page_up(off + len);
+
+	atomic_store_explicit(&m->drops, true, memory_order_release);
+	far_mutex_lock(&m->lock);
+	if (m->dropping.n == m->dropping.cap) { /* without memory for it what was there before may be seen again */
+		size_t cap = m->dropping.cap ? 2 * m->dropping.cap : 16;
+		struct mem_run *v = reallocarray(m->dropping.v, cap, sizeof *v);
+		m->dropping.v = v ? v : m->dropping.v;
+		m->dropping.cap = v ? cap : m->dropping.cap;
+	}
+	if (m->dropping.n < m->dropping.cap)
+		m->dropping.v[m->dropping.n++] = (struct mem_run){ down, up - down };
+	far_mutex_unlock(&m->lock);
+}
+
+void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = mem_page_up(off + len);
+
+	far_mutex_lock(&m->lock);
+	for (size_t k = 0; k < m->dropping.n; k++)
+		if (m->dropping.v[k].off == down && m->dropping.v[k].len == up - down) {
+			m->dropping.v[k] = m->dropping.v[--m->dropping.n];
+			break;
+		}
+	far_mutex_unlock(&m->lock);
 }
 
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len)
@@ -689,9 +759,24 @@ static void mem_poison_cut(struct far_memory *m, uint64_t off, uint64_t len)
 	far_mutex_unlock(&m->lock);
 }
 
+/* A page of shared memory that was write-protected leaves a mark when it goes, and the kernel refuses to poison that. */
+static int mem_poison(struct far_memory *m, uint64_t addr, uint64_t len)
+{
+	uint64_t done = 0;
+	bool here = true;
+	int err = far_uffd_poison(m->c.uffd, addr, len, &done);
+
+	if (err != -EEXIST || m->c.mechanism != FAR_MECH_CONTINUE || !m->arms)
+		return err;
+	if (far_uffd_mapped(m->c.pagemap, addr, MEM_PAGE, &here) || here)
+		return -EEXIST;
+	far_uffd_protect(m->c.uffd, addr, len, false, FAR_UFFD_NO_WAKE);
+	return far_uffd_poison(m->c.uffd, addr, len, &done);
+}
+
 int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 {
-	uint64_t off, done = 0;
+	uint64_t off;
 	int err;
 
 	if (!far_memory_off(m, addr, &off))
@@ -712,7 +797,7 @@ int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len)
 	while (!(m->c.have & FAR_UFFD_POISON) && atomic_load(&m->unpoisoned))
 		far_sleep_until(far_now() + 20 * FAR_USEC, false);
 	if (m->c.have & FAR_UFFD_POISON)
-		err = far_uffd_poison(m->c.uffd, addr, len, &done);
+		err = mem_poison(m, addr, len);
 	else if (mem_look(m, addr) == -EEXIST) /* the mapping would replace what is there */
 		err = -EEXIST;
 	else
@@ -752,6 +837,11 @@ int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len)
 	int err = far_mem_each(m, off, len, mem_heal_piece, m);
 	far_mutex_unlock(&m->heal_lock);
 	return err;
+}
+
+bool far_memory_marks(const struct far_memory *m)
+{
+	return m->c.have & FAR_UFFD_POISON;
 }
 
 uint64_t far_memory_poisoned(struct far_memory *m)
@@ -937,6 +1027,7 @@ static void mem_close(void *self) FAR_NO_TSA
 	free((void *)m->zero);
 	free((void *)m->gone);
 	free(m->own.v);
+	free(m->dropping.v);
 	free(m->poison.v);
 	free(m->suspect.v);
 	far_cond_fini(&m->changed);

@@ -57,6 +57,7 @@ int far_memory_appear(struct far_memory *m, uint64_t addr);
 /* Pages of [addr, addr+len) raise SIGBUS from now on; whoever waits there goes on into that. */
 int far_memory_poison(struct far_memory *m, uint64_t addr, uint64_t len);
 int far_memory_heal(struct far_memory *m, uint64_t off, uint64_t len);
+bool far_memory_marks(const struct far_memory *m); /* by the kernel's own mark, not by another mapping */
 uint64_t far_memory_poisoned(struct far_memory *m); /* bytes */
 bool far_memory_has_poison(const struct far_memory *m);
 /* The first poisoned page in [from, end). */
@@ -66,6 +67,9 @@ bool far_memory_next_poison(struct far_memory *m, uint64_t from, uint64_t end, u
 bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_unmapped(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint64_t len);
+/* From the first on fills leave the range alone, until the region has been told with far_memory_discarded(). */
+void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len);
+void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len);
 /* ... and it was the program, in a region that can be written: these are zeros now. */
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len);
 /* [off, off+len) may have been stored: the next collect tells. */

@@ -51,7 +51,7 @@ bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len)
 
 void far_memory_reading(struct far_memory *m, bool begin)
 {
-	if (!m->gone)
+	if (begin && !m->gone && !atomic_load_explicit(&m->drops, memory_order_relaxed))
 		return;
 	atomic_store(&m->reading, begin); /* in one order with `filling`: each sees the other */
 	while (begin && atomic_load(&m->filling))
@@ -100,6 +100,35 @@ int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const 
 			err = 0;
 		else if (err == -EAGAIN)
 			err = far_uffd_wait(&turns);
+	}
+	return err;
+}
+
+/* The same for memory of ours, whose program has dropped pages before: what it is dropping now is passed over. (The fills
+ * that ran when it did so for the first time are not held against that drop.) */
+int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
+{
+	unsigned turns = 0;
+	int err = 0;
+
+	for (uint64_t at = 0, from, to, done; at < len && !err;) {
+		given_fill_begin(m);
+		if (!far_mem_kept(m, off + at, off + len, &from, &to)) {
+			atomic_fetch_sub(&m->filling, 1);
+			break;
+		}
+		at = from - off;
+		done = far_min(to - from, GIVEN_PIECE);
+		err = far_uffd_copy(m->c.uffd, addr + at, src + at, done, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
+		atomic_fetch_sub(&m->filling, 1);
+		turns = err == -EAGAIN && !done ? turns : 0;
+		if (err == -EEXIST) /* the program has it already */
+			done += MEM_PAGE;
+		if (err == -EEXIST)
+			err = 0;
+		else if (err == -EAGAIN)
+			err = far_uffd_wait(&turns);
+		at += done;
 	}
 	return err;
 }

@@ -44,10 +44,12 @@ struct far_memory {
 	_Atomic bool reading;     /* with `gone`: an event may be read now */
 	_Atomic unsigned unpoisoned; /* fills that run, where poison is a mapping */
 	_Atomic unsigned n_poison;
+	_Atomic bool drops;       /* the program has dropped pages at least once */
 	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
 
 	struct far_mutex lock;
 	struct far_cond changed;
+	struct mem_runs dropping FAR_GUARDED_BY(lock); /* by offset: the program drops it, and the region does not know yet */
 	struct mem_runs own FAR_GUARDED_BY(lock);      /* [addr, len) that we drop ourselves, whose events have not come yet */
 	struct mem_runs poison FAR_GUARDED_BY(lock);   /* by offset */
 	struct mem_runs suspect FAR_GUARDED_BY(lock);  /* stored, and nobody has been told yet */
@@ -57,6 +59,10 @@ struct far_memory {
 	struct {
 		uint64_t off, len, hash, at;
 	} recent[MEM_RECENT] FAR_GUARDED_BY(lock);     /* the last pushes, a ring */
+	unsigned n_dropped FAR_GUARDED_BY(lock);
+	struct {
+		uint64_t off, end, at;
+	} dropped[MEM_RECENT] FAR_GUARDED_BY(lock);    /* by the program, the last ones, a ring */
 
 	struct far_mutex heal_lock; /* held while mappings of poisoned pages are replaced; taken before `lock` */
 
@@ -89,6 +95,9 @@ int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len);
 /* memory_given.c */
 int far_mem_given_open(struct far_memory *m);
 int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
+int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
+/* From `off` on, what the program is not dropping at this moment: [*from, *to). False: nothing before end. */
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to);
 
 /* memory_track.c */
 /* [off, off+len) was filled in, or is about to be dropped. */

@@ -325,6 +325,9 @@ static void pager_give_up(struct pager_work *w, int err)
 
 	if (pager_was_given_up(w))
 		return;
+	/* The mapping goes in a moment, and wakes whoever waits there. A mapping that stands for a mark must not come after. */
+	if (atomic_load(&x->stopped) && w->child < 0 && w->e.kind != FAR_EVENT_STORE && !far_memory_marks(x->c.memory))
+		return;
 
 	pager_may_block(w); /* where it changes mappings that has to be read of by a receiver */
 	far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
@@ -350,6 +353,8 @@ static void pager_watch_member(struct far_member *x)
 {
 	uint64_t now = far_now(), n;
 
+	if (atomic_load(&x->stopped) && !far_memory_marks(x->c.memory))
+		return;
 	for (int k = 0; k < PAGER_SLOTS; k++) {
 		uint64_t until = atomic_load(&x->slot[k].until), off1 = atomic_load(&x->slot[k].off1);
 		if (!off1 || now < until || !atomic_compare_exchange_strong(&x->slot[k].until, &until, FAR_NEVER))
@@ -464,6 +469,7 @@ static void pager_remove_begin_locked(struct pager_work *w) FAR_REQUIRES(w->v->l
 	struct far_member *x = w->x;
 	struct pager_removing *q = malloc(sizeof *q);
 
+	far_memory_dropping(x->c.memory, w->off, w->e.len);
 	if (!q)
 		return; /* then a fault may see what was there before */
 	*q = (struct pager_removing){ x->removing, w->off, w->e.len };
@@ -480,6 +486,7 @@ static void pager_remove(struct pager_work *w)
 	uint64_t old = far_deadline_limit(w->until);
 	int err = far_memory_discarded(x->c.memory, x->c.region, w->off, w->e.len);
 	far_deadline_restore(old);
+	far_memory_dropped(x->c.memory, w->off, w->e.len);
 	if (err)
 		far_log(FAR_LOG_WARNING, "a discard of bytes %" PRIu64 " to %" PRIu64 " of %s is not told yet (%s)", w->off,
 			w->off + w->e.len, x->c.source, far_strerror(err));
@@ -556,15 +563,14 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
 	uint64_t done;
 
-	far_mutex_lock(&w.v->lock);
-	struct far_member *given = v->ours ? NULL : v->members; /* the only one there is */
-	if (given)
-		far_memory_reading(given->c.memory, true);
+	far_mutex_lock(&v->lock);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, true);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
-	if (given)
-		far_memory_reading(given->c.memory, false);
-	far_mutex_unlock(&w.v->lock);
+	for (struct far_member *x = v->members; x; x = x->next)
+		far_memory_reading(x->c.memory, false);
+	far_mutex_unlock(&v->lock);
 	if (!go)
 		return n > 0;
 	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
@@ -750,39 +756,64 @@ int far_receivers_new(int uffd, bool has_pidfd, void (*ended)(void *opaque), voi
 	return e ? far_error_set(err, -e, "cannot start to serve page faults: %s", far_strerror(e)) : 0;
 }
 
-/* This process' own. A child after fork has a copy of this, and none of the threads. */
+/* This process' own: one for each set of features, in practice one, or two where stores are found in both ways. A child
+ * after fork has a copy of this, and none of the threads. */
 static struct {
 	struct far_mutex lock;
-	struct receivers_own {
+	struct {
 		struct far_receivers *v;
-		unsigned users;
-		pid_t pid;
-	} kind[2]; /* a descriptor notes stores, or makes them faults */
+		unsigned users, have;
+	} set[4];
+	pid_t pid;
 } own = { .lock = FAR_MUTEX_INIT };
+
+/* The memory of the parent's stays behind with the threads that had it. */
+static void receivers_after_fork(void)
+{
+	for (size_t k = 0; k < FAR_ARRAY_LEN(own.set) && own.pid != getpid(); k++) {
+		if (own.set[k].v)
+			close(own.set[k].v->uffd);
+		own.set[k].v = NULL;
+		own.set[k].users = 0;
+	}
+	own.pid = getpid();
+}
+
+static int receivers_first(unsigned have, struct far_receivers **out, struct far_error *err)
+{
+	int fd, e = far_uffd_open(have, &fd);
+
+	if (e)
+		return far_error_set(err, -e, "userfaultfd cannot be used: %s", *far_uffd_why() ? far_uffd_why() : far_strerror(e));
+	e = receivers_make(fd, true, NULL, NULL, out);
+	if (e) {
+		far_error_set(err, -e, "cannot start to serve page faults: %s", far_strerror(e));
+		close(fd);
+	}
+	return e;
+}
 
 int far_receivers_get(unsigned have, struct far_receivers **out, struct far_error *err)
 {
-	struct receivers_own *o = &own.kind[(have & FAR_UFFD_WP_ASYNC) != 0];
-	int e = 0, fd;
+	size_t k = 0, n = FAR_ARRAY_LEN(own.set);
+	int e = 0;
 
 	far_mutex_lock(&own.lock);
-	if (o->v && o->pid != getpid()) {
-		close(o->v->uffd);
-		*o = (struct receivers_own){ 0 }; /* its memory stays behind with the threads that had it */
+	receivers_after_fork();
+	while (k < n && !(own.set[k].v && own.set[k].have == have))
+		k++;
+	for (size_t j = 0; k == n && j < n; j++) {
+		if (own.set[j].v)
+			continue;
+		k = j;
+		own.set[k].have = have;
+		e = receivers_first(have, &own.set[k].v, err);
 	}
-	if (!o->v) {
-		e = far_uffd_open(have, &fd);
-		if (e)
-			far_error_set(err, -e, "userfaultfd cannot be used: %s", *far_uffd_why() ? far_uffd_why() : far_strerror(e));
-		else if ((e = receivers_make(fd, true, NULL, NULL, &o->v))) {
-			far_error_set(err, -e, "cannot start to serve page faults: %s", far_strerror(e));
-			close(fd);
-		}
-		o->pid = getpid();
-	}
+	if (k == n)
+		e = far_error_set(err, EBUSY, "too many maps of this process were opened with other features of userfaultfd");
 	if (!e) {
-		o->users++;
-		*out = o->v;
+		own.set[k].users++;
+		*out = own.set[k].v;
 	}
 	far_mutex_unlock(&own.lock);
 	return e;
@@ -790,20 +821,22 @@ int far_receivers_get(unsigned have, struct far_receivers **out, struct far_erro
 
 void far_receivers_put(struct far_receivers *v)
 {
-	bool last;
+	struct far_receivers *last = v;
 
 	if (!v)
 		return;
 	far_mutex_lock(&own.lock);
-	last = !v->ours;
-	for (unsigned k = 0; k < FAR_ARRAY_LEN(own.kind); k++)
-		if (own.kind[k].v == v && --own.kind[k].users == 0) {
-			own.kind[k].v = NULL;
-			last = true;
-		}
+	for (size_t k = 0; k < FAR_ARRAY_LEN(own.set); k++) {
+		if (own.set[k].v != v)
+			continue;
+		if (--own.set[k].users)
+			last = NULL;
+		else
+			own.set[k].v = NULL;
+	}
 	far_mutex_unlock(&own.lock);
 	if (last)
-		receivers_free(v);
+		receivers_free(last);
 }
 
 /* The kernel refuses every call while a change waits to be read of, and whoever reads does so under the lock. */

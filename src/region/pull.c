@@ -550,7 +550,7 @@ int far_region_wait(struct far_region *r, uint64_t off, uint64_t len)
 		if (i == end)
 			break;
 		if (pull_has_room(r, i, p->extent)) {
-			if (!p->requests && wanted(r, i)) /* it came and was evicted before we looked */
+			if (!p->requests && wanted(r, i)) /* it came and was dropped again before we looked */
 				pull_request_locked(p, i, end);
 			err = pull_sleep_locked(p, errors, PULL_ASK_AGAIN);
 			continue;
