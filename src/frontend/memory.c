@@ -355,20 +355,20 @@ bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *fr
 	return a < end;
 }
 
-static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+static int mem_fill_one(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
 {
-	struct mem_fill *f = opaque;
 	uint64_t end = off + len, from, to;
 	int err = 0;
 
 	if (!addr) /* the program has unmapped it */
 		return 0;
 	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
-		return mem_fill_kept(f, addr, off, len);
-	if (f->m->c.mechanism != FAR_MECH_CONTINUE)
-		return far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
-	for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
-		err = mem_fill_kept(f, addr + (from - off), from, to - from);
+		err = mem_fill_kept(f, addr, off, len);
+	else if (f->m->c.mechanism != FAR_MECH_CONTINUE)
+		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
+	else
+		for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
+			err = mem_fill_kept(f, addr + (from - off), from, to - from);
 	return err;
 }
 
@@ -380,11 +380,11 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 static int mem_fill_mapped(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
 {
 	struct mem_fill *f = opaque;
-	int err = mem_fill_piece(f, addr, off, len);
+	int err = mem_fill_one(f, addr, off, len);
 	uint64_t n;
 
 	for (uint64_t at = 0; err == -ENOENT && at < len; at += MEM_PAGE) {
-		int e = mem_fill_piece(f, addr + at, off + at, MEM_PAGE);
+		int e = mem_fill_one(f, addr + at, off + at, MEM_PAGE);
 		if (e == -ENOENT && mem_moved(f->m, addr + at, off + at))
 			return -ESTALE;
 		if (e == -ENOENT && far_memory_addr(f->m, off + at, &n)) /* it is still there */
@@ -454,7 +454,8 @@ static int mem_fill_now(struct far_memory *m, uint64_t off, const char *buf, uin
 	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
 		far_memory_heal(m, off, mem_page_up(len));
 	int err = whole ? mem_fill_pieces(&f, off, whole) : 0;
-	if (!err && whole == len && !m->gone)
+	bool all = !m->gone && !atomic_load_explicit(&m->drops, memory_order_acquire); /* nothing was passed over */
+	if (!err && whole == len && all)
 		far_mem_whole(m, off, len);
 	if (err || whole == len)
 		return err;
@@ -462,7 +463,7 @@ static int mem_fill_now(struct far_memory *m, uint64_t off, const char *buf, uin
 	memset(tail + (len - whole), 0, (size_t)(MEM_PAGE - (len - whole)));
 	f = (struct mem_fill){ .m = m, .buf = tail, .base = off + whole };
 	err = mem_fill_pieces(&f, off + whole, MEM_PAGE);
-	if (!err && !m->gone)
+	if (!err && all)
 		far_mem_whole(m, off, len);
 	return err;
 }

@@ -580,14 +580,14 @@ static bool pager_receive_one(struct far_receivers *v, int fd, struct far_seat *
 	struct pager_work w = { .v = v, .seat = seat, .child = fd == v->uffd ? -1 : fd, .slot = -1 };
 	uint64_t done;
 
-	far_mutex_lock(&v->lock);
+	far_mutex_lock(&w.v->lock);
 	for (struct far_member *x = v->members; x; x = x->next)
 		far_memory_reading(x->c.memory, true);
 	int n = far_uffd_read(fd, &w.e);
 	bool go = n > 0 && pager_note_locked(&w);
 	for (struct far_member *x = v->members; x; x = x->next)
 		far_memory_reading(x->c.memory, false);
-	far_mutex_unlock(&v->lock);
+	far_mutex_unlock(&w.v->lock);
 	if (!go)
 		return n > 0;
 	if (!w.x) { /* memory that mremap has added behind a region, or of a map that ends */
