@@ -432,9 +432,9 @@ static bool pager_run(struct pager_work *w)
 	far_deadline_restore(old);
 	if (err == -EAGAIN && w->seat)
 		return false;
-	if (err == -ESRCH)
+	if (err == -ESRCH && w->child < 0) /* a child that has ended is nobody's loss */
 		atomic_store(&w->v->gone, true);
-	else if (err && err != -ENOENT)
+	else if (err && err != -ENOENT && err != -ESRCH)
 		pager_give_up(w, err);
 	return true;
 }
