@@ -11,11 +11,10 @@
  * A note that was cleared and not told yet is known to nobody but the collect that runs: so only one runs at a time, and
  * whoever wants all stores told waits for it and then runs its own. What could not be told stays in `suspect`.
  *
- * The kernel's notes are in the page table, and a page that leaves it takes its note along: of shared memory, when its
- * huge page is split (a hole is punched beside it) or reclaimed; of private memory that is all zeros, when its huge page is
- * split. The write-protection of a clean page is kept, though. So in a chunk that was filled completely, a page that is
- * not there has been stored into. Elsewhere absent pages mean nothing, but one of shared memory that holds something else
- * than zeros was there once (`whole` tells the two kinds of chunks apart).
+ * The kernel's notes are in the page table, and a page that leaves it takes its note along. Of shared memory any page may
+ * (its huge page is split, or reclaimed), which is why that is tracked in other ways; of private memory one that is all
+ * zeros, when its huge page is split. The write-protection of a clean page is kept, though. So in a chunk that was filled
+ * completely (`whole`), a page that is absent, or the kernel's page of zeros, has been stored into.
  *
  * Hashes settle what the notes cannot: pages that were moved in count as written until they are looked at (`fresh`), and an
  * eviction must not drop a store that nobody has noted. hash[i] is of the bytes that the remote has in chunk i, as they
@@ -203,10 +202,7 @@ static int track_arm_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t l
 
 	if (!addr)
 		return 0;
-	/* Of shared memory also what is absent: else it would count as written again and again. */
-	if (m->c.tracking == FAR_TRACK_ASYNC && m->c.mechanism == FAR_MECH_CONTINUE)
-		err = far_uffd_written_whole(m->c.pagemap, addr, pages, true, track_nothing, NULL);
-	else if (m->c.tracking == FAR_TRACK_ASYNC)
+	if (m->c.tracking == FAR_TRACK_ASYNC)
 		err = far_uffd_written(m->c.pagemap, addr, pages, true, track_nothing, NULL);
 	else if (m->c.tracking == FAR_TRACK_SYNC)
 		err = far_uffd_protect(m->c.uffd, addr, pages, true, 0);
@@ -299,52 +295,27 @@ struct track_scan {
 	struct far_memory *m;
 	uint64_t addr, off; /* of the piece */
 	bool whole;         /* its chunks are */
-	struct mem_runs *into, found, maybe;
+	struct mem_runs found;
 };
 
 static int track_found(void *opaque, uint64_t addr, uint64_t len)
 {
 	struct track_scan *s = opaque;
 
-	if (far_mem_add_locked(s->into, s->off + (addr - s->addr), len))
+	if (far_mem_add_locked(&s->found, s->off + (addr - s->addr), len))
 		atomic_store(&s->m->lost_track, true);
 	return 0;
-}
-
-/* What is absent from the program's view, and may hold something in the file all the same. */
-static int track_scan_absent(struct track_scan *s, uint64_t addr, uint64_t off, uint64_t len)
-{
-	struct far_memory *m = s->m;
-	int err = 0;
-
-	s->into = &s->maybe;
-	for (uint64_t at = off, end = off + len; at < end && !err;) {
-		off_t data = lseek(m->c.shared, (off_t)at, SEEK_DATA);
-		off_t hole = data < 0 ? data : lseek(m->c.shared, data, SEEK_HOLE);
-		if (data < 0 || hole < 0 || (uint64_t)data >= end)
-			break; /* no bytes from here on */
-		uint64_t from = far_max(at, (uint64_t)data) / MEM_PAGE * MEM_PAGE;
-		uint64_t to = far_min(end, far_div_up((uint64_t)hole, MEM_PAGE) * MEM_PAGE);
-		err = far_uffd_written_whole(m->c.pagemap, addr + (from - off), to - from, true, track_found, s);
-		at = to;
-	}
-	return err;
 }
 
 static int track_scan_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
 {
 	struct track_scan *s = opaque;
-	int err;
 
 	if (!addr)
 		return 0;
 	s->addr = addr;
 	s->off = off;
-	s->into = &s->found;
-	if (s->whole)
-		return far_uffd_written_whole(s->m->c.pagemap, addr, len, true, track_found, s);
-	err = far_uffd_written(s->m->c.pagemap, addr, len, true, track_found, s);
-	return err || s->m->c.mechanism != FAR_MECH_CONTINUE ? err : track_scan_absent(s, addr, off, len);
+	return (s->whole ? far_uffd_written_whole : far_uffd_written)(s->m->c.pagemap, addr, len, true, track_found, s);
 }
 
 /* Pages of chunks of one kind after the other. */
@@ -366,23 +337,6 @@ static int track_scan_pages(struct track_scan *s)
 	return err;
 }
 
-/* An absent page that is not zero was there: stored, for what is clean keeps its mark when it is taken away. */
-static int track_tell_absent(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
-{
-	int err = 0;
-
-	for (uint64_t end = far_min(off + len, m->c.bytes), n; off < end; off += n) {
-		n = far_min(end - off, MEM_PAGE);
-		if (!far_region_hold(r, off))
-			continue;
-		bool stored = !far_is_zero(m->c.alias + off, (size_t)n);
-		far_region_release(r, off);
-		int e = stored ? track_tell(m, r, off, n, true) : 0;
-		err = err ? err : e;
-	}
-	return err;
-}
-
 static int track_scan(struct far_memory *m, struct far_region *r)
 {
 	struct track_scan s = { .m = m };
@@ -392,12 +346,7 @@ static int track_scan(struct far_memory *m, struct far_region *r)
 		int e = track_tell(m, r, s.found.v[k].off, s.found.v[k].len, true);
 		err = err ? err : e;
 	}
-	for (size_t k = 0; k < s.maybe.n; k++) {
-		int e = track_tell_absent(m, r, s.maybe.v[k].off, s.maybe.v[k].len);
-		err = err ? err : e;
-	}
 	free(s.found.v);
-	free(s.maybe.v);
 	return err;
 }
 

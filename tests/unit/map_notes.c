@@ -64,7 +64,7 @@ static struct far_mount *map_remote(enum far_mechanism mechanism)
 	assert_int_equal(far_backend_new(&ops, remote, &facts, &b), 0);
 	o.mode = FAR_MODE_MANAGED;
 	o.mechanism = mechanism;
-	o.tracking = FAR_TRACK_ASYNC;
+	o.tracking = mechanism == FAR_MECH_CONTINUE ? FAR_TRACK_AUTO : FAR_TRACK_ASYNC; /* whatever tracks it well */
 	o.push_workers = 0;
 	if (far_map(b, &o, &m, &err))
 		fail_msg("%s", err.text);
