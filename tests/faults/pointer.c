@@ -553,15 +553,15 @@ static const struct {
 	const char *kinds[6];
 } cases[] = {
 	{ "failed_reads_raise_sigbus_until_healed", failed_reads_raise_sigbus_until_healed,
-	  { "copy-async", "copy-sync", "copy-hash", "continue-async", "managed", "local" } },
+	  { "copy-async", "copy-sync", "copy-hash", "continue-sync", "managed", "local" } },
 	{ "silence_ends_at_the_deadline", silence_ends_at_the_deadline,
-	  { "copy-async", "copy-sync", "continue-async", "managed", "local" } },
+	  { "copy-async", "copy-sync", "continue-sync", "managed", "local" } },
 	{ "silence_is_waited_out_on_request", silence_is_waited_out_on_request, { "copy-async", "continue-sync", "managed" } },
 	{ "a_flush_fails_until_all_is_there", a_flush_fails_until_all_is_there,
-	  { "copy-async", "copy-sync", "copy-hash", "continue-async", "managed", "local" } },
+	  { "copy-async", "copy-sync", "copy-hash", "continue-sync", "managed", "local" } },
 	{ "closing_says_what_was_not_flushed", closing_says_what_was_not_flushed, { "copy-async", "managed", "local" } },
-	{ "no_memory_for_pages", no_memory_for_pages, { "copy-async", "copy-sync", "continue-async", "move-hash" } },
-	{ "mapping_works_or_says_no", mapping_works_or_says_no, { "copy-async", "continue-async", "managed", "local" } },
+	{ "no_memory_for_pages", no_memory_for_pages, { "copy-async", "copy-sync", "continue-sync", "move-hash" } },
+	{ "mapping_works_or_says_no", mapping_works_or_says_no, { "copy-async", "continue-sync", "managed", "local" } },
 	{ "a_full_local_store", a_full_local_store, { "local", "local-sync" } },
 };
 
