@@ -355,9 +355,8 @@ bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *fr
 	return a < end;
 }
 
-static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+static int mem_fill_one(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
 {
-	struct mem_fill *f = opaque;
 	uint64_t end = off + len, from, to;
 	int err = 0;
 
@@ -370,10 +369,32 @@ static int mem_fill_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t le
 	else
 		for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
 			err = mem_fill_kept(f, addr + (from - off), from, to - from);
-	if (err == -ENOENT && mem_moved(f->m, addr, off))
-		return -ESTALE;
-	/* Unmapped since we looked; gone with its process. */
-	return err == -ENOENT || err == -ESRCH ? 0 : err;
+	return err;
+}
+
+/*
+ * -ENOENT is said of what was unmapped or moved since we looked, but also of a range that is not one mapping of the kernel's
+ * any more: the program may have changed the protection of a page in the middle, locked it, given advice. So it is done page
+ * by page then; what is still refused, and still ours, is an error: a page that did not come must not count as zeros.
+ */
+static int mem_fill_mapped(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct mem_fill *f = opaque;
+	int err = mem_fill_one(f, addr, off, len);
+	uint64_t n;
+
+	for (uint64_t at = 0; err == -ENOENT && at < len; at += MEM_PAGE) {
+		int e = mem_fill_one(f, addr + at, off + at, MEM_PAGE);
+		if (e == -ENOENT && mem_moved(f->m, addr + at, off + at))
+			return -ESTALE;
+		if (e == -ENOENT && far_memory_addr(f->m, off + at, &n)) /* it is still there */
+			return -EFAULT;
+		if (e && e != -ENOENT)
+			return e == -ESRCH ? 0 : e;
+		if (at + MEM_PAGE >= len)
+			return 0;
+	}
+	return err == -ESRCH ? 0 : err; /* gone with its process */
 }
 
 /* All pieces; after a move from the beginning, pages that are there already are passed over. */
@@ -382,7 +403,7 @@ static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
 	int err;
 
 	do
-		err = far_mem_each(f->m, off, len, mem_fill_piece, f);
+		err = far_mem_each(f->m, off, len, mem_fill_mapped, f);
 	while (err == -ESTALE);
 	return err;
 }

@@ -59,6 +59,10 @@ struct far_memory {
 	struct {
 		uint64_t off, len, hash, at;
 	} recent[MEM_RECENT] FAR_GUARDED_BY(lock);     /* the last pushes, a ring */
+	unsigned n_dropped FAR_GUARDED_BY(lock);
+	struct {
+		uint64_t off, end, at;
+	} dropped[MEM_RECENT] FAR_GUARDED_BY(lock);    /* by the program, the last ones, a ring */
 
 	struct far_mutex heal_lock; /* held while mappings of poisoned pages are replaced; taken before `lock` */
 

@@ -43,6 +43,7 @@
 #include <unistd.h>
 
 #define TRACK_RECENT (10 * FAR_SEC)
+#define TRACK_DROPPING (200 * FAR_MSEC)
 #define TRACK_BLOCK (64 * FAR_KIB) /* of a push that is looked at once more */
 #define TRACK_ATTIC (4 * FAR_MIB)
 #define TRACK_SUSPECTS 4096
@@ -473,6 +474,12 @@ int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t of
 
 	if (m->c.tracking == FAR_TRACK_NONE) /* read-only: it is only forgotten, the next touch brings it again */
 		return 0;
+	far_mutex_lock(&m->lock);
+	unsigned k = m->n_dropped++ % MEM_RECENT;
+	m->dropped[k].off = off;
+	m->dropped[k].end = off + len;
+	m->dropped[k].at = far_now();
+	far_mutex_unlock(&m->lock);
 	for (uint64_t at = off, n; at < end && !err; at += n) {
 		n = far_min(end, at / far_mem_chunk(m) * far_mem_chunk(m) + far_mem_chunk(m)) - at;
 		err = track_discard(m, r, at, n);
@@ -685,11 +692,16 @@ static void track_evict_end(struct far_memory *m)
 	far_mutex_unlock(&m->lock);
 }
 
+/* A suspect is told before it may go. What the program has just dropped may still be there, for the kernel does that only
+ * after we have read of it: pushed as it was, taken away and let go, it would come back from the remote. */
 static bool track_is_suspect(struct far_memory *m, uint64_t off, uint64_t len)
 {
+	uint64_t now = far_now();
 	bool is = false;
 
 	far_mutex_lock(&m->lock);
+	for (unsigned k = 0; k < MEM_RECENT && k < m->n_dropped && !is; k++)
+		is = m->dropped[k].off < off + len && off < m->dropped[k].end && now - m->dropped[k].at < TRACK_DROPPING;
 	for (size_t k = 0; k < m->suspect.n && !is; k++)
 		is = m->suspect.v[k].off < off + len && off < m->suspect.v[k].off + m->suspect.v[k].len;
 	far_mutex_unlock(&m->lock);
@@ -702,12 +714,10 @@ static int track_evict_still(struct far_memory *m, uint64_t addr, uint64_t off, 
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE, n;
 	char *buf = m->c.victim ? far_buf_get((size_t)len) : NULL;
 	bool read = buf && far_mem_read(m, off, buf, (size_t)len, 0) == 0;
-	int err = 0;
-
 	/* A hole is punched into locked memory, too: the program's view goes first, if it may. */
-	far_memory_addr(m, off, &n);
-	if (m->c.mechanism == FAR_MECH_CONTINUE && addr)
-		err = far_mem_drop(m, addr, far_min(n, pages));
+	int err = m->c.mechanism == FAR_MECH_CONTINUE && addr && far_memory_addr(m, off, &n) == addr
+		  ? far_mem_drop(m, addr, far_min(n, pages)) : 0;
+
 	if (!err)
 		err = far_memory_drop(m, off, pages);
 	if (!err && read)
@@ -727,6 +737,8 @@ static int track_evict(struct far_memory *m, uint64_t off, uint64_t len, uint64_
 	if (m->c.tracking == FAR_TRACK_NONE || m->c.tracking == FAR_TRACK_SYNC)
 		return track_evict_still(m, addr, off, len, epoch);
 	uint64_t h = m->hash ? atomic_load_explicit(&m->hash[i], memory_order_acquire) : 0;
+	if (!m->hash) /* nobody keeps what the remote has, so none can be given back */
+		return -EBUSY;
 	if (!h) { /* nobody knows what the remote has: push it, then it is known */
 		far_memory_suspect(m, off, len);
 		return -EBUSY;

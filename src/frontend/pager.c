@@ -104,6 +104,7 @@ struct pager_work {
 	uint64_t off;
 	int child;             /* the child's descriptor; -1: it is the process itself */
 	int slot;
+	bool counted;          /* in n_watched, if it is watched */
 	bool watched;          /* whoever takes the slot's `until` gives up */
 	uint64_t until;
 };
@@ -116,6 +117,11 @@ static void pager_ring(int fd)
 
 /* ----------------------------------------------------------------------------------------------------------- blocking */
 
+static bool pager_is_watched(const struct pager_work *w)
+{
+	return w->child < 0 && w->e.kind != FAR_EVENT_STORE && w->until != FAR_NEVER;
+}
+
 static void pager_count(struct pager_work *w)
 {
 	struct far_member *x = w->x;
@@ -123,18 +129,19 @@ static void pager_count(struct pager_work *w)
 	if (w->slot != -1)
 		return;
 	atomic_fetch_add_explicit(&x->n_blocked, 1, memory_order_relaxed);
+	if (!w->counted)
+		atomic_fetch_add(&w->v->n_watched, pager_is_watched(w));
+	w->counted = true;
 	w->slot = PAGER_SLOTS;
 	for (int k = 0; k < PAGER_SLOTS; k++) {
 		uint64_t none = 0;
 		if (!atomic_compare_exchange_strong_explicit(&x->slot[k].off1, &none, w->off + 1, memory_order_relaxed,
 							     memory_order_relaxed))
 			continue;
-		bool watched = w->child < 0 && w->e.kind != FAR_EVENT_STORE && w->until != FAR_NEVER;
+		bool watched = pager_is_watched(w);
 		atomic_store_explicit(&x->slot[k].since, far_now(), memory_order_relaxed);
 		atomic_store(&x->slot[k].until, watched ? w->until + PAGER_WATCH_MS * FAR_MSEC : FAR_NEVER);
 		w->watched = watched;
-		if (watched)
-			atomic_fetch_add_explicit(&w->v->n_watched, 1, memory_order_relaxed);
 		w->slot = k;
 		return;
 	}
@@ -144,8 +151,18 @@ static bool pager_may_block(void *opaque)
 {
 	struct pager_work *w = opaque;
 
-	if (w->seat && !far_crew_leave(w->seat))
+	bool first = !w->counted;
+
+	/* Before the next thread sits down, which decides by it how long it sleeps. */
+	if (first)
+		atomic_fetch_add(&w->v->n_watched, pager_is_watched(w));
+	w->counted = true;
+	if (w->seat && !far_crew_leave(w->seat)) {
+		if (first)
+			atomic_fetch_sub(&w->v->n_watched, pager_is_watched(w));
+		w->counted = !first;
 		return false;
+	}
 	w->seat = NULL;
 	pager_count(w);
 	return true;
@@ -159,8 +176,7 @@ static void pager_release(struct pager_work *w)
 		if (w->slot < PAGER_SLOTS)
 			atomic_store_explicit(&x->slot[w->slot].off1, 0, memory_order_relaxed);
 		atomic_fetch_sub_explicit(&x->n_blocked, 1, memory_order_relaxed);
-		if (w->watched)
-			atomic_fetch_sub_explicit(&w->v->n_watched, 1, memory_order_relaxed);
+		atomic_fetch_sub(&w->v->n_watched, pager_is_watched(w));
 	}
 	far_mutex_lock(&w->v->lock);
 	if (--x->users == 0)
@@ -664,7 +680,7 @@ static bool pager_seat_run(void *opaque, struct far_seat *seat)
 	if (s->first && v->ours)
 		n += pager_children(v, pf + 3, FAR_ARRAY_LEN(pf) - 3);
 	/* A thread that blocks has left its seat: whoever took it comes by here. */
-	bool watch = atomic_load_explicit(&v->n_watched, memory_order_relaxed) != 0;
+	bool watch = atomic_load(&v->n_watched) != 0;
 	int timeout = watch ? PAGER_WATCH_MS : s->first && ((!v->ours && !v->has_pidfd) || n > 3) ? PAGER_LOOK_MS : -1;
 	int got = poll(pf, n, timeout);
 	if ((got < 0 && errno != EINTR) || pf[1].revents)
