@@ -346,6 +346,8 @@ int far_pointer_open(const struct far_pointer_conf *conf, struct far_pointer **o
 	if (!p)
 		return far_error_set(err, ENOMEM, "no memory for a map");
 	p->o = *conf->opts;
+	if (p->o.record_order) /* what came ahead of a touch would never be seen to be touched */
+		p->o.pull_workers = 0;
 	p->below = conf->below;
 	p->borrowed = conf->borrowed;
 	p->writable = conf->writable;
