@@ -358,10 +358,15 @@ static int track_compare_all(struct far_memory *m, struct far_region *r)
 
 	for (uint64_t i = 0; i < chunks && !err; i++) {
 		uint64_t off = i << m->c.shift;
-		if (!far_region_hold(r, off))
+		if (far_region_hold(r, off)) {
+			far_region_release(r, off);
+			err = track_tell(m, r, off, track_chunk_len(m, i), false);
 			continue;
-		far_region_release(r, off);
-		err = track_tell(m, r, off, track_chunk_len(m, i), false);
+		}
+		/* Pages that came before the rest, which failed or is on its way: nobody knows whether they were stored. */
+		for (uint64_t at = off, end = off + track_chunk_len(m, i); at < end && !err; at += MEM_PAGE)
+			if (track_there(m, at, 1))
+				err = far_region_stored(r, at, far_min(MEM_PAGE, end - at), 0, NULL, NULL);
 	}
 	return err;
 }

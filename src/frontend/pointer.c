@@ -264,14 +264,12 @@ static int pointer_region(struct far_pointer *p, const struct far_pointer_conf *
 		.local = p->store,
 		.local_is_zero = true,
 		.ahead_only = !conf->managed || conf->borrowed,
-		.remote_borrowed = conf->borrowed && !p->victim,
+		.remote_borrowed = !p->limbo, /* until all has succeeded: below stays the caller's if not */
 		.opts = &p->o,
 	};
 
 	p->o.read_only = !p->writable;
 	int e = far_region_open(&rc, &p->region, err);
-	if (!e && p->victim)
-		far_victim_own(p->victim);
 	return e;
 }
 
@@ -348,6 +346,8 @@ int far_pointer_open(const struct far_pointer_conf *conf, struct far_pointer **o
 	if (!p)
 		return far_error_set(err, ENOMEM, "no memory for a map");
 	p->o = *conf->opts;
+	if (p->o.record_order) /* what came ahead of a touch would never be seen to be touched */
+		p->o.pull_workers = 0;
 	p->below = conf->below;
 	p->borrowed = conf->borrowed;
 	p->writable = conf->writable;
@@ -364,13 +364,16 @@ int far_pointer_open(const struct far_pointer_conf *conf, struct far_pointer **o
 		e = p->mechanism == FAR_MECH_SHARE ? pointer_open_share(p, err) :
 		    p->mechanism == FAR_MECH_SIGSEGV ? pointer_open_segv(p, conf, err) : pointer_open_uffd(p, conf, err);
 	if (e) {
-		if (!p->region) /* below stays the caller's */
-			p->borrowed = true;
+		p->borrowed = true; /* below stays the caller's */
 		p->failed = true;
 		far_pointer_stop(p);
 		far_pointer_close(p);
 		return e;
 	}
+	if (p->victim && !p->borrowed)
+		far_victim_own(p->victim);
+	else if (p->region && !p->segv && !p->borrowed)
+		far_region_own_remote(p->region);
 	if (conf->given) { /* all but the userfaultfd, which the receivers have */
 		p->given = *conf->given;
 		*conf->given = (struct far_handover)FAR_HANDOVER_INIT;

@@ -255,6 +255,11 @@ void far_region_status(struct far_region *r, struct far_status *st)
 	memcpy(st, &s, far_min(st->size, sizeof s));
 }
 
+void far_region_own_remote(struct far_region *r)
+{
+	r->remote_borrowed = false;
+}
+
 void far_region_stop(struct far_region *r)
 {
 	atomic_store_explicit(&r->stopped, true, memory_order_release);

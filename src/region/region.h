@@ -109,6 +109,8 @@ void far_region_status(struct far_region *r, struct far_status *st);
 void far_region_stop(struct far_region *r);
 /* After stop: wait until the background threads have ended; calls of others may still be on their way out. */
 void far_region_join(struct far_region *r);
+/* The remote was borrowed, and is stopped and closed with the region from now on. */
+void far_region_own_remote(struct far_region *r);
 /* Stop, then free, remote and local included. Does not flush. */
 void far_region_close(struct far_region *r);
 

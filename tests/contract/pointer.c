@@ -61,7 +61,6 @@ const struct contract_subject contract_pointer[] = {
 	POINTER("copy-async", CONTRACT_SLOW),
 	POINTER("copy-sync", CONTRACT_SLOW),
 	POINTER("copy-hash", CONTRACT_SLOW),
-	POINTER("continue-async", CONTRACT_SLOW),
 	POINTER("continue-sync", CONTRACT_SLOW),
 	POINTER("managed", CONTRACT_SLOW),
 	POINTER("managed-hash", CONTRACT_SLOW, "strict:chunk=4096"),

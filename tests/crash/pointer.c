@@ -314,7 +314,7 @@ static bool round_run(unsigned number, struct round *r)
 
 int main(int argc, char **argv)
 {
-	static const char *const kinds[] = { "copy-async", "continue-async", "copy-sync", "copy-hash", "auto" };
+	static const char *const kinds[] = { "copy-async", "continue-sync", "copy-sync", "copy-hash", "auto" };
 	unsigned rounds = argc > 1 ? (unsigned)atoi(argv[1]) : 9, bad = 0;
 	uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) : far_now() % 1000000;
 

@@ -59,6 +59,7 @@ struct setting {
 	uint64_t local_max, dirty_max;
 	const char *layer;
 	bool no_pull, no_push;
+	unsigned part; /* of the operations: one in so many */
 };
 
 static uint64_t rnd(uint64_t *s)
@@ -254,16 +255,19 @@ static void beyond(struct model *m)
 		memset(m->p + m->bytes, 0x77, (size_t)(end - m->bytes));
 }
 
+/* An eviction that could not tell whether a chunk was stored leaves that to the next look: it is dirty for a while after a
+ * flush that had nothing to do with it. */
 static void flush_at_the_end(struct model *m)
 {
 	struct far_status st = FAR_STATUS_INIT;
 	int r, tries = 0;
 
-	while ((r = far_mount_flush(m->m)) && m->faulty && ++tries < 1000)
-		;
-	MUST(!r);
-	MUST(!far_mount_status(m->m, &st));
-	MUST(st.dirty == 0);
+	do {
+		r = far_mount_flush(m->m);
+		MUST(!r || m->faulty);
+		MUST(!far_mount_status(m->m, &st));
+	} while ((r || st.dirty) && ++tries < (m->faulty ? 1000 : 20));
+	MUST(!r && st.dirty == 0);
 }
 
 static void compare_all(struct model *m, struct worker *w)
@@ -364,8 +368,7 @@ static const struct setting settings[] = {
 	{ "size no multiple of anything", "copy-sync", ODD, 1111, 65536 },
 	{ "4 KiB chunks", "copy-hash", SIZE, 1536, 4096 },
 	{ "size no multiple of anything", "copy-hash", ODD, 1111, 16384 },
-	{ "64 KiB chunks", "continue-async", ODD, 1536, 65536 },
-	{ "chunks of a huge page", "continue-async", 2 * ODD, 2 * PAGE, 2 << 20 },
+	{ "chunks of a huge page", "continue-sync", 2 * ODD, 2 * PAGE, 2 << 20 },
 	{ "64 KiB chunks", "continue-sync", ODD, 1536, 65536 },
 	{ "64 KiB chunks", "continue-hash", ODD, 1536, 65536 },
 	{ "huge pages, written", "move-hash", 2 * ODD, 1536, 65536 },
@@ -385,7 +388,7 @@ static const struct setting settings[] = {
 	{ "a remote that fails", "managed", SIZE, 1536, 4096, .layer = "fault:rate=0.05" },
 	{ "only read, huge pages", "move", 2 * ODD, 1536, 65536 },
 	{ "only read, by SIGSEGV", "sigsegv", ODD, 1536, 65536 },
-	{ "only read, by SIGSEGV, a tight budget", "sigsegv", ODD, 1536, 65536, .local_max = 512 << 10 },
+	{ "only read, by SIGSEGV, a tight budget", "sigsegv", ODD, 1536, 65536, .local_max = 512 << 10, .part = 10 },
 };
 
 int main(int argc, char **argv)
@@ -399,6 +402,6 @@ int main(int argc, char **argv)
 	       getenv("FARPAGE_WITHOUT") ? getenv("FARPAGE_WITHOUT") : "");
 	for (unsigned k = 0; k < FAR_ARRAY_LEN(settings); k++)
 		if (!only || !strcmp(only, settings[k].kind))
-			run(k + 1, &settings[k], seed, settings[k].layer ? ops / 3 : ops);
+			run(k + 1, &settings[k], seed, settings[k].layer ? ops / 3 : settings[k].part ? ops / settings[k].part : ops);
 	return 0;
 }

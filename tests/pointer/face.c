@@ -23,8 +23,6 @@ const struct face_kind face_kinds[] = {
 	{ .name = "copy-async", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_ASYNC, .need = ASYNC },
 	{ .name = "copy-sync", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_SYNC, .need = FAR_UFFD_ANY | FAR_UFFD_WP },
 	{ .name = "copy-hash", .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_HASH, .need = FAR_UFFD_ANY, .choosy = true },
-	{ .name = "continue-async", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_ASYNC,
-	  .need = HUGE_ARMED | ASYNC },
 	{ .name = "continue-sync", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_SYNC,
 	  .need = HUGE_ARMED | FAR_UFFD_WP },
 	{ .name = "continue-hash", .mechanism = FAR_MECH_CONTINUE, .tracking = FAR_TRACK_HASH, .need = HUGE_ONES },

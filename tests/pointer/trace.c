@@ -36,6 +36,8 @@ static int remote_read(void *self, uint64_t off, void *buf, size_t len, unsigned
 		return -EAGAIN;
 	for (size_t k = 0; k < len; k++)
 		((unsigned char *)buf)[k] = (unsigned char)((off + k) / 4096 * 7 + 1);
+	if (len < CHUNK) /* the mount measures the way to the remote */
+		return 0;
 	far_mutex_lock(&t->lock);
 	assert_in_range(t->n, 0, 4 * CHUNKS - 1);
 	t->off[t->n] = off;
