@@ -740,7 +740,7 @@ def row_pointer_local(o):
              a['how'] + ', against memory in %s pages' % kind)
         show('first store into a page, %s' % m, a['p50_us'], 'us', 1.3, 'mean over all pages', None, upwards=False)
     mechanisms('reads when all is local', ('copy', 'move', 'continue'), read)
-    mechanisms('stores when all is local', ('copy', 'continue'), store)
+    mechanisms('stores when all is local', ('copy', 'move', 'continue'), store)
 
 
 @row('pointer-find')
@@ -752,7 +752,7 @@ def row_pointer_find(o):
                     key=lambda r: value(r) if isinstance(r, dict) else r[0])
         show('finding stores, 1 GiB, 1 %% of pages, %s' % m, b[0] / value(a), 'x', 80,
              '%.2f against %.1f ms' % (value(a), b[0]), a['how'] + ', against XXH3 of each 64 KiB')
-    mechanisms('finding stores', ('copy', 'continue'), one)
+    mechanisms('finding stores', ('copy', 'move'), one)
 
 
 @row('pointer-pull')
