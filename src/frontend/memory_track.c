@@ -666,7 +666,8 @@ static bool track_is_suspect(struct far_memory *m, uint64_t off, uint64_t len)
 static int track_evict_still(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t epoch)
 {
 	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE, n;
-	char *buf = m->c.victim ? far_buf_get((size_t)len) : NULL;
+	/* A half-written chunk has gaps, which are not zero. */
+	char *buf = m->c.victim && track_there(m, off, len) ? far_buf_get((size_t)len) : NULL;
 	bool read = buf && far_mem_read(m, off, buf, (size_t)len, 0) == 0;
 	/* A hole is punched into locked memory, too: the program's view goes first, if it may. */
 	int err = m->c.mechanism == FAR_MECH_CONTINUE && addr && far_memory_addr(m, off, &n) == addr
