@@ -24,9 +24,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define POINTER_PAGE ((uint64_t)4096)
+#define POINTER_TRIES 100
 #define POINTER_IDLE_MAX 8 /* times the interval between looks at memory that nobody writes to */
 
 #ifndef MAP_FIXED_NOREPLACE
@@ -516,6 +518,24 @@ int far_pointer_populate(struct far_pointer *p, uint64_t off, uint64_t len)
 	return err;
 }
 
+/* A store like the program's own, at less than a page, but one that ends with an error where the program's raises SIGBUS. */
+static int pointer_store_zeros(struct far_pointer *p, uint64_t off, uint64_t len)
+{
+	static const char zeros[POINTER_PAGE];
+	int err = 0;
+
+	for (unsigned tries = 0; len && tries < POINTER_TRIES && !err; tries++) {
+		uint64_t n, addr = far_memory_addr(p->memory, off, &n);
+		struct iovec from = { (void *)(uintptr_t)zeros, (size_t)len }, to = { (void *)(uintptr_t)addr, (size_t)len };
+		if (!addr || n < len)
+			return -EFAULT; /* the program has unmapped it */
+		err = far_pointer_populate(p, off, len);
+		if (!err && process_vm_writev(getpid(), &from, 1, &to, 1, 0) == (ssize_t)len)
+			return 0;
+	}
+	return err ? err : len ? -EIO : 0;
+}
+
 int far_pointer_discard(struct far_pointer *p, uint64_t off, uint64_t len)
 {
 	uint64_t end = off + len, a = far_min(far_div_up(off, POINTER_PAGE) * POINTER_PAGE, end);
@@ -525,9 +545,11 @@ int far_pointer_discard(struct far_pointer *p, uint64_t off, uint64_t len)
 		return far_discard(p->below, off, len, 0);
 	if (!p->ours)
 		return -EOPNOTSUPP;
-	/* The ends are stores like the program's own. */
-	memset(p->addr + off, 0, (size_t)(a - off));
-	memset(p->addr + b, 0, (size_t)(end - b));
+	int err = pointer_store_zeros(p, off, a - off);
+	if (!err)
+		err = pointer_store_zeros(p, b, end - b);
+	if (err)
+		return err;
 	return a < b ? far_zero(far_region_backend(p->region), a, b - a, 0) : 0;
 }
 
