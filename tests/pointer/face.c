@@ -111,6 +111,7 @@ static void face_catch(void)
 
 	sigemptyset(&sa.sa_mask);
 	sigaction(SIGBUS, &sa, NULL);
+	sigaction(SIGSEGV, &sa, NULL); /* while a page is healed that another mapping had made poison */
 }
 
 void face_ready(void)
