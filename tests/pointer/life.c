@@ -655,7 +655,7 @@ static void ends_start(unsigned char *p, struct toucher *t)
 		toucher_is_stuck(&t[k]);
 }
 
-static struct far_mount *end_map; /* not forgotten at the end: no leak */
+static struct far_mount *volatile end_map; /* not forgotten at the end: no leak */
 
 static void end_now(void *arg)
 {

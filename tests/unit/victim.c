@@ -192,7 +192,7 @@ static void keeps_hot(enum far_mechanism mechanism, bool read_only, bool needed)
 	assert_true(5 * hot <= 4 * (4 * cold / (BUDGET / CHUNK)));
 	struct far_status st = FAR_STATUS_INIT;
 	assert_int_equal(far_mount_status(m, &st), 0);
-	assert_true(st.local <= BUDGET);
+	assert_true(st.local <= BUDGET + 2 * CHUNK); /* what a fault brings before it gives others back */
 	assert_int_equal(far_mount_close(m), 0);
 }
 
