@@ -77,6 +77,13 @@ struct far_memory {
 #define MEM_STAGE (2 * FAR_STAGE) /* a puller's longest extent */
 
 int far_mem_add_locked(struct mem_runs *r, uint64_t off, uint64_t len);
+/* memory.c. Take [off, off+len) out of what the list has; how many bytes that were. */
+uint64_t far_mem_cut_locked(struct mem_runs *r, uint64_t off, uint64_t len);
+/* Before a call that makes the kernel report what we do, and when that call has failed. */
+int far_mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len);
+void far_mem_own_cancel(struct far_memory *m, uint64_t addr, uint64_t len);
+/* -EEXIST: the page is there; -ENODATA: it is not. */
+int far_mem_look(struct far_memory *m, uint64_t addr);
 /* memory.c: pieces of [off, off+len) that lie together; 0 is unmapped. fn's first non-zero return ends it. */
 int far_mem_each(struct far_memory *m, uint64_t off, uint64_t len,
 		 int (*fn)(void *opaque, uint64_t addr, uint64_t off, uint64_t len), void *opaque);
