@@ -347,8 +347,10 @@ static void pager_give_up(struct pager_work *w, int err)
 		return;
 
 	pager_may_block(w); /* where it changes mappings that has to be read of by a receiver */
-	far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
-		w->off + PAGER_PAGE, x->c.source, far_strerror(err));
+	/* Who ends a map ends the waiting for it, and as a rule nobody waits: the page came, and the rest of its extent did not. */
+	if (!atomic_load(&x->stopped))
+		far_log(FAR_LOG_ERROR, "bytes %" PRIu64 " to %" PRIu64 " of %s cannot be had (%s): who uses them gets SIGBUS", w->off,
+			w->off + PAGER_PAGE, x->c.source, far_strerror(err));
 	if (w->child >= 0)
 		err = far_uffd_poison(w->child, w->e.addr, PAGER_PAGE, &done);
 	else if (w->e.kind == FAR_EVENT_STORE) { /* the page is there: the store is let through, and found when it ends */
