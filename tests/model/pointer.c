@@ -422,6 +422,7 @@ int main(int argc, char **argv)
 	const char *only = argc > 3 ? argv[3] : NULL;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
+	face_ready(); /* a map that handles SIGSEGV passes on to this what is not its own */
 	printf("1..%zu\n# seed %llu, FARPAGE_WITHOUT=%s\n", FAR_ARRAY_LEN(settings), (unsigned long long)seed,
 	       getenv("FARPAGE_WITHOUT") ? getenv("FARPAGE_WITHOUT") : "");
 	for (unsigned k = 0; k < FAR_ARRAY_LEN(settings); k++)
