@@ -159,7 +159,7 @@ static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began)
 {
 	uint64_t now = far_now();
 
-	if (far_pace_arrived(&p->pace, len, began, now, 4 * p->extent))
+	if (far_pace_arrived(&p->pace, len, began, now, p->extent))
 		pull_resize_locked(p);
 	p->show_bytes += len;
 	if (now - p->show_at >= FAR_SEC) {
