@@ -32,16 +32,24 @@
 #define SERVER_LISTENERS 16
 #define SERVER_MEMORY (512 * FAR_MIB)
 #define SERVER_PORT 1337
+#define SERVER_NBD_PORT 10809
+
+enum server_wire { SERVER_GRPC, SERVER_NBD };
 
 struct server_conn {
 	struct far_server *server;
-	struct far_grpc_conn *grpc;
+	enum server_wire wire;
+	union {
+		struct far_grpc_conn *grpc;
+		struct far_nbd_conn *nbd;
+	};
 	struct server_conn *next, **prev;
 };
 
 struct server_listener {
 	struct far_server *server;
 	struct far_thread thread;
+	enum server_wire wire;
 	int fd;
 	char *path; /* of a unix socket, removed at the end */
 };
@@ -160,7 +168,7 @@ int far_server_export(struct far_server *s, const char *name, struct far_backend
 	while (same < s->env.exports_n && list[same].b != b)
 		same++;
 	struct far_loans *loans = same < s->env.exports_n ? list[same].loans : far_loans_new(b);
-	list[s->env.exports_n++] = (struct far_export){ copy, b, owner, loans };
+	list[s->env.exports_n++] = (struct far_export){ .name = copy, .b = b, .owner = owner, .loans = loans };
 	return 0;
 }
 
@@ -180,8 +188,15 @@ static void server_ended(void *opaque)
 	free(sc);
 }
 
-/* fd becomes the server's on success. */
-static int server_add(struct far_server *s, int fd)
+static int server_start(struct far_server *s, struct server_conn *sc, struct far_conn *conn)
+{
+	if (sc->wire == SERVER_NBD)
+		return far_nbd_conn_start(&s->env, s->crew, conn, false, server_ended, sc, &sc->nbd);
+	return far_grpc_conn_start(&s->env, s->crew, conn, server_ended, sc, &sc->grpc);
+}
+
+/* *conn becomes the server's on success. */
+static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn)
 {
 	struct server_conn *sc = calloc(1, sizeof *sc);
 	int r = sc ? 0 : -ENOMEM;
@@ -189,6 +204,7 @@ static int server_add(struct far_server *s, int fd)
 	if (r)
 		return r;
 	sc->server = s;
+	sc->wire = wire;
 	/* Under the lock from start to list: it may end at once, and then waits here to leave the list. */
 	far_mutex_lock(&s->lock);
 	s->busy = true;
@@ -197,7 +213,7 @@ static int server_add(struct far_server *s, int fd)
 	else if (s->conns_n >= SERVER_CONNECTIONS)
 		r = -EMFILE;
 	else
-		r = far_grpc_conn_start(&s->env, s->crew, fd, server_ended, sc, &sc->grpc);
+		r = server_start(s, sc, conn);
 	if (r == 0) {
 		sc->next = s->conns;
 		sc->prev = &s->conns;
@@ -212,9 +228,18 @@ static int server_add(struct far_server *s, int fd)
 	return r;
 }
 
+/* fd becomes the server's on success. */
+static int server_add_fd(struct far_server *s, enum server_wire wire, int fd)
+{
+	struct far_conn conn = { .ops = NULL };
+	int r = far_conn_socket(&conn, fd);
+
+	return r ? r : server_add(s, wire, &conn);
+}
+
 int far_server_serve(struct far_server *s, int fd, struct far_error *err)
 {
-	int r = server_add(s, fd);
+	int r = server_add_fd(s, SERVER_GRPC, fd);
 
 	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
 }
@@ -229,7 +254,7 @@ static void *server_accept(void *arg)
 		int fd;
 		int r = far_net_accept(l->fd, &fd);
 		if (r == 0) {
-			r = server_add(s, fd);
+			r = server_add_fd(s, l->wire, fd);
 			if (r) {
 				far_fd_close(&fd);
 				uint64_t now = far_now();
@@ -254,53 +279,74 @@ struct server_conf {
 
 static const struct far_opt server_options[] = {
 	{ "socket", FAR_OPT_STRING, offsetof(struct server_conf, socket), .value_name = "PATH",
-	  .help = "unix socket (grpc+unix)" },
+	  .help = "unix socket (grpc+unix, nbd+unix)" },
 	FAR_OPT_END,
 };
 
-static int server_address(const struct far_uri *u, const struct server_conf *conf, struct far_net_addr *a,
-			  struct far_error *err)
+static int server_address(const struct far_uri *u, const struct server_conf *conf, enum server_wire *wire,
+			  struct far_net_addr *a, struct far_error *err)
 {
-	bool local = !strcmp(u->variant, "unix");
+	bool local = !strcmp(u->variant, "unix"), nbd = !strcmp(u->scheme, "nbd");
 
-	if (strcmp(u->scheme, "grpc") || (u->variant[0] && !local))
-		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT or grpc+unix:///?socket=PATH",
-				     u->text);
+	if ((strcmp(u->scheme, "grpc") && !nbd) || (u->variant[0] && !local))
+		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, nbd://HOST:PORT, "
+				     "grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
+	*wire = nbd ? SERVER_NBD : SERVER_GRPC;
 	if (u->path[0] && strcmp(u->path, "/"))
 		return far_error_set(err, EINVAL, "cannot listen on '%s': a listener has no path; clients name the export", u->text);
 	if (local && !conf->socket)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': add ?socket=PATH", u->text);
 	if (!local && conf->socket)
-		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix:// only", u->text);
-	*a = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : SERVER_PORT,
+		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix:// and nbd+unix:// only",
+				     u->text);
+	*a = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : nbd ? SERVER_NBD_PORT : SERVER_PORT,
 				    .path = local ? conf->socket : NULL };
 	return 0;
 }
 
-static int server_bound(const struct far_net_addr *a, int port, char **out)
+static int server_bound(const struct far_net_addr *a, enum server_wire wire, int port, char **out)
 {
+	const char *scheme = wire == SERVER_NBD ? "nbd" : "grpc";
+
 	if (!out)
 		return 0;
 	int n;
 	if (a->path)
-		n = asprintf(out, "grpc+unix:///?socket=%s", a->path);
+		n = asprintf(out, "%s+unix:///?socket=%s", scheme, a->path);
 	else
-		n = asprintf(out, strchr(a->host, ':') ? "grpc://[%s]:%d" : "grpc://%s:%d", a->host, port);
+		n = asprintf(out, strchr(a->host, ':') ? "%s://[%s]:%d" : "%s://%s:%d", scheme, a->host, port);
 	if (n < 0)
 		*out = NULL;
 	return n < 0 ? -ENOMEM : 0;
 }
 
-static int server_listen_on(struct far_server *s, const struct far_net_addr *a, char **bound, struct far_error *err)
+/* Whether every export can be offered in blocks that NBD knows. */
+static int server_nbd_blocks(const struct far_server *s, struct far_error *err)
+{
+	for (size_t i = 0; i < s->env.exports_n; i++) {
+		uint64_t chunk = far_facts(s->env.exports[i].b)->chunk;
+		if (chunk > 65536 || (chunk & (chunk - 1)))
+			return far_error_set(err, EINVAL, "cannot offer '%s' over NBD: its store takes whole chunks of %" PRIu64
+					     " bytes only. Add --layer chunked", s->env.exports[i].name, chunk);
+	}
+	return 0;
+}
+
+static int server_listen_on(struct far_server *s, enum server_wire wire, const struct far_net_addr *a, char **bound,
+			    struct far_error *err)
 {
 	int fd, port;
-	int r = far_net_listen(a, s->insecure, &fd, &port, err);
+	int r = wire == SERVER_NBD ? server_nbd_blocks(s, err) : 0;
+
+	if (r)
+		return r;
+	r = far_net_listen(a, s->insecure, &fd, &port, err);
 
 	if (r)
 		return r;
 	char *path = a->path ? strdup(a->path) : NULL;
 	char *text = NULL;
-	r = (a->path && !path) ? -ENOMEM : server_bound(a, port, bound ? &text : NULL);
+	r = (a->path && !path) ? -ENOMEM : server_bound(a, wire, port, bound ? &text : NULL);
 	far_mutex_lock(&s->lock);
 	s->busy = true;
 	if (r == 0 && s->stopping)
@@ -309,7 +355,7 @@ static int server_listen_on(struct far_server *s, const struct far_net_addr *a, 
 		r = -EMFILE;
 	if (r == 0) {
 		struct server_listener *l = &s->listeners[s->listeners_n];
-		*l = (struct server_listener){ .server = s, .fd = fd, .path = path };
+		*l = (struct server_listener){ .server = s, .wire = wire, .fd = fd, .path = path };
 		r = far_thread_start(&l->thread, "far-accept", server_accept, l);
 		s->listeners_n += r == 0;
 	}
@@ -328,6 +374,7 @@ static int server_listen_on(struct far_server *s, const struct far_net_addr *a, 
 int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err)
 {
 	struct server_conf conf = { 0 };
+	enum server_wire wire = SERVER_GRPC;
 	struct far_net_addr a;
 	struct far_uri u;
 
@@ -337,9 +384,9 @@ int far_server_listen(struct far_server *s, const char *uri, char **bound, struc
 	if (r == 0)
 		r = far_opt_parse(server_options, &conf, uri, u.query, '&', true, err);
 	if (r == 0)
-		r = server_address(&u, &conf, &a, err);
+		r = server_address(&u, &conf, &wire, &a, err);
 	if (r == 0)
-		r = server_listen_on(s, &a, bound, err);
+		r = server_listen_on(s, wire, &a, bound, err);
 	far_opt_fini(server_options, &conf);
 	far_uri_fini(&u);
 	return r;
@@ -377,7 +424,10 @@ void far_server_stop(struct far_server *s)
 	server_stop_listeners(s);
 	far_mutex_lock(&s->lock);
 	for (struct server_conn *c = s->conns; c; c = c->next)
-		far_grpc_conn_kill(c->grpc);
+		if (c->wire == SERVER_NBD)
+			far_nbd_conn_kill(c->nbd);
+		else
+			far_grpc_conn_kill(c->grpc);
 	far_mutex_unlock(&s->lock);
 	far_crew_close(s->crew);
 	s->crew = NULL;
