@@ -36,6 +36,12 @@
 #define CONN_JOBS 1024                  /* that may be away */
 #define CONN_HELD (64 * FAR_MIB)        /* that they may hold together, but that one is always possible */
 #define CONN_SMALL FAR_MIB              /* so much a connection may hold whatever the others do */
+#define CONN_CROWD (200 * FAR_USEC)     /* a yield that takes longer: others want this CPU */
+#define CONN_CALM 256
+#define CONN_CALM_MAX 16384
+#define CONN_LINGER (40 * FAR_USEC)     /* a sleep; the kernel adds its slack of about as much */
+#define CONN_FEW 4                      /* so many requests in one read need no sleep */
+#define CONN_MANY 8                     /* so many make one worth while */
 #define CONN_LOOK (5 * FAR_MSEC)        /* how often to look whether others have let go of memory */
 
 struct nbd_job {
@@ -82,6 +88,10 @@ struct far_nbd_conn {
 	size_t filled;
 	uint64_t skip;           /* bytes of a refused write still to come */
 	struct far_spin spin;
+	unsigned crowded;        /* so many times not to spin */
+	unsigned came;           /* requests since the last read */
+	unsigned trial, calm;    /* so many reads until the other way is tried; how many after a failure */
+	bool lingers, lingered;  /* sleep before a read; the last one was slept before */
 	uint64_t dry;            /* since when nothing comes; 0: something came last */
 	uint64_t moved;          /* when something came last */
 	/* atomic */
@@ -605,6 +615,7 @@ static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 	if (far_nbd_decode_request(c->peer.form, c->in + c->in_at, &q))
 		return NBD_END;
 	there -= head;
+	c->came++;
 	if (q.type == FAR_NBD_DISC)
 		return conn_goodbye(c);
 	int err = far_nbd_check(&c->peer, &q, &why);
@@ -673,16 +684,67 @@ static uint64_t conn_patience(const struct far_nbd_conn *c)
 	return FAR_NEVER;
 }
 
+/* Spin for a while. Where others want this CPU a yield gives it to them for longer than any wait would take: then spinning
+ * is left alone for some time. */
+static ssize_t conn_spin(struct far_nbd_conn *c, const struct iovec *iov, int n)
+{
+	uint64_t now = c->dry;
+	ssize_t k;
+
+	do {
+		far_thread_yield();
+		k = c->conn.ops->readv(&c->conn, iov, n);
+		uint64_t then = now;
+		now = far_now();
+		if (now - then > CONN_CROWD)
+			c->crowded = CONN_CALM;
+	} while (k == -EAGAIN && !c->crowded && now - c->dry < FAR_SPIN);
+	return k;
+}
+
+/*
+ * What a client sends one by one is answered at the least cost if it is not read so: with many requests on their way nobody
+ * waits for any one of them, and a short sleep makes one read and one write of them all, and spares the client waking us
+ * up. Whether it pays is tried now and then: a sleep must bring many requests, and no sleep few.
+ */
+static void conn_linger(struct far_nbd_conn *c)
+{
+	unsigned came = c->came;
+	bool slept = c->lingered;
+
+	c->came = 0;
+	c->lingered = false;
+	if (slept && came < CONN_MANY) {
+		c->calm = (unsigned)far_min(c->calm * 2, CONN_CALM_MAX);
+		c->trial = c->calm;
+		c->lingers = false;
+	} else if (slept && !c->lingers) {
+		c->calm = CONN_CALM;
+		c->trial = CONN_CALM;
+		c->lingers = true;
+	} else if (!slept && c->lingers && came >= CONN_FEW) {
+		c->trial = c->calm;
+		c->lingers = false;
+	}
+	bool now = c->trial-- == 0;
+	if (now)
+		c->trial = CONN_CALM;
+	if (c->lingers ? !now : now && came && came < CONN_FEW) {
+		far_sleep_until(far_now() + CONN_LINGER, false);
+		c->lingered = true;
+	}
+}
+
 static ssize_t conn_read_some(struct far_nbd_conn *c, const struct iovec *iov, int n)
 {
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
 
 	if (k == -EAGAIN && !c->dry)
 		c->dry = far_now();
-	while (k == -EAGAIN && far_spin_wanted(&c->spin) && far_now() - c->dry < FAR_SPIN) {
-		far_thread_yield();
-		k = c->conn.ops->readv(&c->conn, iov, n);
-	}
+	if (k == -EAGAIN && c->crowded)
+		c->crowded--;
+	else if (k == -EAGAIN && far_spin_wanted(&c->spin))
+		k = conn_spin(c, iov, n);
 	if (k > 0 && c->dry) {
 		far_spin_learn(&c->spin, far_now() - c->dry);
 		c->dry = 0;
@@ -707,6 +769,8 @@ static bool conn_receive(struct far_nbd_conn *c)
 		iov[n++] = (struct iovec){ c->filling->buf + c->filled, direct };
 	}
 	iov[n++] = (struct iovec){ c->in + c->in_n, CONN_IN - c->in_n };
+	if (c->serving && !c->filling)
+		conn_linger(c);
 	ssize_t k = conn_read_some(c, iov, n);
 	if (k > 0) {
 		size_t first = (size_t)far_min((uint64_t)k, direct);
@@ -779,6 +843,7 @@ int far_nbd_conn_start(const struct far_server_env *env, struct far_crew *crew, 
 	c->ended = ended;
 	c->opaque = opaque;
 	c->queue_end = &c->queue;
+	c->calm = c->trial = CONN_CALM;
 	c->born = c->moved = far_now();
 	c->in = far_buf_get(CONN_IN);
 	c->out = far_buf_get(CONN_OUT);
