@@ -173,8 +173,10 @@ static void pager_release(struct pager_work *w)
 	struct far_member *x = w->x;
 
 	if (w->slot >= 0) {
-		if (w->slot < PAGER_SLOTS)
-			atomic_store_explicit(&x->slot[w->slot].off1, 0, memory_order_relaxed);
+		if (w->slot < PAGER_SLOTS) {
+			atomic_store(&x->slot[w->slot].until, FAR_NEVER); /* the next one's is not known as soon as its offset */
+			atomic_store(&x->slot[w->slot].off1, 0);
+		}
 		atomic_fetch_sub_explicit(&x->n_blocked, 1, memory_order_relaxed);
 		atomic_fetch_sub(&w->v->n_watched, pager_is_watched(w));
 	}
