@@ -172,6 +172,14 @@ int far_server_export(struct far_server *s, const char *name, struct far_backend
 	return 0;
 }
 
+void far_server_hooks(struct far_server *s, unsigned (*look)(void *hooks, uint64_t off, uint64_t len, uint64_t *run),
+		      void (*prefetch)(void *hooks, uint64_t off, uint64_t len), void *hooks)
+{
+	s->env.exports[0].look = look;
+	s->env.exports[0].prefetch = prefetch;
+	s->env.exports[0].hooks = hooks;
+}
+
 /* --------------------------------------------------------------------------------------------- connections */
 
 static void server_ended(void *opaque)
@@ -390,6 +398,13 @@ int far_server_listen(struct far_server *s, const char *uri, char **bound, struc
 	far_opt_fini(server_options, &conf);
 	far_uri_fini(&u);
 	return r;
+}
+
+int far_server_listen_nbd(struct far_server *s, const char *path, struct far_error *err)
+{
+	struct far_net_addr a = { .path = path };
+
+	return server_listen_on(s, SERVER_NBD, &a, NULL, err);
 }
 
 /* ------------------------------------------------------------------------------------------------------ end */
