@@ -43,6 +43,7 @@ struct server_listener {
 	struct far_server *server;
 	struct far_thread thread;
 	int fd;
+	bool tls;
 	char *path; /* of a unix socket, removed at the end */
 };
 
@@ -51,6 +52,7 @@ struct far_server {
 	struct far_server_env env;
 	struct far_crew *crew;
 	bool insecure;
+	struct far_tls *tls; /* NULL: no certificate was given */
 	uint32_t lease_ms;
 	int cancel; /* eventfd, readable once stopping */
 
@@ -104,9 +106,21 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
 	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int r = s->cancel < 0 ? -errno : 0;
+	if (r == 0 && (o.tls_cert || o.tls_psk)) {
+		struct far_tls_opts tls = { .cert = o.tls_cert, .key = o.tls_key, .ca = o.tls_ca, .psk = o.tls_psk, .alpn = "h2",
+					    .tls12 = o.tls12 };
+		r = far_tls_new_server(&tls, &s->tls, err);
+		if (r) {
+			far_fd_close(&s->cancel);
+			far_mutex_fini(&s->lock);
+			free(s);
+			return r;
+		}
+	}
 	if (r == 0)
 		r = far_crew_open(&s->crew, "far-serve", SERVER_CONNECTIONS + (o.max_threads ? o.max_threads : SERVER_THREADS));
 	if (r) {
+		far_tls_put(s->tls);
 		far_fd_close(&s->cancel);
 		far_mutex_fini(&s->lock);
 		free(s);
@@ -180,8 +194,8 @@ static void server_ended(void *opaque)
 	free(sc);
 }
 
-/* fd becomes the server's on success. */
-static int server_add(struct far_server *s, int fd)
+/* The connection becomes the server's on success. */
+static int server_add(struct far_server *s, struct far_conn *conn)
 {
 	struct server_conn *sc = calloc(1, sizeof *sc);
 	int r = sc ? 0 : -ENOMEM;
@@ -197,7 +211,7 @@ static int server_add(struct far_server *s, int fd)
 	else if (s->conns_n >= SERVER_CONNECTIONS)
 		r = -EMFILE;
 	else
-		r = far_grpc_conn_start(&s->env, s->crew, fd, server_ended, sc, &sc->grpc);
+		r = far_grpc_conn_start(&s->env, s->crew, conn, server_ended, sc, &sc->grpc);
 	if (r == 0) {
 		sc->next = s->conns;
 		sc->prev = &s->conns;
@@ -214,9 +228,29 @@ static int server_add(struct far_server *s, int fd)
 
 int far_server_serve(struct far_server *s, int fd, struct far_error *err)
 {
-	int r = server_add(s, fd);
+	struct far_conn conn = { 0 };
+	int r = far_conn_socket(&conn, fd);
 
+	if (r == 0)
+		r = server_add(s, &conn); /* fd stays the caller's if this fails */
 	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
+}
+
+/* The handshake is made on the connection's seat: nobody who is slow in it keeps others from being accepted. */
+static int server_accepted(struct far_server *s, int fd, bool tls)
+{
+	struct far_conn conn = { 0 };
+	int r = far_conn_socket(&conn, fd);
+
+	if (r)
+		far_fd_close(&fd);
+	if (r == 0 && tls)
+		r = far_tls_server(s->tls, &conn);
+	if (r == 0)
+		r = server_add(s, &conn);
+	if (r)
+		far_conn_close(&conn);
+	return r;
 }
 
 static void *server_accept(void *arg)
@@ -229,9 +263,8 @@ static void *server_accept(void *arg)
 		int fd;
 		int r = far_net_accept(l->fd, &fd);
 		if (r == 0) {
-			r = server_add(s, fd);
+			r = server_accepted(s, fd, l->tls);
 			if (r) {
-				far_fd_close(&fd);
 				uint64_t now = far_now();
 				if (!told || now - told > 10 * FAR_SEC)
 					far_log(FAR_LOG_WARNING, "a connection was turned away: %s%s", far_strerror(r),
@@ -252,55 +285,70 @@ struct server_conf {
 	char *socket;
 };
 
+/* Where a listener is, and what it speaks. */
+struct server_address {
+	struct far_net_addr net;
+	const char *scheme;
+	bool tls;
+};
+
 static const struct far_opt server_options[] = {
 	{ "socket", FAR_OPT_STRING, offsetof(struct server_conf, socket), .value_name = "PATH",
-	  .help = "unix socket (grpc+unix)" },
+	  .help = "unix socket (grpc+unix, grpcs+unix)" },
 	FAR_OPT_END,
 };
 
-static int server_address(const struct far_uri *u, const struct server_conf *conf, struct far_net_addr *a,
-			  struct far_error *err)
+static int server_address(const struct far_server *s, const struct far_uri *u, const struct server_conf *conf,
+			  struct server_address *to, struct far_error *err)
 {
-	bool local = !strcmp(u->variant, "unix");
+	bool local = !strcmp(u->variant, "unix"), tls = !strcmp(u->scheme, "grpcs");
 
-	if (strcmp(u->scheme, "grpc") || (u->variant[0] && !local))
-		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT or grpc+unix:///?socket=PATH",
-				     u->text);
+	if ((strcmp(u->scheme, "grpc") && !tls) || (u->variant[0] && !local))
+		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, grpcs://HOST:PORT or "
+				     "grpc+unix:///?socket=PATH", u->text);
+	if (tls && !s->tls)
+		return far_error_set(err, EINVAL, "cannot listen on '%s': TLS needs a certificate and its key; give --tls-cert and "
+				     "--tls-key", u->text);
 	if (u->path[0] && strcmp(u->path, "/"))
 		return far_error_set(err, EINVAL, "cannot listen on '%s': a listener has no path; clients name the export", u->text);
 	if (local && !conf->socket)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': add ?socket=PATH", u->text);
 	if (!local && conf->socket)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix:// only", u->text);
-	*a = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : SERVER_PORT,
-				    .path = local ? conf->socket : NULL };
+	to->net = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : SERVER_PORT,
+					 .path = local ? conf->socket : NULL };
+	to->scheme = tls ? "grpcs" : "grpc";
+	to->tls = tls;
 	return 0;
 }
 
-static int server_bound(const struct far_net_addr *a, int port, char **out)
+static int server_bound(const struct server_address *to, int port, char **out)
 {
+	const struct far_net_addr *a = &to->net;
+
 	if (!out)
 		return 0;
 	int n;
 	if (a->path)
-		n = asprintf(out, "grpc+unix:///?socket=%s", a->path);
+		n = asprintf(out, "%s+unix:///?socket=%s", to->scheme, a->path);
 	else
-		n = asprintf(out, strchr(a->host, ':') ? "grpc://[%s]:%d" : "grpc://%s:%d", a->host, port);
+		n = asprintf(out, strchr(a->host, ':') ? "%s://[%s]:%d" : "%s://%s:%d", to->scheme, a->host, port);
 	if (n < 0)
 		*out = NULL;
 	return n < 0 ? -ENOMEM : 0;
 }
 
-static int server_listen_on(struct far_server *s, const struct far_net_addr *a, char **bound, struct far_error *err)
+static int server_listen_on(struct far_server *s, const struct server_address *to, char **bound, struct far_error *err)
 {
+	const struct far_net_addr *a = &to->net;
 	int fd, port;
-	int r = far_net_listen(a, s->insecure, &fd, &port, err);
+	int r = far_net_listen(a, s->insecure || to->tls, &fd, &port, err);
 
 	if (r)
 		return r;
 	char *path = a->path ? strdup(a->path) : NULL;
 	char *text = NULL;
-	r = (a->path && !path) ? -ENOMEM : server_bound(a, port, bound ? &text : NULL);
+	r = (a->path && !path) ? -ENOMEM : server_bound(to, port, bound ? &text : NULL);
 	far_mutex_lock(&s->lock);
 	s->busy = true;
 	if (r == 0 && s->stopping)
@@ -309,7 +357,7 @@ static int server_listen_on(struct far_server *s, const struct far_net_addr *a, 
 		r = -EMFILE;
 	if (r == 0) {
 		struct server_listener *l = &s->listeners[s->listeners_n];
-		*l = (struct server_listener){ .server = s, .fd = fd, .path = path };
+		*l = (struct server_listener){ .server = s, .fd = fd, .tls = to->tls, .path = path };
 		r = far_thread_start(&l->thread, "far-accept", server_accept, l);
 		s->listeners_n += r == 0;
 	}
@@ -325,10 +373,15 @@ static int server_listen_on(struct far_server *s, const struct far_net_addr *a, 
 	return 0;
 }
 
+int far_server_reload(struct far_server *s, struct far_error *err)
+{
+	return s->tls ? far_tls_reload(s->tls, err) : 0;
+}
+
 int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err)
 {
 	struct server_conf conf = { 0 };
-	struct far_net_addr a;
+	struct server_address to = { 0 };
 	struct far_uri u;
 
 	if (!s->env.exports_n)
@@ -337,9 +390,9 @@ int far_server_listen(struct far_server *s, const char *uri, char **bound, struc
 	if (r == 0)
 		r = far_opt_parse(server_options, &conf, uri, u.query, '&', true, err);
 	if (r == 0)
-		r = server_address(&u, &conf, &a, err);
+		r = server_address(s, &u, &conf, &to, err);
 	if (r == 0)
-		r = server_listen_on(s, &a, bound, err);
+		r = server_listen_on(s, &to, bound, err);
 	far_opt_fini(server_options, &conf);
 	far_uri_fini(&u);
 	return r;
@@ -401,6 +454,7 @@ void far_server_free(struct far_server *s)
 		free(s->env.exports[i].name);
 	}
 	free(s->env.exports);
+	far_tls_put(s->tls);
 	far_fd_close(&s->cancel);
 	far_mutex_fini(&s->lock);
 	free(s);

@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/crew.h"
+#include "net/tls.h"
 
 #include <stdatomic.h>
 
@@ -39,11 +40,11 @@ const struct far_export *far_server_find(const struct far_server_env *env, const
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall);
 void far_server_plain(struct far_server *s);
 
-/* The gRPC server half: serve a connected socket, which it owns from success on, on a seat of the crew. ended(opaque) is
- * called when the connection is gone. */
+/* The gRPC server half: serve a connection, which it takes over on success, on a seat of the crew. ended(opaque) is called
+ * when the connection is gone. */
 struct far_grpc_conn;
-int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew, int fd, void (*ended)(void *opaque),
-			void *opaque, struct far_grpc_conn **out);
+int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew, struct far_conn *conn,
+			void (*ended)(void *opaque), void *opaque, struct far_grpc_conn **out);
 /* End it soon; any thread, as long as ended() has not been called. */
 void far_grpc_conn_kill(struct far_grpc_conn *c);
 
