@@ -32,10 +32,35 @@
 #define SERVER_LISTENERS 16
 #define SERVER_MEMORY (512 * FAR_MIB)
 #define SERVER_PORT 1337
+#define SERVER_NBD_PORT 10809
+
+enum server_wire { SERVER_GRPC, SERVER_NBD };
+
+/* What a listener speaks, by its URI's scheme. */
+static const struct server_scheme {
+	const char *name;
+	enum server_wire wire;
+	bool tls;
+	int port;
+} server_schemes[] = {
+	{ "grpc", SERVER_GRPC, false, SERVER_PORT },
+	{ "grpcs", SERVER_GRPC, true, SERVER_PORT },
+	{ "nbd", SERVER_NBD, false, SERVER_NBD_PORT },
+	{ "nbds", SERVER_NBD, true, SERVER_NBD_PORT },
+};
+
+struct server_address {
+	struct far_net_addr net;
+	const struct server_scheme *scheme;
+};
 
 struct server_conn {
 	struct far_server *server;
-	struct far_grpc_conn *grpc;
+	enum server_wire wire;
+	union {
+		struct far_grpc_conn *grpc;
+		struct far_nbd_conn *nbd;
+	};
 	struct server_conn *next, **prev;
 };
 
@@ -43,7 +68,7 @@ struct server_listener {
 	struct far_server *server;
 	struct far_thread thread;
 	int fd;
-	bool tls;
+	const struct server_scheme *scheme;
 	char *path; /* of a unix socket, removed at the end */
 };
 
@@ -85,6 +110,11 @@ void far_server_plain(struct far_server *s)
 	s->env.plain = true;
 }
 
+static int server_starttls(void *tls, struct far_conn *conn)
+{
+	return far_tls_server(tls, conn);
+}
+
 int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
 {
 	struct far_server_opts o = FAR_SERVER_OPTS_INIT;
@@ -116,6 +146,10 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 			free(s);
 			return r;
 		}
+	}
+	if (s->tls) {
+		s->env.starttls = server_starttls;
+		s->env.tls = s->tls;
 	}
 	if (r == 0)
 		r = far_crew_open(&s->crew, "far-serve", SERVER_CONNECTIONS + (o.max_threads ? o.max_threads : SERVER_THREADS));
@@ -174,7 +208,7 @@ int far_server_export(struct far_server *s, const char *name, struct far_backend
 	while (same < s->env.exports_n && list[same].b != b)
 		same++;
 	struct far_loans *loans = same < s->env.exports_n ? list[same].loans : far_loans_new(b);
-	list[s->env.exports_n++] = (struct far_export){ copy, b, owner, loans };
+	list[s->env.exports_n++] = (struct far_export){ .name = copy, .b = b, .owner = owner, .loans = loans };
 	return 0;
 }
 
@@ -194,8 +228,15 @@ static void server_ended(void *opaque)
 	free(sc);
 }
 
-/* The connection becomes the server's on success. */
-static int server_add(struct far_server *s, struct far_conn *conn)
+static int server_start(struct far_server *s, struct server_conn *sc, struct far_conn *conn, bool tls)
+{
+	if (sc->wire == SERVER_NBD)
+		return far_nbd_conn_start(&s->env, s->crew, conn, tls, server_ended, sc, &sc->nbd);
+	return far_grpc_conn_start(&s->env, s->crew, conn, server_ended, sc, &sc->grpc);
+}
+
+/* *conn becomes the server's on success. NBD: with `tls` nothing else is answered before STARTTLS. */
+static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn, bool tls)
 {
 	struct server_conn *sc = calloc(1, sizeof *sc);
 	int r = sc ? 0 : -ENOMEM;
@@ -203,6 +244,7 @@ static int server_add(struct far_server *s, struct far_conn *conn)
 	if (r)
 		return r;
 	sc->server = s;
+	sc->wire = wire;
 	/* Under the lock from start to list: it may end at once, and then waits here to leave the list. */
 	far_mutex_lock(&s->lock);
 	s->busy = true;
@@ -211,7 +253,7 @@ static int server_add(struct far_server *s, struct far_conn *conn)
 	else if (s->conns_n >= SERVER_CONNECTIONS)
 		r = -EMFILE;
 	else
-		r = far_grpc_conn_start(&s->env, s->crew, conn, server_ended, sc, &sc->grpc);
+		r = server_start(s, sc, conn, tls);
 	if (r == 0) {
 		sc->next = s->conns;
 		sc->prev = &s->conns;
@@ -232,22 +274,23 @@ int far_server_serve(struct far_server *s, int fd, struct far_error *err)
 	int r = far_conn_socket(&conn, fd);
 
 	if (r == 0)
-		r = server_add(s, &conn); /* fd stays the caller's if this fails */
+		r = server_add(s, SERVER_GRPC, &conn, false); /* fd stays the caller's if this fails */
 	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
 }
 
 /* The handshake is made on the connection's seat: nobody who is slow in it keeps others from being accepted. */
-static int server_accepted(struct far_server *s, int fd, bool tls)
+static int server_accepted(struct far_server *s, const struct server_listener *l, int fd)
 {
+	const struct server_scheme *as = l->scheme;
 	struct far_conn conn = { 0 };
 	int r = far_conn_socket(&conn, fd);
 
 	if (r)
 		far_fd_close(&fd);
-	if (r == 0 && tls)
+	if (r == 0 && as->tls && as->wire == SERVER_GRPC)
 		r = far_tls_server(s->tls, &conn);
 	if (r == 0)
-		r = server_add(s, &conn);
+		r = server_add(s, as->wire, &conn, as->tls);
 	if (r)
 		far_conn_close(&conn);
 	return r;
@@ -263,7 +306,7 @@ static void *server_accept(void *arg)
 		int fd;
 		int r = far_net_accept(l->fd, &fd);
 		if (r == 0) {
-			r = server_accepted(s, fd, l->tls);
+			r = server_accepted(s, l, fd);
 			if (r) {
 				uint64_t now = far_now();
 				if (!told || now - told > 10 * FAR_SEC)
@@ -285,28 +328,24 @@ struct server_conf {
 	char *socket;
 };
 
-/* Where a listener is, and what it speaks. */
-struct server_address {
-	struct far_net_addr net;
-	const char *scheme;
-	bool tls;
-};
-
 static const struct far_opt server_options[] = {
 	{ "socket", FAR_OPT_STRING, offsetof(struct server_conf, socket), .value_name = "PATH",
-	  .help = "unix socket (grpc+unix, grpcs+unix)" },
+	  .help = "unix socket (grpc+unix, nbd+unix and the like)" },
 	FAR_OPT_END,
 };
 
 static int server_address(const struct far_server *s, const struct far_uri *u, const struct server_conf *conf,
 			  struct server_address *to, struct far_error *err)
 {
-	bool local = !strcmp(u->variant, "unix"), tls = !strcmp(u->scheme, "grpcs");
+	bool local = !strcmp(u->variant, "unix");
 
-	if ((strcmp(u->scheme, "grpc") && !tls) || (u->variant[0] && !local))
-		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, grpcs://HOST:PORT or "
-				     "grpc+unix:///?socket=PATH", u->text);
-	if (tls && !s->tls)
+	for (size_t i = 0; i < FAR_ARRAY_LEN(server_schemes); i++)
+		if (!strcmp(server_schemes[i].name, u->scheme))
+			to->scheme = &server_schemes[i];
+	if (!to->scheme || (u->variant[0] && !local))
+		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, nbd://HOST:PORT, grpcs:// or nbds:// "
+				     "for TLS, grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
+	if (to->scheme->tls && !s->tls)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': TLS needs a certificate and its key; give --tls-cert and "
 				     "--tls-key", u->text);
 	if (u->path[0] && strcmp(u->path, "/"))
@@ -314,35 +353,51 @@ static int server_address(const struct far_server *s, const struct far_uri *u, c
 	if (local && !conf->socket)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': add ?socket=PATH", u->text);
 	if (!local && conf->socket)
-		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix:// only", u->text);
-	to->net = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : SERVER_PORT,
+		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix://, nbd+unix:// and the like "
+				     "only", u->text);
+	to->net = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : to->scheme->port,
 					 .path = local ? conf->socket : NULL };
-	to->scheme = tls ? "grpcs" : "grpc";
-	to->tls = tls;
 	return 0;
 }
 
 static int server_bound(const struct server_address *to, int port, char **out)
 {
 	const struct far_net_addr *a = &to->net;
+	const char *scheme = to->scheme->name;
 
 	if (!out)
 		return 0;
 	int n;
 	if (a->path)
-		n = asprintf(out, "%s+unix:///?socket=%s", to->scheme, a->path);
+		n = asprintf(out, "%s+unix:///?socket=%s", scheme, a->path);
 	else
-		n = asprintf(out, strchr(a->host, ':') ? "%s://[%s]:%d" : "%s://%s:%d", to->scheme, a->host, port);
+		n = asprintf(out, strchr(a->host, ':') ? "%s://[%s]:%d" : "%s://%s:%d", scheme, a->host, port);
 	if (n < 0)
 		*out = NULL;
 	return n < 0 ? -ENOMEM : 0;
+}
+
+/* Whether every export can be offered in blocks that NBD knows. */
+static int server_nbd_blocks(const struct far_server *s, struct far_error *err)
+{
+	for (size_t i = 0; i < s->env.exports_n; i++) {
+		uint64_t chunk = far_facts(s->env.exports[i].b)->chunk;
+		if (chunk > 65536 || (chunk & (chunk - 1)))
+			return far_error_set(err, EINVAL, "cannot offer '%s' over NBD: its store takes whole chunks of %" PRIu64
+					     " bytes only. Add --layer chunked", s->env.exports[i].name, chunk);
+	}
+	return 0;
 }
 
 static int server_listen_on(struct far_server *s, const struct server_address *to, char **bound, struct far_error *err)
 {
 	const struct far_net_addr *a = &to->net;
 	int fd, port;
-	int r = far_net_listen(a, s->insecure || to->tls, &fd, &port, err);
+	int r = to->scheme->wire == SERVER_NBD ? server_nbd_blocks(s, err) : 0;
+
+	if (r)
+		return r;
+	r = far_net_listen(a, s->insecure || to->scheme->tls, &fd, &port, err);
 
 	if (r)
 		return r;
@@ -357,7 +412,7 @@ static int server_listen_on(struct far_server *s, const struct server_address *t
 		r = -EMFILE;
 	if (r == 0) {
 		struct server_listener *l = &s->listeners[s->listeners_n];
-		*l = (struct server_listener){ .server = s, .fd = fd, .tls = to->tls, .path = path };
+		*l = (struct server_listener){ .server = s, .scheme = to->scheme, .fd = fd, .path = path };
 		r = far_thread_start(&l->thread, "far-accept", server_accept, l);
 		s->listeners_n += r == 0;
 	}
@@ -430,7 +485,10 @@ void far_server_stop(struct far_server *s)
 	server_stop_listeners(s);
 	far_mutex_lock(&s->lock);
 	for (struct server_conn *c = s->conns; c; c = c->next)
-		far_grpc_conn_kill(c->grpc);
+		if (c->wire == SERVER_NBD)
+			far_nbd_conn_kill(c->nbd);
+		else
+			far_grpc_conn_kill(c->grpc);
 	far_mutex_unlock(&s->lock);
 	far_crew_close(s->crew);
 	s->crew = NULL;

@@ -14,7 +14,6 @@
 #include "wire/server.h"
 
 #include "base/thread.h"
-#include "net/net.h"
 #include "wire/grpc/session.h"
 
 #include <stdlib.h>
@@ -283,8 +282,8 @@ int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew,
 	if (r) {
 		c->conn.ops = NULL; /* it stays the caller's */
 		server_free(c);
-	} else {
-		conn->ops = NULL;
+		return r;
 	}
-	return r;
+	conn->ops = NULL;
+	return 0;
 }
