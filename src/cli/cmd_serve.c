@@ -21,11 +21,16 @@ struct serve_conf {
 	uint64_t max_request, lease;
 	int64_t max_blocked;
 	char *connections, *control;
+	char *tls_cert, *tls_key, *tls_ca, *tls_psk;
+	int tls_min;
 };
+
+static const char *const serve_versions[] = { "1.2", "1.3", NULL };
 
 static const struct far_opt serve_options[] = {
 	{ "listen", FAR_OPT_LIST, offsetof(struct serve_conf, listen), .value_name = "URI",
-	  .help = "accept connections here: grpc://HOST:PORT, nbd://HOST:PORT, grpc+unix:///?socket=PATH, nbd+unix:///?socket=PATH; may be repeated" },
+	  .help = "accept connections here: grpc://HOST:PORT, grpcs://HOST:PORT, nbd://HOST:PORT, nbds://HOST:PORT, "
+		  "grpc+unix:///?socket=PATH, nbd+unix:///?socket=PATH; may be repeated" },
 	{ "layer", FAR_OPT_LIST, offsetof(struct serve_conf, layer), .value_name = "NAME[:KEY=VALUE,...]",
 	  .help = "wrap every SOURCE in a layer; may be repeated, the first is outermost" },
 	{ "read-only", FAR_OPT_BOOL, offsetof(struct serve_conf, read_only), .help = "refuse writes" },
@@ -39,6 +44,16 @@ static const struct far_opt serve_options[] = {
 	  .help = "connections to each network SOURCE", .def = "2+2" },
 	{ "insecure", FAR_OPT_BOOL, offsetof(struct serve_conf, insecure),
 	  .help = "listen beyond loopback without encryption" },
+	{ "tls-cert", FAR_OPT_STRING, offsetof(struct serve_conf, tls_cert), .value_name = "FILE",
+	  .help = "certificate for TLS, with those between it and its authority (PEM)" },
+	{ "tls-key", FAR_OPT_STRING, offsetof(struct serve_conf, tls_key), .value_name = "FILE",
+	  .help = "its private key (PEM)", .def = "in the certificate's file" },
+	{ "tls-ca", FAR_OPT_STRING, offsetof(struct serve_conf, tls_ca), .value_name = "FILE",
+	  .help = "clients must show a certificate that one of these authorities has signed (PEM)" },
+	{ "tls-psk", FAR_OPT_STRING, offsetof(struct serve_conf, tls_psk), .value_name = "FILE",
+	  .help = "keys shared with clients, in place of certificates: lines NAME:HEX" },
+	{ "tls-min", FAR_OPT_ENUM, offsetof(struct serve_conf, tls_min), .names = serve_versions, .value_name = "VERSION",
+	  .help = "oldest version of TLS that will do: 1.2 or 1.3", .def = "1.3" },
 	{ "control", FAR_OPT_STRING, offsetof(struct serve_conf, control), .value_name = "PATH",
 	  .help = "make a control socket here, for status, flush and stop" },
 	FAR_OPT_END
@@ -104,6 +119,11 @@ static int serve_open(struct serve *s, const struct serve_conf *conf, const stru
 	opts.max_request = conf->max_request;
 	opts.max_threads = (uint32_t)conf->max_blocked;
 	opts.lease_ms = (uint32_t)(conf->lease / FAR_MSEC);
+	opts.tls_cert = conf->tls_cert;
+	opts.tls_key = conf->tls_key;
+	opts.tls_ca = conf->tls_ca;
+	opts.tls_psk = conf->tls_psk;
+	opts.tls12 = conf->tls_min == 0;
 	if (far_server_new(&opts, &s->server, &err) < 0)
 		return cli_fail("cannot serve", &err);
 	for (size_t i = 0; i < s->n; i++)
@@ -193,14 +213,31 @@ static struct json_object *serve_control_cb(void *opaque, const char *op, struct
 	return o;
 }
 
-static void serve_wait(struct serve *s, int signals)
+/* SIGHUP where there is something to read again: certificates and keys. */
+static void serve_reload(struct serve *s)
+{
+	struct far_error err = { 0 };
+
+	if (far_server_reload(s->server, &err) < 0)
+		cli_say("nothing was read again, everything stays as it was: %s", err.text);
+	else
+		cli_say("certificates and keys were read again");
+}
+
+static void serve_wait(struct serve *s, const struct serve_conf *conf, int signals)
 {
 	struct pollfd p[2] = { { .fd = signals, .events = POLLIN }, { .fd = s->wake, .events = POLLIN } };
+	bool again = conf->tls_cert || conf->tls_psk;
 
-	while (poll(p, 2, -1) < 0 && errno == EINTR)
-		;
-	if (p[0].revents)
-		cli_signal_take(signals);
+	for (;;) {
+		while (poll(p, 2, -1) < 0 && errno == EINTR)
+			;
+		if (!p[0].revents || p[1].revents)
+			return;
+		if (cli_signal_take(signals) != SIGHUP || !again)
+			return;
+		serve_reload(s);
+	}
 }
 
 static void serve_second_cb(int sig)
@@ -244,7 +281,7 @@ static int serve_run_open(struct serve *s, const struct serve_conf *conf, const 
 	if (code == CLI_GO)
 		code = serve_listen(s, conf);
 	if (code == CLI_GO) {
-		serve_wait(s, signals);
+		serve_wait(s, conf, signals);
 		serve_arm_second();
 		far_server_stop(s->server);
 		code = serve_flush(s) < 0 ? CLI_UNSAVED : CLI_OK;
@@ -256,7 +293,7 @@ static int serve_run_open(struct serve *s, const struct serve_conf *conf, const 
 
 static int serve_run(int argc, char **argv)
 {
-	struct serve_conf conf = { .max_request = 32 * FAR_MIB, .max_blocked = 64, .lease = 10 * FAR_SEC };
+	struct serve_conf conf = { .max_request = 32 * FAR_MIB, .max_blocked = 64, .lease = 10 * FAR_SEC, .tls_min = 1 };
 	struct serve s = { .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) };
 	struct cli_args args;
 	int code = cli_parse(&cli_serve, &conf, argc, argv, &args);

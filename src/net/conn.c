@@ -10,6 +10,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -130,8 +131,7 @@ int far_conn_socket(struct far_conn *c, int fd)
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
 	conn_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, CONN_USER_TIMEOUT_MS);
 	conn_unpace(fd);
-	c->ops = &conn_ops;
-	c->fd = fd;
+	*c = (struct far_conn){ .ops = &conn_ops, .fd = fd };
 	return 0;
 }
 
@@ -140,6 +140,38 @@ void far_conn_close(struct far_conn *c)
 	if (c->ops)
 		c->ops->close(c);
 	c->ops = NULL;
+}
+
+int far_conn_peer(struct far_conn *c, struct far_peer *p)
+{
+	*p = (struct far_peer){ 0 };
+	return c->ops && c->ops->peer ? c->ops->peer(c, p) : 0;
+}
+
+void far_peer_fini(struct far_peer *p)
+{
+	for (size_t i = 0; i < p->n; i++)
+		free(p->names[i]);
+	free(p->names);
+	*p = (struct far_peer){ 0 };
+}
+
+void far_conn_why(struct far_conn *c, char *buf, size_t n)
+{
+	buf[0] = 0;
+	if (c->ops && c->ops->why)
+		c->ops->why(c, buf, n);
+}
+
+bool far_conn_is_local(const struct far_conn *c)
+{
+	struct sockaddr_storage ss;
+	socklen_t n = sizeof ss;
+
+	if (c->fd < 0 || getpeername(c->fd, (struct sockaddr *)&ss, &n))
+		return false;
+	return ss.ss_family == AF_UNIX ||
+	       ((ss.ss_family == AF_INET || ss.ss_family == AF_INET6) && conn_is_loopback((struct sockaddr *)&ss));
 }
 
 /* Wait for a connect in progress to end. */

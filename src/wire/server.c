@@ -36,6 +36,24 @@
 
 enum server_wire { SERVER_GRPC, SERVER_NBD };
 
+/* What a listener speaks, by its URI's scheme. */
+static const struct server_scheme {
+	const char *name;
+	enum server_wire wire;
+	bool tls;
+	int port;
+} server_schemes[] = {
+	{ "grpc", SERVER_GRPC, false, SERVER_PORT },
+	{ "grpcs", SERVER_GRPC, true, SERVER_PORT },
+	{ "nbd", SERVER_NBD, false, SERVER_NBD_PORT },
+	{ "nbds", SERVER_NBD, true, SERVER_NBD_PORT },
+};
+
+struct server_address {
+	struct far_net_addr net;
+	const struct server_scheme *scheme;
+};
+
 struct server_conn {
 	struct far_server *server;
 	enum server_wire wire;
@@ -49,8 +67,8 @@ struct server_conn {
 struct server_listener {
 	struct far_server *server;
 	struct far_thread thread;
-	enum server_wire wire;
 	int fd;
+	const struct server_scheme *scheme;
 	char *path; /* of a unix socket, removed at the end */
 };
 
@@ -59,6 +77,7 @@ struct far_server {
 	struct far_server_env env;
 	struct far_crew *crew;
 	bool insecure;
+	struct far_tls *tls; /* NULL: no certificate was given */
 	uint32_t lease_ms;
 	int cancel; /* eventfd, readable once stopping */
 
@@ -91,6 +110,11 @@ void far_server_plain(struct far_server *s)
 	s->env.plain = true;
 }
 
+static int server_starttls(void *tls, struct far_conn *conn)
+{
+	return far_tls_server(tls, conn);
+}
+
 int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
 {
 	struct far_server_opts o = FAR_SERVER_OPTS_INIT;
@@ -112,9 +136,25 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
 	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int r = s->cancel < 0 ? -errno : 0;
+	if (r == 0 && (o.tls_cert || o.tls_psk)) {
+		struct far_tls_opts tls = { .cert = o.tls_cert, .key = o.tls_key, .ca = o.tls_ca, .psk = o.tls_psk, .alpn = "h2",
+					    .tls12 = o.tls12 };
+		r = far_tls_new_server(&tls, &s->tls, err);
+		if (r) {
+			far_fd_close(&s->cancel);
+			far_mutex_fini(&s->lock);
+			free(s);
+			return r;
+		}
+	}
+	if (s->tls) {
+		s->env.starttls = server_starttls;
+		s->env.tls = s->tls;
+	}
 	if (r == 0)
 		r = far_crew_open(&s->crew, "far-serve", SERVER_CONNECTIONS + (o.max_threads ? o.max_threads : SERVER_THREADS));
 	if (r) {
+		far_tls_put(s->tls);
 		far_fd_close(&s->cancel);
 		far_mutex_fini(&s->lock);
 		free(s);
@@ -196,15 +236,15 @@ static void server_ended(void *opaque)
 	free(sc);
 }
 
-static int server_start(struct far_server *s, struct server_conn *sc, struct far_conn *conn)
+static int server_start(struct far_server *s, struct server_conn *sc, struct far_conn *conn, bool tls)
 {
 	if (sc->wire == SERVER_NBD)
-		return far_nbd_conn_start(&s->env, s->crew, conn, false, server_ended, sc, &sc->nbd);
+		return far_nbd_conn_start(&s->env, s->crew, conn, tls, server_ended, sc, &sc->nbd);
 	return far_grpc_conn_start(&s->env, s->crew, conn, server_ended, sc, &sc->grpc);
 }
 
-/* *conn becomes the server's on success. */
-static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn)
+/* *conn becomes the server's on success. NBD: with `tls` nothing else is answered before STARTTLS. */
+static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn, bool tls)
 {
 	struct server_conn *sc = calloc(1, sizeof *sc);
 	int r = sc ? 0 : -ENOMEM;
@@ -221,7 +261,7 @@ static int server_add(struct far_server *s, enum server_wire wire, struct far_co
 	else if (s->conns_n >= SERVER_CONNECTIONS)
 		r = -EMFILE;
 	else
-		r = server_start(s, sc, conn);
+		r = server_start(s, sc, conn, tls);
 	if (r == 0) {
 		sc->next = s->conns;
 		sc->prev = &s->conns;
@@ -236,20 +276,32 @@ static int server_add(struct far_server *s, enum server_wire wire, struct far_co
 	return r;
 }
 
-/* fd becomes the server's on success. */
-static int server_add_fd(struct far_server *s, enum server_wire wire, int fd)
-{
-	struct far_conn conn = { .ops = NULL };
-	int r = far_conn_socket(&conn, fd);
-
-	return r ? r : server_add(s, wire, &conn);
-}
-
 int far_server_serve(struct far_server *s, int fd, struct far_error *err)
 {
-	int r = server_add_fd(s, SERVER_GRPC, fd);
+	struct far_conn conn = { 0 };
+	int r = far_conn_socket(&conn, fd);
 
+	if (r == 0)
+		r = server_add(s, SERVER_GRPC, &conn, false); /* fd stays the caller's if this fails */
 	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
+}
+
+/* The handshake is made on the connection's seat: nobody who is slow in it keeps others from being accepted. */
+static int server_accepted(struct far_server *s, const struct server_listener *l, int fd)
+{
+	const struct server_scheme *as = l->scheme;
+	struct far_conn conn = { 0 };
+	int r = far_conn_socket(&conn, fd);
+
+	if (r)
+		far_fd_close(&fd);
+	if (r == 0 && as->tls && as->wire == SERVER_GRPC)
+		r = far_tls_server(s->tls, &conn);
+	if (r == 0)
+		r = server_add(s, as->wire, &conn, as->tls);
+	if (r)
+		far_conn_close(&conn);
+	return r;
 }
 
 static void *server_accept(void *arg)
@@ -262,9 +314,8 @@ static void *server_accept(void *arg)
 		int fd;
 		int r = far_net_accept(l->fd, &fd);
 		if (r == 0) {
-			r = server_add_fd(s, l->wire, fd);
+			r = server_accepted(s, l, fd);
 			if (r) {
-				far_fd_close(&fd);
 				uint64_t now = far_now();
 				if (!told || now - told > 10 * FAR_SEC)
 					far_log(FAR_LOG_WARNING, "a connection was turned away: %s%s", far_strerror(r),
@@ -287,34 +338,40 @@ struct server_conf {
 
 static const struct far_opt server_options[] = {
 	{ "socket", FAR_OPT_STRING, offsetof(struct server_conf, socket), .value_name = "PATH",
-	  .help = "unix socket (grpc+unix, nbd+unix)" },
+	  .help = "unix socket (grpc+unix, nbd+unix and the like)" },
 	FAR_OPT_END,
 };
 
-static int server_address(const struct far_uri *u, const struct server_conf *conf, enum server_wire *wire,
-			  struct far_net_addr *a, struct far_error *err)
+static int server_address(const struct far_server *s, const struct far_uri *u, const struct server_conf *conf,
+			  struct server_address *to, struct far_error *err)
 {
-	bool local = !strcmp(u->variant, "unix"), nbd = !strcmp(u->scheme, "nbd");
+	bool local = !strcmp(u->variant, "unix");
 
-	if ((strcmp(u->scheme, "grpc") && !nbd) || (u->variant[0] && !local))
-		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, nbd://HOST:PORT, "
-				     "grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
-	*wire = nbd ? SERVER_NBD : SERVER_GRPC;
+	for (size_t i = 0; i < FAR_ARRAY_LEN(server_schemes); i++)
+		if (!strcmp(server_schemes[i].name, u->scheme))
+			to->scheme = &server_schemes[i];
+	if (!to->scheme || (u->variant[0] && !local))
+		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, nbd://HOST:PORT, grpcs:// or nbds:// "
+				     "for TLS, grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
+	if (to->scheme->tls && !s->tls)
+		return far_error_set(err, EINVAL, "cannot listen on '%s': TLS needs a certificate and its key; give --tls-cert and "
+				     "--tls-key", u->text);
 	if (u->path[0] && strcmp(u->path, "/"))
 		return far_error_set(err, EINVAL, "cannot listen on '%s': a listener has no path; clients name the export", u->text);
 	if (local && !conf->socket)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': add ?socket=PATH", u->text);
 	if (!local && conf->socket)
-		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix:// and nbd+unix:// only",
-				     u->text);
-	*a = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : nbd ? SERVER_NBD_PORT : SERVER_PORT,
-				    .path = local ? conf->socket : NULL };
+		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix://, nbd+unix:// and the like "
+				     "only", u->text);
+	to->net = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : to->scheme->port,
+					 .path = local ? conf->socket : NULL };
 	return 0;
 }
 
-static int server_bound(const struct far_net_addr *a, enum server_wire wire, int port, char **out)
+static int server_bound(const struct server_address *to, int port, char **out)
 {
-	const char *scheme = wire == SERVER_NBD ? "nbd" : "grpc";
+	const struct far_net_addr *a = &to->net;
+	const char *scheme = to->scheme->name;
 
 	if (!out)
 		return 0;
@@ -340,21 +397,21 @@ static int server_nbd_blocks(const struct far_server *s, struct far_error *err)
 	return 0;
 }
 
-static int server_listen_on(struct far_server *s, enum server_wire wire, const struct far_net_addr *a, char **bound,
-			    struct far_error *err)
+static int server_listen_on(struct far_server *s, const struct server_address *to, char **bound, struct far_error *err)
 {
+	const struct far_net_addr *a = &to->net;
 	int fd, port;
-	int r = wire == SERVER_NBD ? server_nbd_blocks(s, err) : 0;
+	int r = to->scheme->wire == SERVER_NBD ? server_nbd_blocks(s, err) : 0;
 
 	if (r)
 		return r;
-	r = far_net_listen(a, s->insecure, &fd, &port, err);
+	r = far_net_listen(a, s->insecure || to->scheme->tls, &fd, &port, err);
 
 	if (r)
 		return r;
 	char *path = a->path ? strdup(a->path) : NULL;
 	char *text = NULL;
-	r = (a->path && !path) ? -ENOMEM : server_bound(a, wire, port, bound ? &text : NULL);
+	r = (a->path && !path) ? -ENOMEM : server_bound(to, port, bound ? &text : NULL);
 	far_mutex_lock(&s->lock);
 	s->busy = true;
 	if (r == 0 && s->stopping)
@@ -363,7 +420,7 @@ static int server_listen_on(struct far_server *s, enum server_wire wire, const s
 		r = -EMFILE;
 	if (r == 0) {
 		struct server_listener *l = &s->listeners[s->listeners_n];
-		*l = (struct server_listener){ .server = s, .wire = wire, .fd = fd, .path = path };
+		*l = (struct server_listener){ .server = s, .scheme = to->scheme, .fd = fd, .path = path };
 		r = far_thread_start(&l->thread, "far-accept", server_accept, l);
 		s->listeners_n += r == 0;
 	}
@@ -379,11 +436,15 @@ static int server_listen_on(struct far_server *s, enum server_wire wire, const s
 	return 0;
 }
 
+int far_server_reload(struct far_server *s, struct far_error *err)
+{
+	return s->tls ? far_tls_reload(s->tls, err) : 0;
+}
+
 int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err)
 {
 	struct server_conf conf = { 0 };
-	enum server_wire wire = SERVER_GRPC;
-	struct far_net_addr a;
+	struct server_address to = { 0 };
 	struct far_uri u;
 
 	if (!s->env.exports_n)
@@ -392,9 +453,9 @@ int far_server_listen(struct far_server *s, const char *uri, char **bound, struc
 	if (r == 0)
 		r = far_opt_parse(server_options, &conf, uri, u.query, '&', true, err);
 	if (r == 0)
-		r = server_address(&u, &conf, &wire, &a, err);
+		r = server_address(s, &u, &conf, &to, err);
 	if (r == 0)
-		r = server_listen_on(s, wire, &a, bound, err);
+		r = server_listen_on(s, &to, bound, err);
 	far_opt_fini(server_options, &conf);
 	far_uri_fini(&u);
 	return r;
@@ -466,6 +527,7 @@ void far_server_free(struct far_server *s)
 		free(s->env.exports[i].name);
 	}
 	free(s->env.exports);
+	far_tls_put(s->tls);
 	far_fd_close(&s->cancel);
 	far_mutex_fini(&s->lock);
 	free(s);

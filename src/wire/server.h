@@ -6,7 +6,7 @@
 
 #include "base/clock.h"
 #include "base/crew.h"
-#include "net/net.h"
+#include "net/tls.h"
 
 #include <stdatomic.h>
 
@@ -37,7 +37,6 @@ struct far_server_env {
 	/* Put TLS over a connection in the clear; NULL: there is no certificate. Nothing is read ahead. 0 or -errno. */
 	int (*starttls)(void *tls, struct far_conn *conn);
 	void *tls;
-	bool tls_required; /* nothing but STARTTLS is answered in the clear */
 	bool plain; /* only the Backend service, as the Go servers of the r3map family */
 	/* atomic: bytes of requests and replies that are held for peers. A connection whose peer makes it hold much is
 	 * made to wait once all together hold memory_max. */
@@ -65,7 +64,7 @@ int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew,
 /* End it soon; any thread, as long as ended() has not been called. */
 void far_grpc_conn_kill(struct far_grpc_conn *c);
 
-/* `tls`: it is encrypted already. */
+/* `tls`: nothing but STARTTLS is answered in the clear. */
 struct far_nbd_conn;
 int far_nbd_conn_start(const struct far_server_env *env, struct far_crew *crew, struct far_conn *conn, bool tls,
 		       void (*ended)(void *opaque), void *opaque, struct far_nbd_conn **out);

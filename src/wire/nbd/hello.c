@@ -306,7 +306,7 @@ void far_nbd_hello_encrypted(struct far_nbd_hello *h)
 
 static int hello_option(struct far_nbd_hello *h, uint32_t option, const uint8_t *p, size_t n)
 {
-	if (h->env->tls_required && !h->tls && option != FAR_NBD_OPT_ABORT && option != FAR_NBD_OPT_STARTTLS) {
+	if (h->required && !h->tls && option != FAR_NBD_OPT_ABORT && option != FAR_NBD_OPT_STARTTLS) {
 		h->over = option == FAR_NBD_OPT_EXPORT_NAME;
 		return h->over ? 0 : hello_refuse(h, option, FAR_NBD_REP_ERR_TLS_REQD, "this server speaks TLS only: ask for STARTTLS");
 	}
@@ -409,10 +409,10 @@ int far_nbd_hello_feed(struct far_nbd_hello *h, const uint8_t *p, size_t n, size
 	return 0;
 }
 
-int far_nbd_hello_init(struct far_nbd_hello *h, const struct far_server_env *env, bool tls)
+int far_nbd_hello_init(struct far_nbd_hello *h, const struct far_server_env *env, bool tls_required)
 {
 	h->env = env;
-	h->tls = tls;
+	h->required = tls_required;
 	uint8_t *p = hello_room(h, FAR_NBD_GREETING);
 	if (!p)
 		return -ENOMEM;

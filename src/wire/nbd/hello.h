@@ -21,7 +21,7 @@ enum far_nbd_context {
 struct far_nbd_hello {
 	/* fixed after init */
 	const struct far_server_env *env;
-	bool tls; /* the connection is encrypted already */
+	bool tls, required; /* the connection is encrypted; it must be */
 
 	bool flags_seen, no_zeroes;
 	enum far_nbd_form form;
@@ -41,7 +41,7 @@ struct far_nbd_hello {
 };
 
 /* *h is zeroed memory; the greeting is in `out`. -ENOMEM. */
-int far_nbd_hello_init(struct far_nbd_hello *h, const struct far_server_env *env, bool tls);
+int far_nbd_hello_init(struct far_nbd_hello *h, const struct far_server_env *env, bool tls_required);
 void far_nbd_hello_fini(struct far_nbd_hello *h);
 /* Take up to n bytes; *used tells how many. What was not used is to be given again with more behind it; nothing is used
  * after the end. -EPROTO: no sense can be made of it, -ENOMEM. */
