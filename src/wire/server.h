@@ -56,6 +56,10 @@ void far_server_hooks(struct far_server *s, unsigned (*look)(void *hooks, uint64
 /* NBD on the unix socket `path`, which is no URI. */
 int far_server_listen_nbd(struct far_server *s, const char *path, struct far_error *err);
 
+/* Take over a socket that listens already (socket activation); fd is the server's from then on, or closed. `scheme`: what
+ * is spoken there, as in the URI of a listener. */
+int far_server_adopt(struct far_server *s, const char *scheme, int fd, char **bound, struct far_error *err);
+
 /* A server half: serve an open connection on a seat of the crew. *conn is taken over on success, and is no longer open to
  * the caller. ended(opaque) is called when the connection is gone. */
 struct far_grpc_conn;
