@@ -32,6 +32,8 @@ static const struct open_leaf {
 	{ "null", "", far_null_open, "null:SIZE", "reads zeros, forgets writes" },
 	{ "grpc", "unix", far_grpc_open, "grpc://HOST:PORT/EXPORT, grpc+unix:///EXPORT?socket=PATH",
 	  "a region that another farpage, or a Go program of the r3map family, serves" },
+	{ "nbd", "unix", far_nbd_open, "nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH", "an export of any NBD server" },
+	{ "nbds", "unix", far_nbd_open, "nbds://HOST:PORT/EXPORT?tls-certificates=DIR", "the same over TLS" },
 };
 
 static struct far_mutex open_lock = FAR_MUTEX_INIT;
