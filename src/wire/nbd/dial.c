@@ -110,6 +110,10 @@ static int dial_facts(const struct far_nbd_client *c, const struct far_nbd_expor
 {
 	if (e->bytes > FAR_SIZE_MAX)
 		return far_error_set(err, EFBIG, "cannot open %s: a region has less than 2^63 bytes", c->peer.where);
+	if (e->bytes % e->block)
+		return far_error_set(err, EINVAL, "cannot open %s: its size, %" PRIu64 " bytes, is no multiple of the server's smallest "
+				     "block, %u: its end cannot be read; let the server round the size", c->peer.where, e->bytes,
+				     e->block);
 	if (e->read_only && !opts->read_only)
 		far_log(FAR_LOG_INFO, "%s: the server lets it be read only", c->peer.where);
 	*f = (struct far_facts){
@@ -176,7 +180,9 @@ static int dial(struct far_nbd_client *c, const struct far_open_opts *opts, cons
 
 int far_nbd_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out, struct far_error *err)
 {
-	struct dial_conf conf = { .connections = 4, .size = UINT64_MAX, .timeout = 10 * FAR_SEC, .max_io = 8 * FAR_MIB,
+	unsigned demand = opts->demand_connections, bulk = opts->bulk_connections;
+	struct dial_conf conf = { .connections = (int64_t)far_min((demand ? demand : 2) + (bulk ? bulk : 2), FAR_NBD_CONNECTIONS),
+				  .size = UINT64_MAX, .timeout = 10 * FAR_SEC, .max_io = 8 * FAR_MIB,
 				  .tls_verify = true };
 	struct far_nbd_client *c = NULL;
 	int r = far_opt_parse(dial_options, &conf, u->text, u->query, '&', true, err);
