@@ -9,14 +9,16 @@
  *     bare read SIZE 4k|huge              read private memory again and again  MiB/s
  *     bare store SIZE 4k|huge             store into each page again and again ns a page
  *     bare hash SIZE                      XXH3 of each 64 KiB                  ms
- *     bare most SIZE copy|move            fill it, nobody waits for it         MiB/s
+ *     bare most SIZE copy|move|continue   fill it, nobody waits for it         MiB/s
  *
  * A handler is a thread that is pinned to a CPU: a blocking read(2) of the userfaultfd, one UFFDIO_COPY of BYTES around
  * the fault out of memory, and again. "same" has one, on the CPU of the program, which is the fastest there is for one
  * program that stays where it is; "each" has one on every CPU.
  *
  * "most" is no opponent but the ceiling: a thread on every CPU that does nothing but copy from memory and call UFFDIO_COPY
- * for 256 KiB each, or UFFDIO_MOVE for a huge page that it has filled. No pager can be faster on this machine at this hour.
+ * for 256 KiB each, or UFFDIO_MOVE for a huge page that it has filled, or fill a huge page of a tmpfs and have it entered into
+ * another mapping (MADV_COLLAPSE). No pager can be faster on this machine at this hour: what is left is the kernel's zeroing
+ * of new memory and one copy.
  */
 #define _GNU_SOURCE
 #include "cli/bench_touch.h"
@@ -44,6 +46,7 @@ struct bare {
 	int fd;
 	uint64_t bytes;     /* one fault brings */
 	char *memory, *source;
+	char *alias;        /* "most", continue: the other mapping of what is memory then */
 	size_t size;
 	int cpu;            /* of the next handler */
 };
@@ -103,9 +106,44 @@ static void *bare_handler(void *arg)
 	return NULL;
 }
 
+/* A file of a tmpfs that gives huge pages, mounted nowhere. */
+static int bare_tmpfs(size_t size)
+{
+	int fs = (int)syscall(430 /* fsopen */, "tmpfs", 1), mnt = -1, fd = -1;
+
+	if (fs >= 0 && syscall(431 /* fsconfig */, fs, 1, "huge", "always", 0) == 0 && syscall(431, fs, 1, "size", "0", 0) == 0 &&
+	    syscall(431, fs, 6 /* create */, NULL, NULL, 0) == 0)
+		mnt = (int)syscall(432 /* fsmount */, fs, 1, 0);
+	if (mnt >= 0)
+		fd = openat(mnt, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+	if (fd >= 0 && ftruncate(fd, (off_t)size))
+		close(fd), fd = -1;
+	close(mnt);
+	close(fs);
+	return fd;
+}
+
+/* In place of the private memory: the file, twice. */
+static int bare_share(struct bare *b, size_t size)
+{
+	int fd = bare_tmpfs(size);
+
+	if (fd < 0)
+		return bare_fail("tmpfs");
+	b->alias = bare_map(size, MADV_HUGEPAGE);
+	b->memory = bare_map(size, MADV_HUGEPAGE);
+	if (!b->alias || !b->memory ||
+	    mmap(b->alias, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED ||
+	    mmap(b->memory, size, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED)
+		return bare_fail("mmap");
+	close(fd);
+	return 0;
+}
+
 /* The memory and its source. */
 static int bare_open(struct bare *b, size_t size, uint64_t bytes, uint64_t features)
 {
+	uint64_t minor = UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MISSING_SHMEM;
 	struct uffdio_api api = { .api = UFFD_API, .features = features };
 
 	*b = (struct bare){ .fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC), .bytes = bytes, .size = size };
@@ -122,8 +160,13 @@ static int bare_open(struct bare *b, size_t size, uint64_t bytes, uint64_t featu
 		return bare_fail("mmap");
 	touch_store_pages(warm, size, 1);
 	munmap(warm, size);
-	b->memory = bare_map(size, features ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+	if (features == minor && bare_share(b, size))
+		return 1;
+	if (!b->alias)
+		b->memory = bare_map(size, features ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 	struct uffdio_register reg = { .range = { (uintptr_t)b->memory, size }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	if (b->alias)
+		reg.mode |= UFFDIO_REGISTER_MODE_MINOR;
 	if (!b->memory || ioctl(b->fd, UFFDIO_REGISTER, &reg) < 0)
 		return bare_fail("UFFDIO_REGISTER");
 	return 0;
@@ -202,35 +245,45 @@ struct bare_most {
 	size_t next; /* atomic */
 };
 
+static int bare_most_piece(struct bare_most *m, char *stage, size_t off, size_t piece)
+{
+	struct bare_move mv = { (uintptr_t)m->b->memory + off, (uintptr_t)stage, piece, 0, 0 };
+	struct uffdio_copy c = { .dst = mv.dst, .src = mv.src, .len = piece };
+	char *to = m->b->alias ? m->b->alias + off : stage;
+
+	memcpy(to, m->b->source + off, piece);
+	if (m->b->alias)
+		return madvise(m->b->memory + off, piece, 25 /* MADV_COLLAPSE */);
+	return m->move ? ioctl(m->b->fd, BARE_MOVE, &mv) : ioctl(m->b->fd, UFFDIO_COPY, &c);
+}
+
 static void *bare_most_thread(void *arg)
 {
 	struct bare_most *m = arg;
-	size_t piece = m->move ? BARE_HUGE : BARE_HUGE / 8, off;
+	size_t piece = m->move || m->b->alias ? BARE_HUGE : BARE_HUGE / 8, off;
 	char *stage = bare_map(piece, m->move ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 
 	bare_pin(__atomic_fetch_add(&m->cpu, 1, __ATOMIC_RELAXED));
 	while (stage && (off = __atomic_fetch_add(&m->next, BARE_HUGE, __ATOMIC_RELAXED)) < m->b->size)
-		for (size_t end = off + BARE_HUGE; off < end; off += piece) {
-			struct bare_move mv = { (uintptr_t)m->b->memory + off, (uintptr_t)stage, piece, 0, 0 };
-			struct uffdio_copy c = { .dst = mv.dst, .src = mv.src, .len = piece };
-			memcpy(stage, m->b->source + off, piece);
-			if (m->move ? ioctl(m->b->fd, BARE_MOVE, &mv) : ioctl(m->b->fd, UFFDIO_COPY, &c)) {
+		for (size_t end = off + BARE_HUGE; off < end; off += piece)
+			if (bare_most_piece(m, stage, off, piece)) {
 				perror("bare: most");
 				_exit(1);
 			}
-		}
 	return NULL;
 }
 
-static int bare_most(size_t size, int move)
+static int bare_most(size_t size, const char *how)
 {
+	uint64_t minor = UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MISSING_SHMEM;
+	int move = strcmp(how, "move") == 0;
 	int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
 	struct bare b;
 	struct bare_most m = { .b = &b, .move = move };
 	pthread_t t[256];
 
 	n = n > 256 ? 256 : n;
-	if (bare_open(&b, size, TOUCH_PAGE, move ? (uint64_t)1 << 16 : 0))
+	if (bare_open(&b, size, TOUCH_PAGE, move ? (uint64_t)1 << 16 : strcmp(how, "continue") == 0 ? minor : 0))
 		return 1;
 	uint64_t begin = touch_now();
 	for (int i = 0; i < n; i++)
@@ -324,8 +377,8 @@ int main(int argc, char **argv)
 	if (size && argc == 3 && strcmp(argv[1], "hash") == 0)
 		return bare_hash(size);
 	if (size && argc == 4 && strcmp(argv[1], "most") == 0)
-		return bare_most(size, strcmp(argv[3], "move") == 0);
+		return bare_most(size, argv[3]);
 	fprintf(stderr, "usage: bare seq SIZE BYTES same|each, single SIZE BYTES N PAUSE_US, plain SIZE, read SIZE 4k|huge,\n"
-			"       store SIZE 4k|huge, hash SIZE, most SIZE copy|move\n");
+			"       store SIZE 4k|huge, hash SIZE, most SIZE copy|move|continue\n");
 	return 2;
 }
