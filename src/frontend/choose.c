@@ -227,7 +227,7 @@ const char *far_pointer_words(enum far_mechanism m)
 	case FAR_MECH_MOVE:
 		return "huge pages, filled aside and moved in by UFFDIO_MOVE";
 	case FAR_MECH_CONTINUE:
-		return "huge shared memory, filled through a second mapping, UFFDIO_CONTINUE";
+		return "huge shared memory, filled through a second mapping, UFFDIO_CONTINUE or MADV_COLLAPSE";
 	case FAR_MECH_COPY:
 		return "4 KiB pages by UFFDIO_COPY";
 	case FAR_MECH_SIGSEGV:

@@ -125,30 +125,13 @@ struct mem_fill {
 	bool staged;
 };
 
-/*
- * Bytes that were read straight into the second mapping (mem_stage_alias) are shown as the huge pages they are, in one step
- * that also shows whatever else is in these: so all of each must be what is filled here. Pages that are shown one by one cost
- * more than the copy did.
- */
-static bool mem_fill_huge(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
-{
-	/* What is evicted takes the whole huge page out of the program's view, and page by page it comes back. */
-	if (!(m->c.have & FAR_UFFD_COLLAPSE) || m->arms || m->c.evicts || src != m->c.alias + off ||
-	    (addr | off | len) % FAR_STAGE)
-		return false;
-	for (uint64_t at = 0; at < len; at += FAR_STAGE) /* else the kernel would go and make one, for milliseconds */
-		if (!far_uffd_huge(m->c.pagemap, (uint64_t)(uintptr_t)src + at))
-			return false;
-	return far_uffd_show_huge(m->c.uffd, addr, len);
-}
-
 /* Pages of an alias that the program does not have yet become visible. */
 static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
 {
 	bool here[64];
 	int err = 0;
 
-	if (mem_fill_huge(m, addr, off, src, len))
+	if (far_mem_fill_huge(m, addr, off, src, len))
 		return 0;
 	for (uint64_t at = 0, n; at < len && !err; at += n) {
 		uint64_t pages = far_min((len - at) / MEM_PAGE, FAR_ARRAY_LEN(here)), k = 0, done;
@@ -186,30 +169,6 @@ static int mem_fill_copy(struct far_memory *m, uint64_t addr, const char *src, u
 	return err == -EEXIST ? 0 : err;
 }
 
-/*
- * Where somebody waits for a page, the kernel has a table of small pages already, so a huge page that is moved there is
- * split, and leaves such a table behind: from then on the staging buffer would be filled in small pages, at a third of the
- * speed. It is mapped anew.
- */
-static void mem_fill_renew(char *stage, uint64_t len)
-{
-	if (mmap(stage, (size_t)len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
-	    MAP_FAILED)
-		return; /* it stays slow */
-	madvise(stage, (size_t)len, MADV_HUGEPAGE);
-	madvise(stage, (size_t)len, MADV_DONTFORK);
-}
-
-static int mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64_t len, uint64_t *done)
-{
-	int err = far_uffd_move(m->c.uffd, addr, (uint64_t)(uintptr_t)src, len, 0, done);
-
-	for (uint64_t at = 0; at < len && !err; at += FAR_STAGE)
-		if (!far_uffd_huge(m->c.pagemap, addr + at))
-			mem_fill_renew(src + at, FAR_STAGE);
-	return err;
-}
-
 /* What was at `addr` is not there any more, and the event that says why has been read or will be in a moment: bytes that
  * were on their way must follow a piece that has moved, or it would be zero at its new place. */
 static bool mem_moved(struct far_memory *m, uint64_t addr, uint64_t off)
@@ -233,7 +192,7 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 		err = far_mem_given_fill(f->m, addr, off, src, len);
 	} else {
 		if (f->staged && !(addr % FAR_STAGE) && !(len % FAR_STAGE))
-			err = mem_fill_moved(f->m, addr, (char *)(uintptr_t)src, len, &done);
+			err = far_mem_fill_moved(f->m, addr, (char *)(uintptr_t)src, len, &done);
 		if (err)
 			err = mem_fill_copy(f->m, addr + done, src + done, len - done);
 	}
@@ -593,79 +552,6 @@ int far_memory_appear(struct far_memory *m, uint64_t addr)
 			far_uffd_copy(m->c.uffd, addr + MEM_PAGE, mem_zeros, n, m->arms ? FAR_UFFD_ARM : 0, &done);
 	}
 	return 0;
-}
-
-/* ----------------------------------------------------------------------------------------------------------- staging */
-
-/*
- * CONTINUE: the place itself, in the second mapping. Only where nobody but a fetch writes, and where the program sees none of
- * it: a page may be shown already, from a fetch whose rest failed, and bytes that are on their way may be anything. If they do
- * not come, what they have left here is never shown, and the next fetch writes over it.
- */
-static void *mem_stage_alias(struct far_memory *m, uint64_t off, uint64_t len)
-{
-	bool here[FAR_STAGE / MEM_PAGE];
-	uint64_t n, addr = far_memory_addr(m, off, &n);
-
-	if (m->c.tracking != FAR_TRACK_NONE || !addr || n < len)
-		return NULL;
-	for (uint64_t at = 0; at < len; at += FAR_STAGE) {
-		if (far_uffd_mapped(m->c.pagemap, addr + at, FAR_STAGE, here) || memchr(here, true, sizeof here))
-			return NULL;
-	}
-	return m->c.alias + off;
-}
-
-void *far_mem_stage(void *self, uint64_t off, uint64_t len)
-{
-	struct far_memory *m = self;
-	char *p = NULL, *raw;
-
-	if (off % FAR_STAGE || len % FAR_STAGE || len > MEM_STAGE)
-		return NULL;
-	if (m->c.mechanism == FAR_MECH_CONTINUE)
-		return mem_stage_alias(m, off, len);
-	far_mutex_lock(&m->stage_lock);
-	if (m->n_stage)
-		p = m->stage[--m->n_stage];
-	far_mutex_unlock(&m->stage_lock);
-	if (p)
-		return p;
-	raw = mmap(NULL, MEM_STAGE + FAR_STAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (raw == MAP_FAILED)
-		return NULL;
-	p = (char *)(far_div_up((uintptr_t)raw, FAR_STAGE) * FAR_STAGE);
-	if (p > raw)
-		munmap(raw, (size_t)(p - raw));
-	munmap(p + MEM_STAGE, (size_t)(raw + FAR_STAGE - p));
-	madvise(p, MEM_STAGE, MADV_HUGEPAGE);
-	madvise(p, MEM_STAGE, MADV_DONTFORK);
-	return p;
-}
-
-void far_mem_unstage(void *self, void *buf, uint64_t len)
-{
-	struct far_memory *m = self;
-	bool kept = false;
-
-	if (m->c.mechanism == FAR_MECH_CONTINUE)
-		return;
-	far_mutex_lock(&m->stage_lock);
-	if (m->n_stage < FAR_ARRAY_LEN(m->stage)) {
-		m->stage[m->n_stage++] = buf;
-		kept = true;
-	}
-	far_mutex_unlock(&m->stage_lock);
-	if (!kept)
-		munmap(buf, MEM_STAGE);
-}
-
-void far_mem_zeros(void *self, uint64_t off, const void *buf, uint64_t len)
-{
-	struct far_memory *m = self;
-
-	if (m->c.mechanism == FAR_MECH_CONTINUE && buf == m->c.alias + off) /* memory for nothing; if it stays, it is zero */
-		(void)fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
 }
 
 /* --------------------------------------------------------------------------------------------------------- open, close */

@@ -93,6 +93,10 @@ static inline uint64_t far_mem_chunk(const struct far_memory *m)
 {
 	return (uint64_t)1 << m->c.shift;
 }
+/* memory_stage.c */
+/* Bytes that lie in the second mapping are shown as the huge pages they are; false: they are not, show them one by one. */
+bool far_mem_fill_huge(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
+int far_mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64_t len, uint64_t *done);
 void *far_mem_stage(void *self, uint64_t off, uint64_t len);
 void far_mem_unstage(void *self, void *buf, uint64_t len);
 void far_mem_zeros(void *self, uint64_t off, const void *buf, uint64_t len);
