@@ -342,7 +342,7 @@ static bool service_read_lent(struct far_request *r, const struct far_export *e)
 	reply->cap = len;
 	r->reply = reply;
 	if (m->sums)
-		far_grpc_sum_data(sum, m->export, m->export_n, off, p, len);
+		far_grpc_sum_cold(sum, m->export, m->export_n, off, p, len);
 	service_read_frame(r, reply, 0, NULL, m->sums ? sum : NULL, len);
 	reply->m.body = p;
 	return true;
