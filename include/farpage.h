@@ -511,6 +511,14 @@ struct far_server_opts {
 	 * tls12: version 1.2 will do, too. */
 	const char *tls_cert, *tls_key, *tls_ca, *tls_psk;
 	bool tls12;
+	/* Who may do what. allow: rules "NAME=ro" or "NAME=rw", ":EXPORT" behind one for one export; ended by NULL. NAME is
+	 * one of a client's certificate, of a shared key, or of a token; "*" is whoever has one. Without rules whoever may
+	 * connect may do all. */
+	const char *const *allow;
+	/* gRPC: each call must bring a token: one of a file with lines "NAME:TOKEN", or a JSON Web Token (RS256, ES256, EdDSA)
+	 * for this audience that was signed with a key of jwks_file (then `issuer` is its issuer) or of the issuer's own, fetched
+	 * from it over TLS (oidc_ca: PEM, who may sign its certificate, NULL: the system's). The name is the token's subject. */
+	const char *token_file, *jwks_file, *oidc_issuer, *oidc_ca, *issuer, *audience;
 };
 #define FAR_SERVER_OPTS_INIT { .size = sizeof(struct far_server_opts) }
 

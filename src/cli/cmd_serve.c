@@ -22,6 +22,8 @@ struct serve_conf {
 	int64_t max_blocked;
 	char *connections, *control;
 	char *tls_cert, *tls_key, *tls_ca, *tls_psk;
+	struct far_opt_list allow;
+	char *token_file, *jwks_file, *oidc_issuer, *oidc_ca, *issuer, *audience;
 	int tls_min;
 };
 
@@ -54,6 +56,20 @@ static const struct far_opt serve_options[] = {
 	  .help = "keys shared with clients, in place of certificates: lines NAME:HEX" },
 	{ "tls-min", FAR_OPT_ENUM, offsetof(struct serve_conf, tls_min), .names = serve_versions, .value_name = "VERSION",
 	  .help = "oldest version of TLS that will do: 1.2 or 1.3", .def = "1.3" },
+	{ "allow", FAR_OPT_LIST, offsetof(struct serve_conf, allow), .value_name = "NAME=ro|rw[:EXPORT]",
+	  .help = "give rights to a name of a client's certificate, shared key or token; all others have none; may be repeated" },
+	{ "token-file", FAR_OPT_STRING, offsetof(struct serve_conf, token_file), .value_name = "FILE",
+	  .help = "gRPC calls must bring one of these tokens: lines NAME:TOKEN" },
+	{ "jwks-file", FAR_OPT_STRING, offsetof(struct serve_conf, jwks_file), .value_name = "FILE",
+	  .help = "gRPC calls must bring a JSON Web Token that one of these keys has signed" },
+	{ "oidc-issuer", FAR_OPT_STRING, offsetof(struct serve_conf, oidc_issuer), .value_name = "URL",
+	  .help = "the same with the keys of this OpenID Connect issuer" },
+	{ "oidc-ca", FAR_OPT_STRING, offsetof(struct serve_conf, oidc_ca), .value_name = "FILE",
+	  .help = "authorities that may sign the issuer's own certificate (PEM)", .def = "the system's" },
+	{ "issuer", FAR_OPT_STRING, offsetof(struct serve_conf, issuer), .value_name = "ISS",
+	  .help = "issuer that the tokens of --jwks-file must name" },
+	{ "audience", FAR_OPT_STRING, offsetof(struct serve_conf, audience), .value_name = "AUD",
+	  .help = "audience that signed tokens must be for" },
 	{ "control", FAR_OPT_STRING, offsetof(struct serve_conf, control), .value_name = "PATH",
 	  .help = "make a control socket here, for status, flush and stop" },
 	FAR_OPT_END
@@ -124,6 +140,17 @@ static int serve_open(struct serve *s, const struct serve_conf *conf, const stru
 	opts.tls_ca = conf->tls_ca;
 	opts.tls_psk = conf->tls_psk;
 	opts.tls12 = conf->tls_min == 0;
+	opts.token_file = conf->token_file;
+	opts.jwks_file = conf->jwks_file;
+	opts.oidc_issuer = conf->oidc_issuer;
+	opts.oidc_ca = conf->oidc_ca;
+	opts.issuer = conf->issuer;
+	opts.audience = conf->audience;
+	FAR_CLEANUP(far_free_cleanup) const char **allow = calloc(conf->allow.n + 1, sizeof *allow);
+	FAR_ASSERT(allow);
+	for (size_t i = 0; i < conf->allow.n; i++)
+		allow[i] = conf->allow.v[i];
+	opts.allow = allow;
 	if (far_server_new(&opts, &s->server, &err) < 0)
 		return cli_fail("cannot serve", &err);
 	for (size_t i = 0; i < s->n; i++)
@@ -221,13 +248,13 @@ static void serve_reload(struct serve *s)
 	if (far_server_reload(s->server, &err) < 0)
 		cli_say("nothing was read again, everything stays as it was: %s", err.text);
 	else
-		cli_say("certificates and keys were read again");
+		cli_say("certificates, keys and tokens were read again");
 }
 
 static void serve_wait(struct serve *s, const struct serve_conf *conf, int signals)
 {
 	struct pollfd p[2] = { { .fd = signals, .events = POLLIN }, { .fd = s->wake, .events = POLLIN } };
-	bool again = conf->tls_cert || conf->tls_psk;
+	bool again = conf->tls_cert || conf->tls_psk || conf->token_file || conf->jwks_file;
 
 	for (;;) {
 		while (poll(p, 2, -1) < 0 && errno == EINTR)

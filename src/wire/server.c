@@ -99,6 +99,13 @@ const struct far_export *far_server_find(const struct far_server_env *env, const
 	return NULL;
 }
 
+enum far_right far_server_right(const struct far_server_env *env, const struct far_caller *who, const struct far_export *e)
+{
+	if (!env->access)
+		return FAR_RIGHT_WRITE;
+	return who ? far_access_right(env->access, who, e->name, e == env->exports) : FAR_RIGHT_NONE;
+}
+
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall)
 {
 	s->env.handshake = handshake;
@@ -113,6 +120,25 @@ void far_server_plain(struct far_server *s)
 static int server_starttls(void *tls, struct far_conn *conn)
 {
 	return far_tls_server(tls, conn);
+}
+
+/* Certificates, and who may do what. */
+static int server_guard(struct far_server *s, const struct far_server_opts *o, struct far_error *err)
+{
+	struct far_tls_opts tls = { .cert = o->tls_cert, .key = o->tls_key, .ca = o->tls_ca, .psk = o->tls_psk, .alpn = "h2",
+				    .tls12 = o->tls12 };
+	struct far_access_opts access = { .allow = o->allow, .token_file = o->token_file, .jwks_file = o->jwks_file,
+					  .oidc_issuer = o->oidc_issuer, .oidc_ca = o->oidc_ca, .issuer = o->issuer,
+					  .audience = o->audience, .named = o->tls_ca || o->tls_psk };
+
+	if (!o->tls_cert && !o->tls_psk && (o->tls_key || o->tls_ca))
+		return far_error_set(err, EINVAL, "TLS needs a certificate, too: give tls-cert");
+	int r = o->tls_cert || o->tls_psk ? far_tls_new_server(&tls, &s->tls, err) : 0;
+	if (s->tls) {
+		s->env.starttls = server_starttls;
+		s->env.tls = s->tls;
+	}
+	return r ? r : far_access_new(&access, &s->env.access, err);
 }
 
 int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
@@ -136,24 +162,20 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
 	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int r = s->cancel < 0 ? -errno : 0;
-	if (r == 0 && (o.tls_cert || o.tls_psk)) {
-		struct far_tls_opts tls = { .cert = o.tls_cert, .key = o.tls_key, .ca = o.tls_ca, .psk = o.tls_psk, .alpn = "h2",
-					    .tls12 = o.tls12 };
-		r = far_tls_new_server(&tls, &s->tls, err);
+	if (r == 0) {
+		r = server_guard(s, &o, err);
 		if (r) {
+			far_tls_put(s->tls);
 			far_fd_close(&s->cancel);
 			far_mutex_fini(&s->lock);
 			free(s);
 			return r;
 		}
 	}
-	if (s->tls) {
-		s->env.starttls = server_starttls;
-		s->env.tls = s->tls;
-	}
 	if (r == 0)
 		r = far_crew_open(&s->crew, "far-serve", SERVER_CONNECTIONS + (o.max_threads ? o.max_threads : SERVER_THREADS));
 	if (r) {
+		far_access_free(s->env.access);
 		far_tls_put(s->tls);
 		far_fd_close(&s->cancel);
 		far_mutex_fini(&s->lock);
@@ -389,6 +411,15 @@ static int server_nbd_blocks(const struct far_server *s, struct far_error *err)
 	return 0;
 }
 
+/* Whether what is asked of callers can be asked for on this kind of listener. */
+static int server_may_listen(const struct far_server *s, const struct server_address *to, struct far_error *err)
+{
+	if (s->env.access && to->scheme->wire == SERVER_NBD && far_access_wants_token(s->env.access))
+		return far_error_set(err, EINVAL, "cannot listen on %s://: NBD has no tokens, and this server asks for one; serve it "
+				     "from a process of its own, with certificates", to->scheme->name);
+	return 0;
+}
+
 static int server_listen_on(struct far_server *s, const struct server_address *to, char **bound, struct far_error *err)
 {
 	const struct far_net_addr *a = &to->net;
@@ -397,7 +428,12 @@ static int server_listen_on(struct far_server *s, const struct server_address *t
 
 	if (r)
 		return r;
-	r = far_net_listen(a, s->insecure || to->scheme->tls, &fd, &port, err);
+	r = server_may_listen(s, to, err);
+	if (r)
+		return r;
+	/* Tokens never go beyond this host in the clear, whatever else may. */
+	bool tokens = s->env.access && far_access_wants_token(s->env.access);
+	r = far_net_listen(a, (s->insecure && !tokens) || to->scheme->tls, &fd, &port, err);
 
 	if (r)
 		return r;
@@ -430,7 +466,9 @@ static int server_listen_on(struct far_server *s, const struct server_address *t
 
 int far_server_reload(struct far_server *s, struct far_error *err)
 {
-	return s->tls ? far_tls_reload(s->tls, err) : 0;
+	int r = s->tls ? far_tls_reload(s->tls, err) : 0;
+
+	return r || !s->env.access ? r : far_access_reload(s->env.access, err);
 }
 
 int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err)
@@ -513,6 +551,7 @@ void far_server_free(struct far_server *s)
 	}
 	free(s->env.exports);
 	far_tls_put(s->tls);
+	far_access_free(s->env.access);
 	far_fd_close(&s->cancel);
 	far_mutex_fini(&s->lock);
 	free(s);

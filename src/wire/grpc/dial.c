@@ -189,7 +189,7 @@ static int dial_start(struct far_client *c, const struct far_open_opts *opts, co
 struct dial_conf {
 	uint64_t size, timeout, max_io, silence;
 	char *socket;
-	char *tls_ca, *tls_cert, *tls_key, *tls_name;
+	char *token_file, *tls_ca, *tls_cert, *tls_key, *tls_name;
 	int tls_min;
 	bool sums;
 };
@@ -208,6 +208,8 @@ static const struct far_opt dial_options[] = {
 	{ "sums", FAR_OPT_BOOL, offsetof(struct dial_conf, sums), .help = "checksums of the bytes that travel", .def = "1" },
 	{ "socket", FAR_OPT_STRING, offsetof(struct dial_conf, socket), .value_name = "PATH",
 	  .help = "unix socket (grpc+unix, grpcs+unix)" },
+	{ "token-file", FAR_OPT_STRING, offsetof(struct dial_conf, token_file), .value_name = "FILE",
+	  .help = "file whose first line is a token to show to the server; over TLS, or within this host" },
 	{ "tls-ca", FAR_OPT_STRING, offsetof(struct dial_conf, tls_ca), .value_name = "FILE",
 	  .help = "authorities that may sign the server's certificate (PEM)", .def = "the system's" },
 	{ "tls-cert", FAR_OPT_STRING, offsetof(struct dial_conf, tls_cert), .value_name = "FILE",
@@ -245,12 +247,15 @@ static int dial_address(struct far_client *c, const struct far_uri *u, const str
 	return l->authority && (l->path || l->host) ? 0 : far_error_set(err, ENOMEM, "out of memory");
 }
 
-/* grpcs: what TLS needs. Options of it without it are a mistake: nothing falls back to clear text silently. */
+/* The token, and for grpcs what TLS needs. Options of it without it are a mistake: nothing falls back to clear text silently. */
 static int dial_tls(struct far_client *c, const struct far_uri *u, const struct dial_conf *conf, struct far_error *err)
 {
 	struct far_tls_opts o = { .cert = conf->tls_cert, .key = conf->tls_key, .ca = conf->tls_ca, .alpn = "h2",
 				  .tls12 = conf->tls_min == 0 };
 
+	c->lanes.token_file = conf->token_file ? strdup(conf->token_file) : NULL;
+	if (conf->token_file && !c->lanes.token_file)
+		return far_error_set(err, ENOMEM, "out of memory");
 	if (strcmp(u->scheme, "grpcs")) {
 		if (conf->tls_ca || conf->tls_cert || conf->tls_key || conf->tls_name || conf->tls_min != 1)
 			return far_error_set(err, EINVAL, "%s: options of TLS go with grpcs:// only; %s:// is in the clear", c->where,

@@ -17,6 +17,9 @@
  */
 #include "wire/grpc/lanes.h"
 
+#include "net/access.h"
+
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -46,6 +49,26 @@ static int lanes_greet(struct far_lanes *l, struct far_lanes_slot *s, struct far
 	return r;
 }
 
+/* The token for a connection, as metadata. It never goes beyond this host in the clear. */
+static int lanes_token(struct far_lanes *l, const struct far_conn *conn, char **out, struct far_error *err)
+{
+	char *token;
+
+	if (!l->token_file)
+		return 0;
+	if (!l->tls && !far_conn_is_local(conn))
+		return far_error_set(err, EPERM, "cannot open %s: its token would travel in the clear; use grpcs://", l->where);
+	int r = far_token_read(l->token_file, &token, err);
+	if (r)
+		return far_error_prefix(err, "cannot open %s", l->where);
+	size_t n = strlen(token) + sizeof "Bearer ";
+	*out = malloc(n);
+	if (*out)
+		snprintf(*out, n, "Bearer %s", token);
+	free(token);
+	return *out ? 0 : far_error_set(err, ENOMEM, "out of memory");
+}
+
 static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t deadline, struct far_channel **out,
 		      struct far_error *err)
 {
@@ -64,8 +87,18 @@ static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 			return r;
 		}
 	}
+	char *authorization = NULL;
+	r = lanes_token(l, &conn, &authorization, err);
+	if (r) {
+		far_conn_close(&conn);
+		return r;
+	}
 	r = far_channel_new(&conn, l->authority, out);
 	far_conn_close(&conn);
+	if (r)
+		free(authorization);
+	else
+		far_channel_authorize(*out, authorization);
 	if (r)
 		return far_error_set(err, -r, "cannot use the connection to %s: %s", l->where, far_strerror(r));
 	far_channel_keep_alive(*out, l->quiet, l->patience, LANES_PINGS);
@@ -350,4 +383,5 @@ void far_lanes_fini(struct far_lanes *l) FAR_NO_TSA
 	free(l->authority);
 	far_tls_put(l->tls);
 	free(l->tls_name);
+	free(l->token_file);
 }

@@ -24,6 +24,7 @@ struct far_lanes {
 	char *authority;
 	struct far_tls *tls;    /* owned; NULL: in clear text */
 	char *tls_name;         /* whom the server's certificate must name; owned */
+	char *token_file;       /* its token goes with each call; read for each connection; owned, NULL: none */
 	int port;
 	bool once;              /* only the connection that was adopted */
 	unsigned n[FAR_LANES];
