@@ -30,10 +30,10 @@ void far_region_remote_failed(struct far_region *r, int err)
 	atomic_store_explicit(&r->last_error_at, far_wall_ms(), memory_order_relaxed);
 }
 
-/* A write that needed new room in the local store has ended with err. */
+/* A write that needed new room in the local store has ended with err. The end of a thread's deadline says nothing of it. */
 static void cache_local_wrote(struct far_region *r, int err)
 {
-	if (err == -ESHUTDOWN || atomic_load_explicit(&r->local_error, memory_order_relaxed) == -err)
+	if (err == -ESHUTDOWN || err == -ETIMEDOUT || atomic_load_explicit(&r->local_error, memory_order_relaxed) == -err)
 		return;
 	atomic_store_explicit(&r->local_error, -err, memory_order_relaxed);
 	if (!err)
