@@ -350,6 +350,50 @@ int far_net_listen(const struct far_net_addr *a, bool insecure, int *fd, int *po
 	return r;
 }
 
+static int conn_name(int fd, const struct sockaddr_storage *ss, socklen_t len, char **name)
+{
+	char host[64], port[16];
+
+	if (ss->ss_family == AF_UNIX) {
+		const struct sockaddr_un *sun = (const struct sockaddr_un *)ss;
+		size_t n = len > offsetof(struct sockaddr_un, sun_path) ? len - offsetof(struct sockaddr_un, sun_path) : 0;
+		*name = n && sun->sun_path[0] ? strndup(sun->sun_path, n) : strdup("/");
+		return *name ? 0 : -ENOMEM;
+	}
+	if (getnameinfo((const struct sockaddr *)ss, len, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV))
+		return -EINVAL;
+	int r = asprintf(name, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+	return r < 0 ? -ENOMEM : 0;
+}
+
+int far_net_adopt(int fd, bool insecure, char **name, struct far_error *err)
+{
+	struct sockaddr_storage ss;
+	socklen_t n = sizeof ss, len = sizeof(int);
+	int listens = 0, type = 0;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) || !listens ||
+	    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) || type != SOCK_STREAM || getsockname(fd, (struct sockaddr *)&ss, &n))
+		return far_error_set(err, EINVAL, "descriptor %d was handed over to listen on, but is no stream socket that does", fd);
+	bool inet = ss.ss_family == AF_INET || ss.ss_family == AF_INET6;
+	if (!inet && ss.ss_family != AF_UNIX)
+		return far_error_set(err, EINVAL, "descriptor %d was handed over to listen on, but is neither TCP nor a unix socket", fd);
+	int r = conn_name(fd, &ss, n, name);
+	if (r)
+		return far_error_set(err, -r, "cannot tell the address of descriptor %d: %s", fd, far_strerror(r));
+	int fl = fcntl(fd, F_GETFL);
+	if (inet && !insecure && !conn_is_loopback((struct sockaddr *)&ss))
+		r = far_error_set(err, EPERM, "will not listen on %s: the traffic would be in the clear beyond this host; give --insecure if "
+				  "that is meant", *name);
+	else if (fl < 0 || fcntl(fd, F_SETFL, fl | O_NONBLOCK) || fcntl(fd, F_SETFD, FD_CLOEXEC))
+		r = far_error_set(err, errno, "cannot use descriptor %d: %s", fd, far_strerror(errno));
+	if (r) {
+		free(*name);
+		*name = NULL;
+	}
+	return r;
+}
+
 int far_net_accept(int fd, int *out)
 {
 	int c;

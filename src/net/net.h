@@ -88,6 +88,8 @@ bool far_conn_is_local(const struct far_conn *c);
 /* A listening socket in *fd; a.port 0 takes a free one, *port tells it. Addresses beyond loopback are refused with
  * -EPERM unless `insecure`. A unix socket that nobody answers on is replaced. */
 int far_net_listen(const struct far_net_addr *a, bool insecure, int *fd, int *port, struct far_error *err);
+/* A socket that somebody else made listen: 0 if it does, as a stream, and may. *name, to be freed: its path or HOST:PORT. */
+int far_net_adopt(int fd, bool insecure, char **name, struct far_error *err);
 /* The next connection; -EAGAIN when there is none, or another -errno. Non-blocking, close-on-exec. */
 int far_net_accept(int fd, int *out);
 /* Wait until fd can be read or cancel can. 0: fd; -ESHUTDOWN: cancel; -ETIMEDOUT. */

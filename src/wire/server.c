@@ -23,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define SERVER_MAX_REQUEST (32 * FAR_MIB)
@@ -33,8 +34,9 @@
 #define SERVER_MEMORY (512 * FAR_MIB)
 #define SERVER_PORT 1337
 #define SERVER_NBD_PORT 10809
+#define SERVER_SILENCE (100 * FAR_MSEC) /* who says nothing for so long waits to be greeted */
 
-enum server_wire { SERVER_GRPC, SERVER_NBD };
+enum server_wire { SERVER_GRPC, SERVER_NBD, SERVER_ANY };
 
 /* What a listener speaks, by its URI's scheme. */
 static const struct server_scheme {
@@ -47,6 +49,7 @@ static const struct server_scheme {
 	{ "grpcs", SERVER_GRPC, true, SERVER_PORT },
 	{ "nbd", SERVER_NBD, false, SERVER_NBD_PORT },
 	{ "nbds", SERVER_NBD, true, SERVER_NBD_PORT },
+	{ "any", SERVER_ANY, false, SERVER_PORT }, /* by the first bytes; see server_tell() */
 };
 
 struct server_address {
@@ -60,6 +63,7 @@ struct server_conn {
 	union {
 		struct far_grpc_conn *grpc;
 		struct far_nbd_conn *nbd;
+		struct far_conn conn; /* while it is not known what the peer speaks */
 	};
 	struct server_conn *next, **prev;
 };
@@ -234,6 +238,14 @@ int far_server_export(struct far_server *s, const char *name, struct far_backend
 	return 0;
 }
 
+void far_server_hooks(struct far_server *s, unsigned (*look)(void *hooks, uint64_t off, uint64_t len, uint64_t *run),
+		      void (*prefetch)(void *hooks, uint64_t off, uint64_t len), void *hooks)
+{
+	s->env.exports[0].look = look;
+	s->env.exports[0].prefetch = prefetch;
+	s->env.exports[0].hooks = hooks;
+}
+
 /* --------------------------------------------------------------------------------------------- connections */
 
 static void server_ended(void *opaque)
@@ -250,8 +262,17 @@ static void server_ended(void *opaque)
 	free(sc);
 }
 
+static bool server_tell_run(void *opaque, struct far_seat *seat);
+
 static int server_start(struct far_server *s, struct server_conn *sc, struct far_conn *conn, bool tls)
 {
+	if (sc->wire == SERVER_ANY) {
+		sc->conn = *conn;
+		int r = far_crew_seat(s->crew, -1, server_tell_run, NULL, sc);
+		if (r == 0)
+			conn->ops = NULL;
+		return r;
+	}
 	if (sc->wire == SERVER_NBD)
 		return far_nbd_conn_start(&s->env, s->crew, conn, tls, server_ended, sc, &sc->nbd);
 	return far_grpc_conn_start(&s->env, s->crew, conn, server_ended, sc, &sc->grpc);
@@ -288,6 +309,47 @@ static int server_add(struct far_server *s, enum server_wire wire, struct far_co
 	if (r)
 		free(sc);
 	return r;
+}
+
+/* Whoever speaks gRPC does so at once, in the clear or over TLS; an NBD client is silent until it is greeted. *tls: the
+ * first bytes are TLS. */
+static enum server_wire server_tell(struct far_conn *conn, bool *tls)
+{
+	uint8_t p[3];
+
+	*tls = false;
+	if (conn->ops->wait(conn, true, false, far_now() + SERVER_SILENCE))
+		return SERVER_NBD;
+	ssize_t n = recv(conn->fd, p, sizeof p, MSG_PEEK | MSG_DONTWAIT);
+	*tls = n == sizeof p && far_tls_looks_like(p, (size_t)n);
+	return *tls || (n == sizeof p && !memcmp(p, "PRI", sizeof p)) ? SERVER_GRPC : SERVER_NBD;
+}
+
+/* A seat that lasts until it is known what the peer speaks. The connection then has one of its own. */
+static bool server_tell_run(void *opaque, struct far_seat *seat)
+{
+	struct server_conn *sc = opaque;
+	struct far_server *s = sc->server;
+	struct far_conn conn = sc->conn; /* only shut down by others meanwhile */
+	bool tls;
+	enum server_wire wire = server_tell(&conn, &tls);
+	int r = 0;
+
+	far_mutex_lock(&s->lock);
+	if (s->stopping)
+		r = -ESHUTDOWN;
+	else if (tls)
+		r = s->tls ? far_tls_server(s->tls, &conn) : -EPROTO;
+	if (r == 0) {
+		sc->wire = wire;
+		r = server_start(s, sc, &conn, false);
+	}
+	far_mutex_unlock(&s->lock);
+	if (r) { /* else sc may be gone by now */
+		far_conn_close(&conn);
+		server_ended(sc);
+	}
+	return false;
 }
 
 int far_server_serve(struct far_server *s, int fd, struct far_error *err)
@@ -356,17 +418,23 @@ static const struct far_opt server_options[] = {
 	FAR_OPT_END,
 };
 
+static const struct server_scheme *server_scheme(const char *name)
+{
+	for (size_t i = 0; i < FAR_ARRAY_LEN(server_schemes); i++)
+		if (!strcmp(server_schemes[i].name, name))
+			return &server_schemes[i];
+	return NULL;
+}
+
 static int server_address(const struct far_server *s, const struct far_uri *u, const struct server_conf *conf,
 			  struct server_address *to, struct far_error *err)
 {
 	bool local = !strcmp(u->variant, "unix");
 
-	for (size_t i = 0; i < FAR_ARRAY_LEN(server_schemes); i++)
-		if (!strcmp(server_schemes[i].name, u->scheme))
-			to->scheme = &server_schemes[i];
+	to->scheme = server_scheme(u->scheme);
 	if (!to->scheme || (u->variant[0] && !local))
 		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, nbd://HOST:PORT, grpcs:// or nbds:// "
-				     "for TLS, grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
+				     "for TLS, any://HOST:PORT for both, grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
 	if (to->scheme->tls && !s->tls)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': TLS needs a certificate and its key; give --tls-cert and "
 				     "--tls-key", u->text);
@@ -382,6 +450,13 @@ static int server_address(const struct far_server *s, const struct far_uri *u, c
 	return 0;
 }
 
+static int server_bound_unix(const char *scheme, const char *path, char **out)
+{
+	char encoded[512];
+
+	return far_uri_encode(path, encoded, sizeof encoded) ? asprintf(out, "%s+unix:///?socket=%s", scheme, encoded) : -1;
+}
+
 static int server_bound(const struct server_address *to, int port, char **out)
 {
 	const struct far_net_addr *a = &to->net;
@@ -391,7 +466,7 @@ static int server_bound(const struct server_address *to, int port, char **out)
 		return 0;
 	int n;
 	if (a->path)
-		n = asprintf(out, "%s+unix:///?socket=%s", scheme, a->path);
+		n = server_bound_unix(scheme, a->path, out);
 	else
 		n = asprintf(out, strchr(a->host, ':') ? "%s://[%s]:%d" : "%s://%s:%d", scheme, a->host, port);
 	if (n < 0)
@@ -411,44 +486,37 @@ static int server_nbd_blocks(const struct far_server *s, struct far_error *err)
 	return 0;
 }
 
-/* Whether what is asked of callers can be asked for on this kind of listener. */
-static int server_may_listen(const struct far_server *s, const struct server_address *to, struct far_error *err)
+/* Whether this kind of listener can offer every export, and ask for what is asked of callers. */
+static int server_may_listen(const struct far_server *s, const struct server_scheme *scheme, struct far_error *err)
 {
-	if (s->env.access && to->scheme->wire == SERVER_NBD && far_access_wants_token(s->env.access))
+	if (scheme->wire == SERVER_GRPC)
+		return 0;
+	if (s->env.access && far_access_wants_token(s->env.access))
 		return far_error_set(err, EINVAL, "cannot listen on %s://: NBD has no tokens, and this server asks for one; serve it "
-				     "from a process of its own, with certificates", to->scheme->name);
-	return 0;
+				     "from a process of its own, with certificates", scheme->name);
+	return server_nbd_blocks(s, err);
 }
 
-static int server_listen_on(struct far_server *s, const struct server_address *to, char **bound, struct far_error *err)
+/* Whether a listener may be beyond this host. Tokens never go there in the clear, whatever else may. */
+static bool server_may_be_far(const struct far_server *s, const struct server_scheme *scheme)
 {
-	const struct far_net_addr *a = &to->net;
-	int fd, port;
-	int r = to->scheme->wire == SERVER_NBD ? server_nbd_blocks(s, err) : 0;
+	return scheme->tls || (s->insecure && !(s->env.access && far_access_wants_token(s->env.access)));
+}
 
-	if (r)
-		return r;
-	r = server_may_listen(s, to, err);
-	if (r)
-		return r;
-	/* Tokens never go beyond this host in the clear, whatever else may. */
-	bool tokens = s->env.access && far_access_wants_token(s->env.access);
-	r = far_net_listen(a, (s->insecure && !tokens) || to->scheme->tls, &fd, &port, err);
+/* Begin to accept on fd, which becomes the server's, as `path` does. */
+static int server_listener_start(struct far_server *s, const struct server_scheme *scheme, int fd, char *path)
+{
+	int r = 0;
 
-	if (r)
-		return r;
-	char *path = a->path ? strdup(a->path) : NULL;
-	char *text = NULL;
-	r = (a->path && !path) ? -ENOMEM : server_bound(to, port, bound ? &text : NULL);
 	far_mutex_lock(&s->lock);
 	s->busy = true;
-	if (r == 0 && s->stopping)
+	if (s->stopping)
 		r = -ESHUTDOWN;
-	if (r == 0 && s->listeners_n == SERVER_LISTENERS)
+	else if (s->listeners_n == SERVER_LISTENERS)
 		r = -EMFILE;
 	if (r == 0) {
 		struct server_listener *l = &s->listeners[s->listeners_n];
-		*l = (struct server_listener){ .server = s, .scheme = to->scheme, .fd = fd, .path = path };
+		*l = (struct server_listener){ .server = s, .scheme = scheme, .fd = fd, .path = path };
 		r = far_thread_start(&l->thread, "far-accept", server_accept, l);
 		s->listeners_n += r == 0;
 	}
@@ -456,6 +524,30 @@ static int server_listen_on(struct far_server *s, const struct server_address *t
 	if (r) {
 		far_fd_close(&fd);
 		free(path);
+	}
+	return r;
+}
+
+static int server_listen_on(struct far_server *s, const struct server_address *to, char **bound, struct far_error *err)
+{
+	const struct far_net_addr *a = &to->net;
+	int fd, port;
+	int r = server_may_listen(s, to->scheme, err);
+
+	if (r == 0)
+		r = far_net_listen(a, server_may_be_far(s, to->scheme), &fd, &port, err);
+	if (r)
+		return r;
+	char *path = a->path ? strdup(a->path) : NULL;
+	char *text = NULL;
+	r = (a->path && !path) ? -ENOMEM : server_bound(to, port, bound ? &text : NULL);
+	if (r) {
+		far_fd_close(&fd);
+		free(path);
+	} else {
+		r = server_listener_start(s, to->scheme, fd, path);
+	}
+	if (r) {
 		free(text);
 		return far_error_set(err, -r, "cannot listen: %s", far_strerror(r));
 	}
@@ -491,6 +583,40 @@ int far_server_listen(struct far_server *s, const char *uri, char **bound, struc
 	return r;
 }
 
+int far_server_listen_nbd(struct far_server *s, const char *path, struct far_error *err)
+{
+	struct server_address to = { .net = { .path = path }, .scheme = server_scheme("nbd") };
+
+	return server_listen_on(s, &to, NULL, err);
+}
+
+int far_server_adopt(struct far_server *s, const char *scheme, int fd, char **bound, struct far_error *err)
+{
+	struct server_address to = { .scheme = server_scheme(scheme) };
+	char *name = NULL;
+	int r = 0;
+
+	if (!to.scheme)
+		r = far_error_set(err, EINVAL, "a socket cannot be taken over for '%s': use grpc, nbd, any, grpcs or nbds", scheme);
+	else if (to.scheme->tls && !s->tls)
+		r = far_error_set(err, EINVAL, "a socket cannot be taken over for '%s': TLS needs a certificate and its key", scheme);
+	else
+		r = server_may_listen(s, to.scheme, err);
+	if (r == 0)
+		r = far_net_adopt(fd, server_may_be_far(s, to.scheme), &name, err);
+	if (r) {
+		far_fd_close(&fd);
+		return r;
+	}
+	/* Its path, if it has one, is whose it was before. */
+	r = server_listener_start(s, to.scheme, fd, NULL);
+	if (r == 0 && bound &&
+	    (name[0] == '/' ? server_bound_unix(scheme, name, bound) : asprintf(bound, "%s://%s", scheme, name)) < 0)
+		*bound = NULL;
+	free(name);
+	return r ? far_error_set(err, -r, "cannot listen: %s", far_strerror(r)) : 0;
+}
+
 /* ------------------------------------------------------------------------------------------------------ end */
 
 static void server_stop_listeners(struct far_server *s) FAR_NO_TSA
@@ -522,11 +648,14 @@ void far_server_stop(struct far_server *s)
 		return;
 	server_stop_listeners(s);
 	far_mutex_lock(&s->lock);
-	for (struct server_conn *c = s->conns; c; c = c->next)
-		if (c->wire == SERVER_NBD)
+	for (struct server_conn *c = s->conns; c; c = c->next) {
+		if (c->wire == SERVER_ANY)
+			c->conn.ops->shutdown(&c->conn);
+		else if (c->wire == SERVER_NBD)
 			far_nbd_conn_kill(c->nbd);
 		else
 			far_grpc_conn_kill(c->grpc);
+	}
 	far_mutex_unlock(&s->lock);
 	far_crew_close(s->crew);
 	s->crew = NULL;

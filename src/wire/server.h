@@ -54,6 +54,16 @@ const struct far_export *far_server_find(const struct far_server_env *env, const
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall);
 void far_server_plain(struct far_server *s);
 
+/* What a mount knows of its only export (struct far_export). Before listening. */
+void far_server_hooks(struct far_server *s, unsigned (*look)(void *hooks, uint64_t off, uint64_t len, uint64_t *run),
+		      void (*prefetch)(void *hooks, uint64_t off, uint64_t len), void *hooks);
+/* NBD on the unix socket `path`, which is no URI. */
+int far_server_listen_nbd(struct far_server *s, const char *path, struct far_error *err);
+
+/* Take over a socket that listens already (socket activation); fd is the server's from then on, or closed. `scheme`: what
+ * is spoken there, as in the URI of a listener. */
+int far_server_adopt(struct far_server *s, const char *scheme, int fd, char **bound, struct far_error *err);
+
 /* A server half: serve an open connection on a seat of the crew. *conn is taken over on success, and is no longer open to
  * the caller. ended(opaque) is called when the connection is gone. */
 struct far_grpc_conn;
