@@ -10,6 +10,7 @@
 #include "wire/server.h"
 
 #include <json-c/json.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -88,6 +89,7 @@ struct serve {
 	struct serve_export *exports;
 	size_t n;
 	struct far_server *server;
+	bool stdio;
 	int wake; /* eventfd: the control socket asks for the end */
 	char *uri, *path; /* of the first listener; path: of its unix socket, else NULL */
 	pid_t child;      /* of --run; 0: none */
@@ -201,9 +203,35 @@ static void serve_print(const struct serve *s, const char *bound)
 	if (slash)
 		printf("listening %.*s/%s%s size=%" PRIu64 "\n", (int)base, bound, s->exports[0].name, query,
 		       far_size(s->exports[0].b));
-	else if (strncmp(bound, "stdio", 5) != 0) /* standard output belongs to the peer then */
+	else
 		printf("listening %s size=%" PRIu64 "\n", bound, far_size(s->exports[0].b));
 	fflush(stdout);
+}
+
+static bool serve_is_stdio(const char *uri)
+{
+	return !strcmp(uri, "stdio:") || !strcmp(uri, "nbd+stdio:");
+}
+
+/* The peer is at standard input and output; they belong to it from here on, and the server ends when it has gone. What
+ * this process would say there it says on standard error. */
+static int serve_stdio(struct serve *s, bool nbd)
+{
+	struct far_error err = { 0 };
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	int in = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3), out = fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3);
+
+	if (s->stdio || null < 0 || in < 0 || out < 0 || dup2(null, STDIN_FILENO) < 0 ||
+	    dup2(STDERR_FILENO, STDOUT_FILENO) < 0) {
+		cli_say("cannot serve standard input and output: %s", s->stdio ? "they are served already" : far_strerror(errno));
+		far_fd_close(&in);
+		far_fd_close(&out);
+		far_fd_close(&null);
+		return CLI_FAILED;
+	}
+	far_fd_close(&null);
+	s->stdio = true;
+	return far_server_serve_pair(s->server, in, out, nbd, s->wake, &err) < 0 ? cli_fail("cannot serve", &err) : CLI_GO;
 }
 
 static int serve_listen(struct serve *s, const struct serve_conf *conf)
@@ -211,7 +239,14 @@ static int serve_listen(struct serve *s, const struct serve_conf *conf)
 	struct far_error err = { 0 };
 
 	for (size_t i = 0; i < conf->listen.n; i++) {
+		int code = serve_is_stdio(conf->listen.v[i]) ? serve_stdio(s, conf->listen.v[i][0] == 'n') : CLI_GO;
+		if (code != CLI_GO)
+			return code;
+	}
+	for (size_t i = 0; i < conf->listen.n; i++) {
 		char *bound = NULL;
+		if (serve_is_stdio(conf->listen.v[i]))
+			continue;
 		if (far_server_listen(s->server, conf->listen.v[i], &bound, &err) < 0)
 			return cli_fail("cannot serve", &err);
 		serve_print(s, bound ? bound : conf->listen.v[i]);

@@ -65,6 +65,7 @@ struct server_conn {
 		struct far_nbd_conn *nbd;
 		struct far_conn conn; /* while it is not known what the peer speaks */
 	};
+	int told; /* eventfd of somebody who wants to know of its end; -1: nobody */
 	struct server_conn *next, **prev;
 };
 
@@ -259,6 +260,8 @@ static void server_ended(void *opaque)
 		sc->next->prev = sc->prev;
 	s->conns_n--;
 	far_mutex_unlock(&s->lock);
+	if (sc->told >= 0)
+		(void)eventfd_write(sc->told, 1);
 	free(sc);
 }
 
@@ -279,7 +282,7 @@ static int server_start(struct far_server *s, struct server_conn *sc, struct far
 }
 
 /* *conn becomes the server's on success. NBD: with `tls` nothing else is answered before STARTTLS. */
-static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn, bool tls)
+static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn, bool tls, int told)
 {
 	struct server_conn *sc = calloc(1, sizeof *sc);
 	int r = sc ? 0 : -ENOMEM;
@@ -288,6 +291,7 @@ static int server_add(struct far_server *s, enum server_wire wire, struct far_co
 		return r;
 	sc->server = s;
 	sc->wire = wire;
+	sc->told = told;
 	/* Under the lock from start to list: it may end at once, and then waits here to leave the list. */
 	far_mutex_lock(&s->lock);
 	s->busy = true;
@@ -358,7 +362,7 @@ int far_server_serve(struct far_server *s, int fd, struct far_error *err)
 	int r = far_conn_socket(&conn, fd);
 
 	if (r == 0)
-		r = server_add(s, SERVER_GRPC, &conn, false); /* fd stays the caller's if this fails */
+		r = server_add(s, SERVER_GRPC, &conn, false, -1); /* fd stays the caller's if this fails */
 	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
 }
 
@@ -374,7 +378,7 @@ static int server_accepted(struct far_server *s, const struct server_listener *l
 	if (r == 0 && as->tls && as->wire == SERVER_GRPC)
 		r = far_tls_server(s->tls, &conn);
 	if (r == 0)
-		r = server_add(s, as->wire, &conn, as->tls);
+		r = server_add(s, as->wire, &conn, as->tls, -1);
 	if (r)
 		far_conn_close(&conn);
 	return r;
@@ -554,6 +558,38 @@ static int server_listen_on(struct far_server *s, const struct server_address *t
 	if (bound)
 		*bound = text;
 	return 0;
+}
+
+int far_server_serve_stream(struct far_server *s, const struct far_stream_ops *ops, void *self, struct far_error *err)
+{
+	struct far_conn conn = { 0 };
+	int r = far_conn_given(&conn, ops, self);
+
+	if (r == 0) {
+		r = server_add(s, SERVER_GRPC, &conn, false, -1);
+		if (r)
+			far_conn_given_back(&conn);
+	}
+	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
+}
+
+int far_server_serve_pair(struct far_server *s, int in, int out, bool nbd, int ended, struct far_error *err)
+{
+	struct far_conn conn = { 0 };
+
+	if (nbd) {
+		int r = server_may_listen(s, server_scheme("nbd"), err);
+		if (r)
+			return r;
+	}
+	int r = far_conn_pair(&conn, in, out);
+	if (r == 0) {
+		r = server_add(s, nbd ? SERVER_NBD : SERVER_GRPC, &conn, false, ended);
+		if (r)
+			far_conn_close(&conn);
+	}
+	return r ? far_error_set(err, -r, "cannot serve standard input and output: %s%s", far_strerror(r),
+				 r == -EINVAL ? "; they must be pipes, sockets or a terminal" : "") : 0;
 }
 
 int far_server_reload(struct far_server *s, struct far_error *err)

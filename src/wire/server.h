@@ -50,6 +50,10 @@ enum far_right far_server_right(const struct far_server_env *env, const struct f
 /* The export of that name; "" and "default": the first. NULL: there is none. */
 const struct far_export *far_server_find(const struct far_server_env *env, const char *name, size_t len);
 
+/* Serve what is read from `in` and written to `out`, which are the server's from now on; `ended`: an eventfd that is written
+ * to when that connection has gone. */
+int far_server_serve_pair(struct far_server *s, int in, int out, bool nbd, int ended, struct far_error *err);
+
 /* For tests: shorter patience; the plain service only. Before the first connection. */
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall);
 void far_server_plain(struct far_server *s);

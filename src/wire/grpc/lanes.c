@@ -72,7 +72,7 @@ static int lanes_token(struct far_lanes *l, const struct far_conn *conn, char **
 static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t deadline, struct far_channel **out,
 		      struct far_error *err)
 {
-	struct far_net_addr a = { .host = l->host, .port = l->port, .path = l->path };
+	struct far_net_addr a = { .host = l->host, .port = l->port, .path = l->path, .command = l->command };
 	struct far_conn conn = { 0 };
 	int r = far_conn_connect(&conn, &a, deadline, l->cancel, err);
 
@@ -119,9 +119,26 @@ static void lanes_sweep(struct far_lanes *l, struct far_lanes_slot *s) FAR_REQUI
 {
 	if (!s->channel || far_channel_usable(s->channel) || s->dialling || l->once)
 		return;
-	far_channel_put(s->channel);
+	FAR_ASSERT(l->dead_n < FAR_ARRAY_LEN(l->dead));
+	l->dead[l->dead_n++] = s->channel;
 	s->channel = NULL;
 	l->lost++;
+}
+
+/* Let go of those: the last reference closes the connection, which takes its time where a command is behind it. */
+static void lanes_bury(struct far_lanes *l) FAR_REQUIRES(l->lock)
+{
+	struct far_channel *dead[FAR_ARRAY_LEN(l->dead)];
+	size_t n = l->dead_n;
+
+	if (!n)
+		return;
+	memcpy(dead, l->dead, n * sizeof dead[0]);
+	l->dead_n = 0;
+	far_mutex_unlock(&l->lock);
+	for (size_t i = 0; i < n; i++)
+		far_channel_put(dead[i]);
+	far_mutex_lock(&l->lock);
 }
 
 /* The best channel of a lane, NULL if none is up. *free gets a slot that could be dialled. */
@@ -178,6 +195,7 @@ static int lanes_fill(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 
 	s->dialling = true;
 	l->dialling++;
+	lanes_bury(l); /* a command that has the content open must be gone before the next one is run */
 	far_mutex_unlock(&l->lock);
 	int r = lanes_dial(l, s, deadline, &channel, err);
 	far_mutex_lock(&l->lock);
@@ -220,6 +238,8 @@ int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_
 	int r = 0;
 
 	far_mutex_lock(&l->lock);
+	if (l->single)
+		lane = FAR_LANE_DEMAND;
 	uint64_t round = l->round;
 	for (;;) {
 		struct far_lanes_slot *free_slot;
@@ -258,6 +278,7 @@ int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_
 			break;
 		}
 	}
+	lanes_bury(l);
 	far_mutex_unlock(&l->lock);
 	if (r && err && text.code)
 		*err = text;
@@ -278,6 +299,7 @@ size_t far_lanes_up(struct far_lanes *l, struct far_channel **out, size_t max)
 			far_channel_get(out[n++]);
 		}
 	}
+	lanes_bury(l);
 	far_mutex_unlock(&l->lock);
 	return n;
 }
@@ -374,12 +396,15 @@ void far_lanes_fini(struct far_lanes *l) FAR_NO_TSA
 	for (int lane = 0; lane < FAR_LANES; lane++)
 		for (unsigned i = 0; i < FAR_LANES_MAX; i++)
 			far_channel_put(l->slots[lane][i].channel);
+	for (size_t i = 0; i < l->dead_n; i++)
+		far_channel_put(l->dead[i]);
 	far_fd_close(&l->cancel);
 	far_mutex_fini(&l->lock);
 	far_cond_fini(&l->cond);
 	free(l->where);
 	free(l->host);
 	free(l->path);
+	free(l->command);
 	free(l->authority);
 	far_tls_put(l->tls);
 	free(l->tls_name);
