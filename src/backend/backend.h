@@ -21,6 +21,7 @@ far_leaf_open far_mem_open;  /* mem:SIZE?private=1 */
 far_leaf_open far_file_open; /* file:PATH?size=N&direct=1 */
 far_leaf_open far_dir_open;  /* dir:PATH?size=N&chunk=N&max-open=N */
 far_leaf_open far_null_open; /* null: or null:SIZE  reads zeros, forgets writes */
+far_leaf_open far_http_open; /* http://host/path and https: an object on a web server, read-only */
 
 /* The object that was given to far_backend_new(). `read` is the operation it was given with: an assert that b really is
  * of the caller's kind. */

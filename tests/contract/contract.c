@@ -56,7 +56,7 @@ static void region_open(struct region *r, const struct contract_subject *s, uint
 
 	const char *lacks = s->lacks ? s->lacks(s) : NULL;
 	if (lacks) {
-		fprintf(stderr, "skipped: not here: %s\n", lacks);
+		print_message("skipped: not here: %s\n", lacks);
 		skip();
 	}
 	*r = (struct region){ .s = s, .bytes = bytes };
@@ -809,8 +809,8 @@ static const struct contract_subject builtin[] = {
 };
 
 /* Subjects of other files. */
-extern const struct contract_subject contract_grpc[], contract_managed[], contract_pointer[], contract_memory[];
-static const struct contract_subject *const others[] = { contract_grpc, contract_managed, contract_pointer, contract_memory };
+extern const struct contract_subject contract_grpc[], contract_managed[], contract_nbd[], contract_pointer[], contract_memory[];
+static const struct contract_subject *const others[] = { contract_grpc, contract_managed, contract_nbd, contract_pointer, contract_memory };
 
 static const struct {
 	const char *name;

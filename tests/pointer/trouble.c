@@ -144,6 +144,8 @@ static void a_touch_beside_a_full_budget(void)
 		for (unsigned k = 0; k < 300; k++) {
 			uint64_t off = (8 + k * 7 % 119) * CHUNK + k;
 			CHECK(rig_right(p + off, off, 1));
+			if (k % 8 == 0)
+				SAME(far_mount_populate(m, off + CHUNK, 2 * CHUNK), 0);
 		}
 		SAME(far_mount_close(m), 0);
 	}

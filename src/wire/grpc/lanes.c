@@ -55,6 +55,8 @@ static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 
 	if (r)
 		return r;
+	if (s < l->slots[FAR_LANE_DEMAND] + FAR_LANES_MAX && s >= l->slots[FAR_LANE_DEMAND])
+		far_conn_brisk(&conn);
 	if (l->tls) {
 		r = far_tls_client(l->tls, l->tls_name, &conn);
 		r = r ? far_error_set(err, -r, "TLS: %s", far_strerror(r)) : far_tls_handshake(&conn, deadline, l->cancel, err);
