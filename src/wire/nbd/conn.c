@@ -246,7 +246,7 @@ static enum nbd_next conn_goodbye(struct far_nbd_conn *c)
 	while (atomic_load(&c->away) && !atomic_load(&c->dead))
 		far_cond_wait(&c->changed, &c->lock);
 	far_mutex_unlock(&c->lock);
-	if (atomic_load(&c->peer.unflushed)) {
+	if (atomic_load(&c->peer.unflushed) && !atomic_load(&c->peer.flushes)) {
 		struct far_nbd_request q = { .type = FAR_NBD_FLUSH };
 		int err = far_nbd_perform(&c->peer, &q, NULL, 0);
 		if (err)

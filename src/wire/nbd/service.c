@@ -114,6 +114,7 @@ static int service_flush(struct far_nbd_peer *peer, unsigned flags)
 		return 0;
 	if ((flags & FAR_NOWAIT) && !peer->memory)
 		return -EAGAIN;
+	atomic_store_explicit(&peer->flushes, true, memory_order_relaxed);
 	atomic_store_explicit(&peer->unflushed, false, memory_order_relaxed);
 	int r = far_owner_flush(peer->e->owner, &now);
 	if (r)
