@@ -22,10 +22,14 @@ check-long:
 bench: all
 	@BUILD=$(BUILD) bench/run
 
+# Farpage against software that is not ours: peers and roles.
+results-interop: all
+	@tests/interop/results $(BUILD)
+
 install: all
 	@DESTDIR="$(DESTDIR)" meson install -C $(BUILD) --quiet --no-rebuild
 
 clean:
 	rm -rf build build-*
 
-.PHONY: all demo check check-long bench install clean
+.PHONY: all demo check check-long bench results-interop install clean

@@ -12,9 +12,6 @@
  * A fill never replaces a page that is present: UFFDIO_COPY and its kin refuse, and what they refuse is passed over. So a
  * store that happens while the rest of a chunk is still on its way cannot be lost.
  *
- * Dropping pages makes the kernel tell us that pages were dropped, as if the program had done it. `own` holds what we drop
- * ourselves until that event has come.
- *
  * Addresses change when the program moves pieces (mremap): `table` is replaced as a whole, readers take no lock.
  */
 #define _GNU_SOURCE
@@ -32,11 +29,6 @@
 static const _Alignas(4096) char mem_zeros[64 * 1024];
 
 /* ------------------------------------------------------------------------------------------------------------- where */
-
-static uint64_t mem_page_up(uint64_t x)
-{
-	return far_div_up(x, MEM_PAGE) * MEM_PAGE;
-}
 
 uint64_t far_memory_addr(struct far_memory *m, uint64_t off, uint64_t *len)
 {
@@ -124,112 +116,6 @@ uint64_t far_mem_cut_locked(struct mem_runs *r, uint64_t off, uint64_t len)
 	return cut;
 }
 
-/* Before a call that makes the kernel report what we do. */
-int far_mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len)
-{
-	if (!(m->c.have & FAR_UFFD_EVENTS))
-		return 0;
-	far_mutex_lock(&m->lock);
-	int err = 0;
-	if (m->own.n == m->own.cap) { /* never joined with a neighbour: each is taken out by its own events */
-		size_t cap = m->own.cap ? 2 * m->own.cap : 16;
-		struct mem_run *v = reallocarray(m->own.v, cap, sizeof *v);
-		err = v ? 0 : -ENOMEM;
-		m->own.v = v ? v : m->own.v;
-		m->own.cap = v ? cap : m->own.cap;
-	}
-	if (!err)
-		m->own.v[m->own.n++] = (struct mem_run){ addr, len };
-	far_mutex_unlock(&m->lock);
-	return err;
-}
-
-/* Whether a mapping of this process ends at addr. Seldom asked. */
-static bool mem_vma_ends(uint64_t addr)
-{
-	int fd = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
-	uint64_t x = 0;
-	unsigned field = 0; /* of the line: 0 where it begins, 1 where it ends, 2 the rest */
-	bool found = false;
-	char buf[1024];
-	ssize_t n;
-
-	while (fd >= 0 && !found && (n = read(fd, buf, sizeof buf)) > 0)
-		for (ssize_t k = 0; k < n && !found; k++) {
-			char c = buf[k];
-			if (c == '\n') {
-				field = 0;
-				x = 0;
-			} else if (field < 2 && (c == '-' || c == ' ')) {
-				found = field == 1 && x == addr;
-				field++;
-				x = 0;
-			} else if (field < 2) {
-				x = x << 4 | (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
-			}
-		}
-	if (fd >= 0)
-		close(fd);
-	return found;
-}
-
-/* Whether this event is of a drop of ours. The kernel does not say whose it is, and the program may drop a part of the
- * same range at the same moment: ours is the one that is as long, or that ends where a mapping ends, for it reports each
- * mapping by itself, in order. */
-static bool mem_own_take(struct far_memory *m, uint64_t addr, uint64_t len)
-{
-	bool ours = false, part = false;
-
-	far_mutex_lock(&m->lock);
-	for (size_t k = 0; k < m->own.n && !ours; k++) {
-		struct mem_run *v = &m->own.v[k];
-		ours = v->off == addr && v->len == len;
-		part |= v->off == addr && v->len > len;
-		if (ours)
-			*v = m->own.v[--m->own.n];
-	}
-	far_mutex_unlock(&m->lock);
-	if (ours || !part || !mem_vma_ends(addr + len))
-		return ours;
-	far_mutex_lock(&m->lock);
-	for (size_t k = 0; k < m->own.n && !ours; k++) {
-		struct mem_run *v = &m->own.v[k];
-		if (v->off != addr || v->len <= len)
-			continue;
-		ours = true;
-		v->off += len;
-		v->len -= len;
-	}
-	far_mutex_unlock(&m->lock);
-	return ours;
-}
-
-/* It failed in the middle: what is left of it will not be reported. */
-void far_mem_own_cancel(struct far_memory *m, uint64_t addr, uint64_t len)
-{
-	far_mutex_lock(&m->lock);
-	for (size_t k = 0; k < m->own.n; k++)
-		if (m->own.v[k].off >= addr && m->own.v[k].off + m->own.v[k].len == addr + len) {
-			m->own.v[k] = m->own.v[--m->own.n];
-			break;
-		}
-	far_mutex_unlock(&m->lock);
-}
-
-/* Drop pages of this process, whatever is in them. */
-int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len)
-{
-	int err = far_mem_own_begin(m, addr, len);
-
-	if (err)
-		return err;
-	if (madvise((void *)(uintptr_t)addr, (size_t)len, MADV_DONTNEED) == 0)
-		return 0;
-	err = -errno; /* locked memory: from there on nothing was dropped or reported */
-	far_mem_own_cancel(m, addr, len);
-	return err;
-}
-
 /* ------------------------------------------------------------------------------------------------------------- filling */
 
 struct mem_fill {
@@ -239,12 +125,31 @@ struct mem_fill {
 	bool staged;
 };
 
+/*
+ * Bytes that were read straight into the second mapping (mem_stage_alias) are shown as the huge pages they are, in one step
+ * that also shows whatever else is in these: so all of each must be what is filled here. Pages that are shown one by one cost
+ * more than the copy did.
+ */
+static bool mem_fill_huge(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
+{
+	/* What is evicted takes the whole huge page out of the program's view, and page by page it comes back. */
+	if (!(m->c.have & FAR_UFFD_COLLAPSE) || m->arms || m->c.evicts || src != m->c.alias + off ||
+	    (addr | off | len) % FAR_STAGE)
+		return false;
+	for (uint64_t at = 0; at < len; at += FAR_STAGE) /* else the kernel would go and make one, for milliseconds */
+		if (!far_uffd_huge(m->c.pagemap, (uint64_t)(uintptr_t)src + at))
+			return false;
+	return far_uffd_show_huge(m->c.uffd, addr, len);
+}
+
 /* Pages of an alias that the program does not have yet become visible. */
 static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
 {
 	bool here[64];
 	int err = 0;
 
+	if (mem_fill_huge(m, addr, off, src, len))
+		return 0;
 	for (uint64_t at = 0, n; at < len && !err; at += n) {
 		uint64_t pages = far_min((len - at) / MEM_PAGE, FAR_ARRAY_LEN(here)), k = 0, done;
 		n = pages * MEM_PAGE;
@@ -255,7 +160,9 @@ static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, con
 				;
 			if (here[from])
 				continue;
-			memcpy(m->c.alias + off + at + from * MEM_PAGE, src + at + from * MEM_PAGE, (size_t)((k - from) * MEM_PAGE));
+			if (src != m->c.alias + off)
+				memcpy(m->c.alias + off + at + from * MEM_PAGE, src + at + from * MEM_PAGE,
+				       (size_t)((k - from) * MEM_PAGE));
 			err = far_uffd_continue(m->c.uffd, addr + at + from * MEM_PAGE, (k - from) * MEM_PAGE,
 						m->arms ? FAR_UFFD_ARM : 0, &done);
 			if (err == -EEXIST) /* nobody else fills it; it was there and not seen, by a kernel that had taken it away */
@@ -333,28 +240,6 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 	return err;
 }
 
-bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
-{
-	uint64_t a = off, b = end;
-
-	far_mutex_lock(&m->lock);
-	for (bool moved = true; moved;) {
-		moved = false;
-		for (size_t k = 0; k < m->dropping.n; k++)
-			if (a - m->dropping.v[k].off < m->dropping.v[k].len) {
-				a = m->dropping.v[k].off + m->dropping.v[k].len;
-				moved = true;
-			}
-	}
-	for (size_t k = 0; k < m->dropping.n; k++)
-		if (m->dropping.v[k].off >= a)
-			b = far_min(b, m->dropping.v[k].off);
-	far_mutex_unlock(&m->lock);
-	*from = a;
-	*to = b;
-	return a < end;
-}
-
 static int mem_fill_one(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
 {
 	uint64_t end = off + len, from, to;
@@ -408,36 +293,6 @@ static int mem_fill_pieces(struct mem_fill *f, uint64_t off, uint64_t len)
 	return err;
 }
 
-void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
-{
-	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = mem_page_up(off + len);
-
-	atomic_store_explicit(&m->drops, true, memory_order_release);
-	far_mutex_lock(&m->lock);
-	if (m->dropping.n == m->dropping.cap) { /* without memory for it what was there before may be seen again */
-		size_t cap = m->dropping.cap ? 2 * m->dropping.cap : 16;
-		struct mem_run *v = reallocarray(m->dropping.v, cap, sizeof *v);
-		m->dropping.v = v ? v : m->dropping.v;
-		m->dropping.cap = v ? cap : m->dropping.cap;
-	}
-	if (m->dropping.n < m->dropping.cap)
-		m->dropping.v[m->dropping.n++] = (struct mem_run){ down, up - down };
-	far_mutex_unlock(&m->lock);
-}
-
-void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len)
-{
-	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = mem_page_up(off + len);
-
-	far_mutex_lock(&m->lock);
-	for (size_t k = 0; k < m->dropping.n; k++)
-		if (m->dropping.v[k].off == down && m->dropping.v[k].len == up - down) {
-			m->dropping.v[k] = m->dropping.v[--m->dropping.n];
-			break;
-		}
-	far_mutex_unlock(&m->lock);
-}
-
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len)
 {
 	return m->c.mechanism == FAR_MECH_MOVE && !(off % FAR_STAGE) && !(len % FAR_STAGE) && !((uintptr_t)buf % FAR_STAGE);
@@ -452,7 +307,7 @@ static int mem_fill_now(struct far_memory *m, uint64_t off, const char *buf, uin
 	if (off % MEM_PAGE || (whole != len && off + len != m->c.bytes))
 		return -EINVAL;
 	if (atomic_load_explicit(&m->n_poison, memory_order_acquire))
-		far_memory_heal(m, off, mem_page_up(len));
+		far_memory_heal(m, off, far_mem_page_up(len));
 	int err = whole ? mem_fill_pieces(&f, off, whole) : 0;
 	bool all = !m->gone && !atomic_load_explicit(&m->drops, memory_order_acquire); /* nothing was passed over */
 	if (!err && whole == len && all)
@@ -475,10 +330,10 @@ static int mem_fill(struct far_memory *m, uint64_t off, const char *buf, uint64_
 		return mem_fill_now(m, off, buf, len);
 	for (;;) {
 		atomic_fetch_add(&m->unpoisoned, 1);
-		if (!far_mem_is_poisoned(m, off, mem_page_up(len)))
+		if (!far_mem_is_poisoned(m, off, far_mem_page_up(len)))
 			break;
 		atomic_fetch_sub(&m->unpoisoned, 1);
-		int err = far_memory_heal(m, off, mem_page_up(len));
+		int err = far_memory_heal(m, off, far_mem_page_up(len));
 		if (err)
 			return err;
 	}
@@ -534,7 +389,7 @@ static int mem_ours(uint64_t addr, char *buf, uint64_t len)
 /* Whole pages; what is not there is zero. */
 static int mem_read_pages(struct far_memory *m, uint64_t addr, char *buf, uint64_t len)
 {
-	uint64_t page = addr / MEM_PAGE * MEM_PAGE, end = mem_page_up(addr + len);
+	uint64_t page = addr / MEM_PAGE * MEM_PAGE, end = far_mem_page_up(addr + len);
 	bool here[64];
 	int err = 0;
 
@@ -664,8 +519,8 @@ int far_memory_drop(struct far_memory *m, uint64_t off, uint64_t len)
 static int mem_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	struct far_memory *m = self;
-	uint64_t end = off + len, a = far_min(mem_page_up(off), end);
-	uint64_t b = end == m->c.bytes ? mem_page_up(end) : end / MEM_PAGE * MEM_PAGE;
+	uint64_t end = off + len, a = far_min(far_mem_page_up(off), end);
+	uint64_t b = end == m->c.bytes ? far_mem_page_up(end) : end / MEM_PAGE * MEM_PAGE;
 	int err = 0;
 
 	if (!m->ours || a >= b)
@@ -740,89 +595,26 @@ int far_memory_appear(struct far_memory *m, uint64_t addr)
 	return 0;
 }
 
-/* ---------------------------------------------------------------------------------------- what the program changed */
-
-/* The program drops pages, as soon as this has been read: its chunks are not whole any more. */
-static void mem_dropping(struct far_memory *m, uint64_t addr, uint64_t len)
-{
-	for (uint64_t at = addr, off, n; at < addr + len; at += n) {
-		if (far_memory_off(m, at, &off)) {
-			far_memory_addr(m, off, &n);
-			n = far_min(n, addr + len - at);
-			far_mem_not_whole(m, off, n);
-		} else {
-			n = MEM_PAGE;
-		}
-	}
-}
-
-bool far_memory_removed(struct far_memory *m, uint64_t addr, uint64_t len)
-{
-	uint64_t attic = (uint64_t)(uintptr_t)m->attic;
-
-	if (m->whole)
-		mem_dropping(m, addr, len);
-	return (attic && addr >= attic && addr < attic + m->attic_len) || mem_own_take(m, addr, len);
-}
-
-/* Put [off, off+len) at another address, 0: nowhere. Without memory for that the old table stays: then faults there are
- * not found, and wait. */
-static void mem_place(struct far_memory *m, uint64_t off, uint64_t len, uint64_t to)
-{
-	struct mem_table *old = atomic_load_explicit(&m->table, memory_order_acquire);
-	struct mem_table *t = malloc(sizeof *t + (3 * old->n + 1) * sizeof t->range[0]);
-	uint64_t end = off + len;
-	size_t n = 0;
-
-	if (!t) {
-		far_log(FAR_LOG_ERROR, "no memory to follow a change of mappings: touches of the moved range will wait");
-		return;
-	}
-	for (size_t k = 0; k < old->n; k++) {
-		struct far_handover_range r = old->range[k];
-		uint64_t a = far_max(r.off, off), b = far_min(r.off + r.len, end);
-		if (a >= b) {
-			t->range[n++] = r;
-			continue;
-		}
-		if (r.off < a)
-			t->range[n++] = (struct far_handover_range){ r.addr, a - r.off, r.off };
-		t->range[n++] = (struct far_handover_range){ to ? to + (a - off) : 0, b - a, a };
-		if (b < r.off + r.len)
-			t->range[n++] = (struct far_handover_range){ r.addr ? r.addr + (b - r.off) : 0, r.off + r.len - b, b };
-	}
-	t->n = n;
-	t->older = old;
-	atomic_store_explicit(&m->table, t, memory_order_release);
-}
-
-/* By address, which may cover several pieces. */
-static void mem_replace(struct far_memory *m, uint64_t addr, uint64_t len, uint64_t to)
-{
-	for (uint64_t at = addr, off, n; at < addr + len; at += n) {
-		if (!far_memory_off(m, at, &off)) {
-			n = MEM_PAGE;
-			continue;
-		}
-		far_memory_addr(m, off, &n);
-		n = far_min(n, addr + len - at);
-		far_mem_not_whole(m, off, n);
-		mem_place(m, off, n, to ? to + (at - addr) : 0);
-	}
-}
-
-void far_memory_unmapped(struct far_memory *m, uint64_t addr, uint64_t len)
-{
-	if (!mem_own_take(m, addr, len))
-		mem_replace(m, addr, len, 0);
-}
-
-void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint64_t len)
-{
-	mem_replace(m, from, len, to);
-}
-
 /* ----------------------------------------------------------------------------------------------------------- staging */
+
+/*
+ * CONTINUE: the place itself, in the second mapping. Only where nobody but a fetch writes, and where the program sees none of
+ * it: a page may be shown already, from a fetch whose rest failed, and bytes that are on their way may be anything. If they do
+ * not come, what they have left here is never shown, and the next fetch writes over it.
+ */
+static void *mem_stage_alias(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	bool here[FAR_STAGE / MEM_PAGE];
+	uint64_t n, addr = far_memory_addr(m, off, &n);
+
+	if (m->c.tracking != FAR_TRACK_NONE || !addr || n < len)
+		return NULL;
+	for (uint64_t at = 0; at < len; at += FAR_STAGE) {
+		if (far_uffd_mapped(m->c.pagemap, addr + at, FAR_STAGE, here) || memchr(here, true, sizeof here))
+			return NULL;
+	}
+	return m->c.alias + off;
+}
 
 void *far_mem_stage(void *self, uint64_t off, uint64_t len)
 {
@@ -831,6 +623,8 @@ void *far_mem_stage(void *self, uint64_t off, uint64_t len)
 
 	if (off % FAR_STAGE || len % FAR_STAGE || len > MEM_STAGE)
 		return NULL;
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		return mem_stage_alias(m, off, len);
 	far_mutex_lock(&m->stage_lock);
 	if (m->n_stage)
 		p = m->stage[--m->n_stage];
@@ -854,6 +648,8 @@ void far_mem_unstage(void *self, void *buf, uint64_t len)
 	struct far_memory *m = self;
 	bool kept = false;
 
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		return;
 	far_mutex_lock(&m->stage_lock);
 	if (m->n_stage < FAR_ARRAY_LEN(m->stage)) {
 		m->stage[m->n_stage++] = buf;
@@ -862,6 +658,14 @@ void far_mem_unstage(void *self, void *buf, uint64_t len)
 	far_mutex_unlock(&m->stage_lock);
 	if (!kept)
 		munmap(buf, MEM_STAGE);
+}
+
+void far_mem_zeros(void *self, uint64_t off, const void *buf, uint64_t len)
+{
+	struct far_memory *m = self;
+
+	if (m->c.mechanism == FAR_MECH_CONTINUE && buf == m->c.alias + off) /* memory for nothing; if it stays, it is zero */
+		(void)fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
 }
 
 /* --------------------------------------------------------------------------------------------------------- open, close */
@@ -887,6 +691,7 @@ static void mem_close(void *self) FAR_NO_TSA
 	free(m->dropping.v);
 	free(m->poison.v);
 	free(m->suspect.v);
+	free(m->drops_late);
 	far_cond_fini(&m->changed);
 	far_mutex_fini(&m->lock);
 	far_mutex_fini(&m->attic_lock);
@@ -928,7 +733,7 @@ int far_memory_new(const struct far_memory_conf *conf, struct far_memory **out, 
 	m->c = *conf;
 	m->c.range = NULL;
 	m->ours = !conf->foreign;
-	m->pages_len = mem_page_up(far_max(conf->bytes, 1));
+	m->pages_len = far_mem_page_up(far_max(conf->bytes, 1));
 	m->arms = conf->tracking == FAR_TRACK_ASYNC || conf->tracking == FAR_TRACK_SYNC;
 	far_mutex_init(&m->lock);
 	far_mutex_init(&m->attic_lock);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
-/* What memory.c (where the pages are, filling, reading, dropping) and memory_track.c (what was stored) share. */
+/* What memory.c (where the pages are, filling, reading) and its neighbours share: memory_drop.c (pages that leave),
+ * memory_track.c (what was stored), memory_poison.c, memory_given.c. */
 #ifndef FAR_MEMORY_INT_H
 #define FAR_MEMORY_INT_H
 
@@ -25,6 +26,11 @@ struct mem_run {
 struct mem_runs {
 	struct mem_run *v;
 	size_t n, cap;
+};
+
+/* The program has been let go on to drop [off, end), and may not have done it yet. */
+struct mem_drop {
+	uint64_t off, end, at;
 };
 
 struct far_memory {
@@ -59,10 +65,9 @@ struct far_memory {
 	struct {
 		uint64_t off, len, hash, at;
 	} recent[MEM_RECENT] FAR_GUARDED_BY(lock);     /* the last pushes, a ring */
-	unsigned n_dropped FAR_GUARDED_BY(lock);
-	struct {
-		uint64_t off, end, at;
-	} dropped[MEM_RECENT] FAR_GUARDED_BY(lock);    /* by the program, the last ones, a ring */
+	struct mem_drop *drops_late FAR_GUARDED_BY(lock); /* memory_drop.c */
+	size_t n_drops_late FAR_GUARDED_BY(lock), cap_drops_late FAR_GUARDED_BY(lock);
+	uint64_t drops_unknown FAR_GUARDED_BY(lock);   /* until then one of them could not be remembered */
 
 	struct far_mutex heal_lock; /* held while mappings of poisoned pages are replaced; taken before `lock` */
 
@@ -79,9 +84,6 @@ struct far_memory {
 int far_mem_add_locked(struct mem_runs *r, uint64_t off, uint64_t len);
 /* memory.c. Take [off, off+len) out of what the list has; how many bytes that were. */
 uint64_t far_mem_cut_locked(struct mem_runs *r, uint64_t off, uint64_t len);
-/* Before a call that makes the kernel report what we do, and when that call has failed. */
-int far_mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len);
-void far_mem_own_cancel(struct far_memory *m, uint64_t addr, uint64_t len);
 /* -EEXIST: the page is there; -ENODATA: it is not. */
 int far_mem_look(struct far_memory *m, uint64_t addr);
 /* memory.c: pieces of [off, off+len) that lie together; 0 is unmapped. fn's first non-zero return ends it. */
@@ -93,18 +95,32 @@ static inline uint64_t far_mem_chunk(const struct far_memory *m)
 }
 void *far_mem_stage(void *self, uint64_t off, uint64_t len);
 void far_mem_unstage(void *self, void *buf, uint64_t len);
+void far_mem_zeros(void *self, uint64_t off, const void *buf, uint64_t len);
 int far_mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags);
 bool far_mem_is_poisoned(struct far_memory *m, uint64_t off, uint64_t len);
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len);
+static inline uint64_t far_mem_page_up(uint64_t x)
+{
+	return far_div_up(x, MEM_PAGE) * MEM_PAGE;
+}
+
+/* memory_drop.c */
+/* Before a call that makes the kernel report what we do, and when that call has failed. */
+int far_mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len);
+void far_mem_own_cancel(struct far_memory *m, uint64_t addr, uint64_t len);
 /* Drop pages of this process, whatever is in them. */
 int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len);
+/* From `off` on, what the program is not dropping at this moment: [*from, *to). False: nothing before end. */
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to);
+/* Whether the program may drop something of [off, off+len) yet that the region knows to be zero. */
+bool far_mem_drops_late(struct far_memory *m, uint64_t off, uint64_t len);
+/* What has been dropped by now is told once more. */
+int far_mem_drops_look(struct far_memory *m, struct far_region *r);
 
 /* memory_given.c */
 int far_mem_given_open(struct far_memory *m);
 int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
-/* From `off` on, what the program is not dropping at this moment: [*from, *to). False: nothing before end. */
-bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to);
 
 /* memory_track.c */
 /* [off, off+len) was filled in, or is about to be dropped. */

@@ -42,7 +42,6 @@
 #include <unistd.h>
 
 #define TRACK_RECENT (10 * FAR_SEC)
-#define TRACK_DROPPING (200 * FAR_MSEC)
 #define TRACK_BLOCK (64 * FAR_KIB) /* of a push that is looked at once more */
 #define TRACK_ATTIC (4 * FAR_MIB)
 #define TRACK_SUSPECTS 4096
@@ -400,49 +399,6 @@ static int track_again(struct far_memory *m, struct far_region *r)
 	return err;
 }
 
-/* One chunk's part is zero now. */
-static int track_discard(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
-{
-	bool held = far_region_hold(r, off);
-	int err = far_region_stored(r, off, len, FAR_STORED_ZEROS, NULL, NULL);
-
-	if (held)
-		far_region_release(r, off);
-	if (err || !m->ours || (held && m->c.mechanism != FAR_MECH_CONTINUE))
-		return err;
-	/* The kernel has dropped, of shared memory, only the program's view. And what was on its way when it dropped the pages
-	 * may have come after that; from the first telling on nothing comes any more. */
-	err = far_memory_drop(m, off, len);
-	return err ? err : far_region_stored(r, off, len, FAR_STORED_ZEROS, NULL, NULL);
-}
-
-/*
- * The kernel drops the pages itself, soon; before that a push may read what is in them, so they are told once more by the
- * next collect. Faults there wait until this has ended. After MADV_FREE the pages stay until memory is short, and the
- * program may go on storing into them: so pages of a chunk that is local are not dropped here.
- */
-int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
-{
-	uint64_t end = far_min(off + len, m->c.bytes);
-	int err = 0;
-
-	if (m->c.tracking == FAR_TRACK_NONE) /* read-only: it is only forgotten, the next touch brings it again */
-		return 0;
-	far_mutex_lock(&m->lock);
-	unsigned k = m->n_dropped++ % MEM_RECENT;
-	m->dropped[k].off = off;
-	m->dropped[k].end = off + len;
-	m->dropped[k].at = far_now();
-	far_mutex_unlock(&m->lock);
-	for (uint64_t at = off, n; at < end && !err; at += n) {
-		n = far_min(end, at / far_mem_chunk(m) * far_mem_chunk(m) + far_mem_chunk(m)) - at;
-		err = track_discard(m, r, at, n);
-	}
-	if (off < end)
-		far_memory_suspect(m, off, end - off);
-	return err;
-}
-
 /* What MADV_FREE has left here stays: the kernel must not take it later, when nobody looks. */
 static int track_keep_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
 {
@@ -511,7 +467,9 @@ static int track_collect(void *self, struct far_region *r)
 	if (err)
 		return err;
 
-	err = track_suspects(m, r);
+	err = far_mem_drops_look(m, r);
+	e = track_suspects(m, r);
+	err = err ? err : e;
 	e = track_again(m, r);
 	err = err ? err : e;
 	if (m->c.tracking == FAR_TRACK_ASYNC)
@@ -646,16 +604,12 @@ static void track_evict_end(struct far_memory *m)
 	far_mutex_unlock(&m->lock);
 }
 
-/* A suspect is told before it may go. What the program has just dropped may still be there, for the kernel does that only
- * after we have read of it: pushed as it was, taken away and let go, it would come back from the remote. */
+/* A suspect is told before it may go. */
 static bool track_is_suspect(struct far_memory *m, uint64_t off, uint64_t len)
 {
-	uint64_t now = far_now();
-	bool is = false;
+	bool is = far_mem_drops_late(m, off, len);
 
 	far_mutex_lock(&m->lock);
-	for (unsigned k = 0; k < MEM_RECENT && k < m->n_dropped && !is; k++)
-		is = m->dropped[k].off < off + len && off < m->dropped[k].end && now - m->dropped[k].at < TRACK_DROPPING;
 	for (size_t k = 0; k < m->suspect.n && !is; k++)
 		is = m->suspect.v[k].off < off + len && off < m->suspect.v[k].off + m->suspect.v[k].len;
 	far_mutex_unlock(&m->lock);
@@ -732,7 +686,9 @@ void far_mem_track_open(struct far_memory *m)
 		.there = track_there,
 		.pushed = track_pushed,
 		.came = track_came,
-		.stage = m->c.mechanism == FAR_MECH_MOVE && m->ours ? far_mem_stage : NULL,
+		.stage = m->ours && (m->c.mechanism == FAR_MECH_MOVE ||
+				     (m->c.mechanism == FAR_MECH_CONTINUE && m->c.tracking == FAR_TRACK_NONE)) ? far_mem_stage : NULL,
 		.unstage = far_mem_unstage,
+		.zeros = far_mem_zeros,
 	};
 }

@@ -267,11 +267,12 @@ int far_segv_pointer_populate(struct far_segv_pointer *p, uint64_t off, uint64_t
 
 	for (uint64_t at = off / p->chunk * p->chunk; r == 0 && at < end; at += p->chunk)
 		while (!far_segv_shown(p->segv, at) && (r = psegv_show(p, at)) == -EAGAIN) {
-			r = far_region_wait(p->region, at, 1);
-			if (r)
+			/* Given back already. Like a touch it has some time to be used. */
+			r = far_region_fault(p->region, at, psegv_may_block, NULL);
+			if (r < 0)
 				break;
 		}
-	return r;
+	return far_min(r, 0);
 }
 
 int far_segv_pointer_refresh(struct far_segv_pointer *p, uint64_t off, uint64_t len)

@@ -95,20 +95,33 @@ static bool conn_is_loopback(const struct sockaddr *sa)
 	return IN6_IS_ADDR_LOOPBACK(a6) || (IN6_IS_ADDR_V4MAPPED(a6) && a6->s6_addr[12] == 127);
 }
 
-/* A control that paces (bbr) costs a timer for every few segments, and within a host there is no queue that it could keep
- * short. The system's own choice stays everywhere else. */
+/* Take another control than one that paces (bbr). */
 static void conn_unpace(int fd)
+{
+	char name[16] = "";
+	socklen_t n = sizeof name - 1;
+
+	if (getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &n) == 0 && !strncmp(name, "bbr", 3) &&
+	    setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5))
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+}
+
+/* Pacing costs a timer for every few segments, and within a host there is no queue that it could keep short. The system's
+ * own choice stays everywhere else, but see far_conn_brisk(). */
+static void conn_unpace_loopback(int fd)
 {
 	struct sockaddr_storage ss;
 	socklen_t n = sizeof ss;
-	char name[16] = "";
-	socklen_t name_n = sizeof name - 1;
 
-	if (getpeername(fd, (struct sockaddr *)&ss, &n) || (ss.ss_family != AF_INET && ss.ss_family != AF_INET6) ||
-	    !conn_is_loopback((struct sockaddr *)&ss))
-		return;
-	if (getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &name_n) == 0 && !strncmp(name, "bbr", 3))
-		(void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+	if (getpeername(fd, (struct sockaddr *)&ss, &n) == 0 && (ss.ss_family == AF_INET || ss.ss_family == AF_INET6) &&
+	    conn_is_loopback((struct sockaddr *)&ss))
+		conn_unpace(fd);
+}
+
+void far_conn_brisk(struct far_conn *c)
+{
+	if (c->fd >= 0)
+		conn_unpace(c->fd);
 }
 
 int far_conn_socket(struct far_conn *c, int fd)
@@ -129,7 +142,7 @@ int far_conn_socket(struct far_conn *c, int fd)
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPINTVL, 5);
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
 	conn_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, CONN_USER_TIMEOUT_MS);
-	conn_unpace(fd);
+	conn_unpace_loopback(fd);
 	c->ops = &conn_ops;
 	c->fd = fd;
 	return 0;

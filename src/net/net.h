@@ -64,6 +64,9 @@ int far_conn_socket(struct far_conn *c, int fd);
  * The name is looked up by the system's resolver, which keeps no deadline. */
 int far_conn_connect(struct far_conn *c, const struct far_net_addr *a, uint64_t until, int cancel,
 		     struct far_error *err);
+/* What goes over it now and then is waited for: it leaves at once. A control that paces (bbr) would spread 64 KiB over half
+ * a round trip, and every ten seconds over many, because so little tells it nothing of the link. */
+void far_conn_brisk(struct far_conn *c);
 void far_conn_close(struct far_conn *c); /* what is not open is left alone */
 
 /* A listening socket in *fd; a.port 0 takes a free one, *port tells it. Addresses beyond loopback are refused with

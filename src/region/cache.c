@@ -30,10 +30,10 @@ void far_region_remote_failed(struct far_region *r, int err)
 	atomic_store_explicit(&r->last_error_at, far_wall_ms(), memory_order_relaxed);
 }
 
-/* A write that needed new room in the local store has ended with err. */
+/* A write that needed new room in the local store has ended with err. The end of a thread's deadline says nothing of it. */
 static void cache_local_wrote(struct far_region *r, int err)
 {
-	if (err == -ESHUTDOWN || atomic_load_explicit(&r->local_error, memory_order_relaxed) == -err)
+	if (err == -ESHUTDOWN || err == -ETIMEDOUT || atomic_load_explicit(&r->local_error, memory_order_relaxed) == -err)
 		return;
 	atomic_store_explicit(&r->local_error, -err, memory_order_relaxed);
 	if (!err)
@@ -91,6 +91,8 @@ static int cache_put(struct far_region *r, struct far_partial *e, uint64_t base,
 		r->memory.came(r->memory.self, base, buf, len);
 	if (!e) {
 		if (atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len)) {
+			if (first >= len && r->memory.self)
+				r->memory.zeros(r->memory.self, base, buf, len);
 			if (first >= len)
 				return 0;
 			from = first / CACHE_PAGE * CACHE_PAGE; /* who waits for it is served at once */
@@ -191,6 +193,8 @@ static int cache_fetch_piece(struct far_region *r, struct far_fetch *f, uint64_t
 	int err = far_read(r->remote, off, buf, (size_t)len, flags);
 
 	if (err) {
+		if (staged)
+			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		if (!(flags & FAR_NOWAIT && err == -EAGAIN))
 			far_region_remote_failed(r, err);
 		return err;

@@ -187,7 +187,11 @@ int far_chunkmap_wait(struct far_chunkmap *m, uint64_t i)
 		while (!f->done && !m->stopped && !err)
 			if (!far_cond_wait_until(&f->cond, &m->lock, until))
 				err = -ETIMEDOUT;
-		err = f->done ? f->err : m->stopped ? -ESHUTDOWN : err;
+		/* Who fetched had less time than this thread: it may try itself. */
+		if (f->done)
+			err = f->err == -ETIMEDOUT && far_now() < until ? 0 : f->err;
+		else if (m->stopped)
+			err = -ESHUTDOWN;
 		fetch_put_locked(f);
 	} else {
 		atomic_fetch_add_explicit(&m->waiters, 1, memory_order_seq_cst);

@@ -65,8 +65,8 @@ void far_chunkmap_fill_begin(struct far_chunkmap *m, struct far_fetch *f, struct
 void far_chunkmap_fill_end(struct far_chunkmap *m, uint64_t i, struct far_partial *e, bool ok);
 /* err: 0 or -errno. Chunks of the claim that were not filled go back; everyone who waits gets err. Frees f. */
 void far_chunkmap_fetch_end(struct far_chunkmap *m, struct far_fetch *f, int err);
-/* Wait while chunk i is being fetched, filled or evicted: 0: look again; the error of the fetch; -ETIMEDOUT, at the
- * thread's deadline; -ESHUTDOWN. */
+/* Wait while chunk i is being fetched, filled or evicted: 0: look again; the error of the fetch, if that is not another
+ * thread's deadline; -ETIMEDOUT, at the thread's own; -ESHUTDOWN. */
 int far_chunkmap_wait(struct far_chunkmap *m, uint64_t i);
 
 /* Pushers. Find the next run of at most max dirty chunks at or after *cursor and make it PUSHING; *cursor moves on.

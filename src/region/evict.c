@@ -14,13 +14,16 @@
  *  1. A chunk is looked at after it was claimed: `kept` is set, or the mark of an unstable push, before whoever set it
  *     relies on it, so an evictor either sees it and gives the claim back, or had the claim before.
  *  2. A pinned chunk that was evicted all the same (the claim came first, or it was refreshed) is asked for again.
- *  3. evicting is the sum of what is claimed, so that several threads together do not evict more than is needed.
+ *  3. The budget does not take a chunk that a program has just waited for. Where all else is pinned or dirty it would be
+ *     the only one to go, and the program would wait for it again, for ever.
+ *  4. evicting is the sum of what is claimed, so that several threads together do not evict more than is needed.
  */
 #include "region/region_int.h"
 
 #include <stdlib.h>
 
 #define EVICT_BATCH 64
+#define EVICT_USE (5 * FAR_MSEC) /* for a thread that has waited for a page to get a CPU and use it */
 
 struct evict_batch {
 	bool keep_pinned;
@@ -109,6 +112,24 @@ static bool evict_over(struct far_region *r)
 	return local > r->o.local_max && local - r->o.local_max > going;
 }
 
+void far_evict_faulted(struct far_region *r, uint64_t i)
+{
+	if (!r->o.local_max)
+		return;
+	unsigned k = atomic_fetch_add_explicit(&r->faulted_n, 1, memory_order_relaxed) % FAR_ARRAY_LEN(r->faulted);
+	atomic_store_explicit(&r->faulted[k].at, far_now(), memory_order_relaxed);
+	atomic_store_explicit(&r->faulted[k].chunk1, i + 1, memory_order_relaxed);
+}
+
+static bool evict_in_use(struct far_region *r, uint64_t i, uint64_t now)
+{
+	for (size_t k = 0; k < FAR_ARRAY_LEN(r->faulted); k++)
+		if (atomic_load_explicit(&r->faulted[k].chunk1, memory_order_relaxed) == i + 1 &&
+		    now < atomic_load_explicit(&r->faulted[k].at, memory_order_relaxed) + EVICT_USE)
+			return true;
+	return false;
+}
+
 /* A clock: a chunk that was used since the hand last passed gets a second chance. Two rounds at most: what is left
  * then is dirty, in use, pinned, or not safe on the remote yet. */
 static void evict_clock(struct far_region *r)
@@ -121,7 +142,7 @@ static void evict_clock(struct far_region *r)
 		return;
 	for (uint64_t steps = 0; steps < 2 * n && evict_over(r); steps++) {
 		uint64_t i = atomic_fetch_add_explicit(&r->evict_hand, 1, memory_order_relaxed) % n;
-		if (!far_chunkmap_test_touched(r->map, i))
+		if (!far_chunkmap_test_touched(r->map, i) && !evict_in_use(r, i, began))
 			evict_claim(r, &b, i);
 		if (b.n == EVICT_BATCH)
 			gone += evict_run(r, &b, false);

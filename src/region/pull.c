@@ -5,27 +5,25 @@
  * carries. Requests (prefetch, wait) go before the order; demand fetches are made by whoever needs them and only take
  * window from the puller.
  *
- * The window is twice what the path holds: the highest delivery rate of the last samples times the shortest fetch of
- * the last ten seconds. At first what arrives widens it, so that it doubles each round trip; it ends where the queue that
- * it builds would delay demand fetches. An extent is what the path delivers in 10 ms, or more if the workers could not
- * fill the window otherwise; a power of two of chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms). Near by it
- * is 512 KiB at most, as long as the threads fill the window with that: it then stays in a CPU's cache on its way from the
- * store through the socket to the local store; where that takes huge pages, it is one of those.
+ * pace.c says how much may be on its way (the window). An extent is what the path delivers in a millisecond, because a
+ * demand fetch may come to wait behind one; or more if the workers could not fill the window otherwise: a power of two of
+ * chunks, at most 2 MiB (4 MiB where the round trip is over 10 ms). Near by it is what 10 ms deliver, 512 KiB at most, as
+ * long as the threads fill the window with that: it then stays in a CPU's cache on its way from the store through the socket
+ * to the local store; where that takes huge pages, it is one of those.
  *
  * Invariants, under lock: inflight is the sum of the extents that workers are fetching; a worker claims its extent
  * before it lets go of the lock, so that the cursor never passes a chunk that nobody took.
  */
+#include "region/pace.h"
 #include "region/region_int.h"
 
 #include <stdlib.h>
 
 #define PULL_THREADS_MAX 32
-#define PULL_SAMPLES 8
 #define PULL_FAULTS 16
 #define PULL_BACKOFF_MAX (10 * FAR_SEC)
 #define PULL_EXTENT_FIRST (256 * FAR_KIB)
 #define PULL_EXTENT_NEAR (512 * FAR_KIB)
-#define PULL_NEAR (2 * FAR_MSEC) /* the shortest fetch of such an extent */
 #define PULL_NO_TRIGGER UINT64_MAX
 #define PULL_ASK_AGAIN (50 * FAR_MSEC)
 
@@ -39,8 +37,6 @@ struct far_pull {
 	/* fixed after open */
 	struct far_order order;
 	unsigned max_threads;
-	uint64_t window_max;
-	bool window_fixed;
 
 	_Atomic unsigned waiters;   /* that sleep on `progress` until a range is local */
 	_Atomic uint64_t want;      /* others do until so many bytes are, or more; FAR_NEVER: nobody */
@@ -58,16 +54,9 @@ struct far_pull {
 	int error FAR_GUARDED_BY(lock);    /* of the last fetch; 0 after one that went well */
 	uint64_t errors FAR_GUARDED_BY(lock), backoff FAR_GUARDED_BY(lock), resume FAR_GUARDED_BY(lock);
 
-	/* the window */
+	struct far_pace pace FAR_GUARDED_BY(lock);
 	uint64_t inflight FAR_GUARDED_BY(lock), demand FAR_GUARDED_BY(lock);
-	uint64_t window FAR_GUARDED_BY(lock), extent FAR_GUARDED_BY(lock);
-	uint64_t rtt FAR_GUARDED_BY(lock), rtt_at FAR_GUARDED_BY(lock);
-	uint64_t sample_at FAR_GUARDED_BY(lock), sample_bytes FAR_GUARDED_BY(lock);
-	double rate[PULL_SAMPLES] FAR_GUARDED_BY(lock);
-	unsigned n_rate FAR_GUARDED_BY(lock);
-	bool starting FAR_GUARDED_BY(lock);        /* the rate has not met a limit yet */
-	double start_rate FAR_GUARDED_BY(lock);    /* the highest so far; samples since that were no better */
-	unsigned start_flat FAR_GUARDED_BY(lock);
+	uint64_t extent FAR_GUARDED_BY(lock);
 
 	/* what status shows */
 	uint64_t show_at FAR_GUARDED_BY(lock), show_bytes FAR_GUARDED_BY(lock);
@@ -135,14 +124,6 @@ static bool pull_next_locked(struct far_pull *p, uint64_t *first, uint64_t *end)
 
 /* ------------------------------------------------------------------------------------------------------ the window */
 
-static double pull_best_rate_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
-{
-	double best = 0;
-	for (unsigned k = 0; k < PULL_SAMPLES; k++)
-		best = p->rate[k] > best ? p->rate[k] : best;
-	return best;
-}
-
 /* From memory to memory. Workers that fill small pages side by side wait for each other's lock: one lock is 2 MiB. */
 static bool pull_is_memory(struct far_region *r)
 {
@@ -154,63 +135,32 @@ static bool pull_huge(struct far_region *r)
 	return r->memory.stage || pull_is_memory(r);
 }
 
+/* The extent that goes with the window. */
 static void pull_resize_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
-	double rate = pull_best_rate_locked(p);
+	double rate = far_pace_rate(&p->pace);
+	bool far = far_pace_is_far(&p->pace);
 	uint64_t io = far_facts(r->remote)->max_io;
-	uint64_t most = p->rtt > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
-	uint64_t brisk = p->rtt > PULL_NEAR ? most : pull_huge(r) ? FAR_STAGE : PULL_EXTENT_NEAR;
-	uint64_t extent = r->chunk, window = p->window;
+	uint64_t most = p->pace.base > 10 * FAR_MSEC ? 4 * FAR_MIB : 2 * FAR_MIB;
+	uint64_t brisk = far ? most : pull_huge(r) ? FAR_STAGE : PULL_EXTENT_NEAR;
+	uint64_t extent = r->chunk, each = (uint64_t)(rate * (far ? 0.001 : 0.010));
 
-	if (!p->window_fixed)
-		window = far_min((uint64_t)(2 * rate * (double)p->rtt / (double)FAR_SEC), p->window_max);
-	if (p->starting)
-		window = far_max(window, p->window);
 	if (io)
 		most = far_min(most, io);
-	while (extent * 2 <= far_min(brisk, most) && (double)extent * 2 <= rate * 0.010)
+	while (extent * 2 <= far_min(brisk, most) && extent * 2 <= each)
 		extent *= 2;
-	while (extent * 2 <= most && extent * p->max_threads < window) /* all threads together can fill the window */
+	while (extent * 2 <= most && extent * p->max_threads < p->pace.window) /* all threads together can fill the window */
 		extent *= 2;
 	p->extent = extent;
-	if (!p->window_fixed)
-		p->window = far_max(window, 4 * extent);
-}
-
-/* A sample tells of the window of a round trip ago, so the window cannot follow it without losing every second one.
- * What arrives widens it instead, until two samples have been no better than those before. */
-static void pull_start_locked(struct far_pull *p, double rate) FAR_REQUIRES(p->lock)
-{
-	if (rate >= 1.25 * p->start_rate) {
-		p->start_rate = rate;
-		p->start_flat = 0;
-	} else if (++p->start_flat == 2) {
-		p->starting = false;
-	}
 }
 
 static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began) FAR_REQUIRES(p->lock)
 {
-	uint64_t now = far_now(), took = now - began;
+	uint64_t now = far_now();
 
-	if (!p->rtt || took < p->rtt || now - p->rtt_at > 10 * FAR_SEC) {
-		p->rtt = far_max(took, 1);
-		p->rtt_at = now;
-	}
-	p->sample_bytes += len;
-	if (p->starting)
-		p->window = far_min(p->window + len, p->window_max);
-	uint64_t span = now - p->sample_at;
-	if (span >= far_max(p->rtt, 5 * FAR_MSEC)) {
-		double rate = (double)p->sample_bytes * (double)FAR_SEC / (double)span;
-		p->rate[p->n_rate++ % PULL_SAMPLES] = rate;
-		if (p->starting)
-			pull_start_locked(p, rate);
-		p->sample_at = now;
-		p->sample_bytes = 0;
+	if (far_pace_arrived(&p->pace, len, began, now, p->extent))
 		pull_resize_locked(p);
-	}
 	p->show_bytes += len;
 	if (now - p->show_at >= FAR_SEC) {
 		p->show_rate = (double)p->show_bytes * (double)FAR_SEC / (double)(now - p->show_at);
@@ -222,7 +172,10 @@ static void pull_sample_locked(struct far_pull *p, uint64_t len, uint64_t began)
 /* Whether another extent may be asked for now. */
 static bool pull_has_window_locked(struct far_pull *p) FAR_REQUIRES(p->lock)
 {
-	return !p->inflight || p->inflight + p->demand + p->extent <= p->window;
+	if (!p->inflight || p->inflight + p->demand + p->extent <= far_pace_window(&p->pace, far_now()))
+		return true;
+	p->pace.full = true;
+	return false;
 }
 
 /* Wake a worker if there may be something for it. One that has just ended a fetch looks by itself, and wakes the next
@@ -600,7 +553,7 @@ void far_pull_status(struct far_region *r, struct far_status *st)
 		st->pull_rate = (double)p->show_bytes * (double)FAR_SEC / (double)span;
 	else
 		st->pull_rate = p->show_rate;
-	st->window = p->window;
+	st->window = p->pace.window;
 	far_mutex_unlock(&p->lock);
 }
 
@@ -632,13 +585,11 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	p->extent = far_max(pull_is_memory(r) ? FAR_STAGE : PULL_EXTENT_FIRST, r->chunk);
 	if (far_facts(r->remote)->max_io)
 		p->extent = far_max(r->chunk, far_min(p->extent, far_facts(r->remote)->max_io));
-	p->window_fixed = r->o.window != 0;
-	p->starting = !p->window_fixed;
-	p->window_max = PULL_THREADS_MAX * 4 * FAR_MIB;
-	p->window = r->o.window ? r->o.window : 8 * p->extent;
+	far_pace_init(&p->pace, r->o.window ? r->o.window : 8 * p->extent, r->o.window != 0, PULL_THREADS_MAX * 4 * FAR_MIB,
+		      far_now());
 	p->trigger = PULL_NO_TRIGGER;
 	p->want = FAR_NEVER;
-	p->sample_at = p->show_at = far_now();
+	p->show_at = far_now();
 	pull_spawn_locked(p);
 	bool none = p->max_threads && !p->threads;
 	far_mutex_unlock(&p->lock);

@@ -58,6 +58,10 @@ struct far_region {
 	_Atomic uint64_t evict_hand; /* chunk where the clock stands */
 	_Atomic uint64_t evict_pause; /* the clock does not walk before this time */
 	_Atomic uint64_t evicting;   /* bytes of chunks that are on their way out */
+	_Atomic unsigned faulted_n;
+	struct {
+		_Atomic uint64_t chunk1, at; /* chunk and one; when */
+	} faulted[16]; /* the last chunks that a program waited for, a ring */
 };
 
 /* cache.c: the data paths. */
@@ -84,6 +88,8 @@ void far_evict_close(struct far_region *r);
 /* Give clean chunks back until the local store is inside its budget. */
 void far_evict_trim(struct far_region *r);
 bool far_evict_kept(struct far_region *r, uint64_t i); /* pinned by far_region_pin() */
+/* A program waits for chunk i: the budget leaves it here until the program can have gone on. */
+void far_evict_faulted(struct far_region *r, uint64_t i);
 /* Clean chunk i cannot be read from the local store. True: it is not local any more, fetch it again. */
 bool far_evict_unreadable(struct far_region *r, uint64_t i);
 

@@ -154,6 +154,7 @@ int far_region_fault(struct far_region *r, uint64_t off, bool (*may_block)(void 
 	atomic_fetch_add_explicit(&r->blocked, 1, memory_order_relaxed);
 	int err = stored_fetch(r, off, may_block, opaque);
 	atomic_fetch_sub_explicit(&r->blocked, 1, memory_order_relaxed);
+	far_evict_faulted(r, off >> r->shift);
 	/* Giving memory back waits for a receiver to read of it. */
 	if (err >= 0 && r->o.local_max && far_chunkmap_local(r->map) > r->o.local_max && may_block(opaque))
 		far_evict_trim(r);

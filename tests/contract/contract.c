@@ -56,7 +56,7 @@ static void region_open(struct region *r, const struct contract_subject *s, uint
 
 	const char *lacks = s->lacks ? s->lacks(s) : NULL;
 	if (lacks) {
-		fprintf(stderr, "skipped: not here: %s\n", lacks);
+		print_message("skipped: not here: %s\n", lacks);
 		skip();
 	}
 	*r = (struct region){ .s = s, .bytes = bytes };

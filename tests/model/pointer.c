@@ -17,10 +17,12 @@
 #include "base/clock.h"
 #include "base/thread.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #define THREADS 4
 #define PAGE 4096u
@@ -41,7 +43,7 @@ struct model {
 	unsigned char *p, *truth;
 	uint64_t bytes, slot;
 	unsigned ops;
-	bool read_only, faulty, advises, bounded;
+	bool read_only, faulty, advises, bounded, starved;
 };
 
 struct worker {
@@ -59,6 +61,7 @@ struct setting {
 	uint64_t local_max, dirty_max;
 	const char *layer;
 	bool no_pull, no_push;
+	bool starved;  /* the threads hardly get a CPU: what a system call was about to do is long in coming */
 	unsigned part; /* of the operations: one in so many */
 };
 
@@ -169,10 +172,18 @@ static int flush(struct worker *w, uint64_t off, uint64_t len)
 
 static void change(struct worker *w, uint64_t off, uint64_t len)
 {
-	if (w->m->advises && rnd(&w->seed) % 16 == 0)
+	if (w->m->advises && rnd(&w->seed) % (w->m->starved ? 2 : 16) == 0)
 		advise(w, off, len);
 	else
 		store(w, off, len, (unsigned)(rnd(&w->seed) % 24));
+}
+
+/* A CPU that is always wanted by somebody else. */
+static void *burn(void *arg)
+{
+	while (!atomic_load_explicit((_Atomic bool *)arg, memory_order_relaxed))
+		far_cpu_relax();
+	return NULL;
 }
 
 static void *work(void *arg)
@@ -183,6 +194,8 @@ static void *work(void *arg)
 	int r = 0;
 
 	face_ready();
+	if (m->starved)
+		MUST(!setpriority(PRIO_PROCESS, 0, 19));
 	for (unsigned k = 0; k < m->ops; k++) {
 		unsigned op = (unsigned)(rnd(&w->seed) % 100);
 		pick(w, &off, &len);
@@ -311,6 +324,8 @@ static void run(unsigned number, const struct setting *s, uint64_t seed, unsigne
 	const char *lacks = face_kind_lacks(kind);
 	static struct worker w[THREADS];
 	struct far_error err = { 0 };
+	struct far_thread burners[2];
+	_Atomic bool ended = false;
 	uint64_t rng = seed * 2654435761u + 1, failed = 0, flushes = 0, began = far_now();
 	char room[64];
 
@@ -320,7 +335,7 @@ static void run(unsigned number, const struct setting *s, uint64_t seed, unsigne
 	}
 	struct model m = { .bytes = s->bytes, .slot = s->slot, .ops = ops, .read_only = kind->read_only,
 			   .faulty = s->layer && strncmp(s->layer, "fault", 5) == 0,
-			   .bounded = s->local_max != 0,
+			   .bounded = s->local_max != 0, .starved = s->starved,
 			   .advises = strcmp(s->kind, "share") && !kind->read_only };
 	struct far_backend *remote = remote_open(&m, s, &rng);
 	struct far_mount_opts o = options(s, kind, room, sizeof room);
@@ -338,11 +353,16 @@ static void run(unsigned number, const struct setting *s, uint64_t seed, unsigne
 		w[k] = (struct worker){ .m = &m, .id = k, .seed = seed * 7919 + k + 1 };
 		MUST(!far_thread_start(&w[k].t, "model", work, &w[k]));
 	}
+	for (unsigned k = 0; k < FAR_ARRAY_LEN(burners) && s->starved; k++)
+		MUST(!far_thread_start(&burners[k], "burner", burn, &ended));
 	for (unsigned k = 0; k < THREADS; k++) {
 		far_thread_join(&w[k].t);
 		failed += w[k].failed;
 		flushes += w[k].flushes;
 	}
+	atomic_store(&ended, true);
+	for (unsigned k = 0; k < FAR_ARRAY_LEN(burners) && s->starved; k++)
+		far_thread_join(&burners[k]);
 	if (!m.faulty)
 		beyond(&m);
 	flush_at_the_end(&m);
@@ -377,6 +397,10 @@ static const struct setting settings[] = {
 	{ "pull and push", "managed", ODD, 1536, 16384 },
 	{ "tight budgets", "managed", SIZE, 1536, 4096, .local_max = 256 << 10, .dirty_max = 64 << 10 },
 	{ "tight budgets, whole pages", "managed", 2 * SIZE, 2 * PAGE, 16384, .local_max = 512 << 10, .dirty_max = 128 << 10 },
+	{ "tight budgets, hardly a CPU", "managed", 2 * SIZE, 2 * PAGE, 16384, .local_max = 512 << 10, .dirty_max = 128 << 10,
+	  .starved = true, .part = 2 },
+	{ "tight budgets, hardly a CPU", "managed-sync", 2 * SIZE, 2 * PAGE, 16384, .local_max = 512 << 10, .dirty_max = 128 << 10,
+	  .starved = true, .part = 2 },
 	{ "tight budgets", "managed-sync", SIZE, 1536, 4096, .local_max = 256 << 10, .dirty_max = 64 << 10 },
 	{ "tight budgets", "managed-hash", SIZE, 1536, 4096, .local_max = 256 << 10, .dirty_max = 64 << 10 },
 	{ "no background pull", "managed", ODD, 1536, 65536, .no_pull = true },
@@ -398,6 +422,7 @@ int main(int argc, char **argv)
 	const char *only = argc > 3 ? argv[3] : NULL;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
+	face_ready(); /* a map that handles SIGSEGV passes on to this what is not its own */
 	printf("1..%zu\n# seed %llu, FARPAGE_WITHOUT=%s\n", FAR_ARRAY_LEN(settings), (unsigned long long)seed,
 	       getenv("FARPAGE_WITHOUT") ? getenv("FARPAGE_WITHOUT") : "");
 	for (unsigned k = 0; k < FAR_ARRAY_LEN(settings); k++)

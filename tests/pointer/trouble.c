@@ -123,6 +123,34 @@ static void pulling_heals(void)
 	SAME(far_mount_close(m), 0);
 }
 
+/* Everything that the budget has room for is pinned: a page that is touched stays for as long as the touch takes. */
+static void a_touch_beside_a_full_budget(void)
+{
+	for (unsigned round = 0; round < 2; round++) {
+		struct far_mount_opts o = rig_opts();
+		o.local_max = 8 * CHUNK;
+		o.pull_workers = -1;
+		if (round) {
+			o.mechanism = FAR_MECH_SIGSEGV;
+			o.tracking = FAR_TRACK_AUTO;
+			o.read_only = true;
+		}
+		struct far_mount *m = rig_map(&o);
+		unsigned char *p = far_addr(m);
+		uint64_t most = 8; /* a part of the budget may be kept for what was just given back */
+		while (far_mount_pin(m, 0, most * CHUNK))
+			CHECK(--most > 4);
+		SAME(far_mount_populate(m, 0, most * CHUNK), 0);
+		for (unsigned k = 0; k < 300; k++) {
+			uint64_t off = (8 + k * 7 % 119) * CHUNK + k;
+			CHECK(rig_right(p + off, off, 1));
+			if (k % 8 == 0)
+				SAME(far_mount_populate(m, off + CHUNK, 2 * CHUNK), 0);
+		}
+		SAME(far_mount_close(m), 0);
+	}
+}
+
 static void waiting_for_ever(void)
 {
 	struct far_mount_opts o = rig_opts();
@@ -456,6 +484,7 @@ int main(int argc, char **argv)
 		CASE(an_error_is_sigbus_until_healed),
 		CASE(healing_too_early),
 		CASE(pulling_heals),
+		CASE(a_touch_beside_a_full_budget),
 		CASE(waiting_for_ever),
 		CASE(waiting_out_errors),
 		CASE(status_names_blocked_addresses),

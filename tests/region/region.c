@@ -141,6 +141,37 @@ static void a_wait_for_the_remote_keeps_its_deadline(void **state)
 	teardown(&f);
 }
 
+static void *read_shortly(void *arg)
+{
+	uint64_t old = far_deadline_limit(far_now() + 50 * FAR_MSEC);
+
+	read_one(arg);
+	far_deadline_restore(old);
+	return NULL;
+}
+
+/* Who is in a hurry gives up; who waits for what he had begun to fetch has time left, and fetches it himself. */
+static void a_deadline_is_no_one_elses(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct fixture f;
+	struct reader hasty, patient;
+
+	setup(&f, 4, &o);
+	hasty = patient = (struct reader){ .f = &f, .off = 7 };
+	f.s.hold_reads = true;
+	assert_int_equal(far_thread_start(&hasty.t, "hasty", read_shortly, &hasty), 0);
+	EVENTUALLY(status(&f).blocked == 1);
+	assert_int_equal(far_thread_start(&patient.t, "patient", read_one, &patient), 0);
+	far_thread_join(&hasty.t);
+	remote_release(&f.s);
+	far_thread_join(&patient.t);
+	assert_int_equal(hasty.err, -ETIMEDOUT);
+	assert_int_equal(patient.err, 0);
+	assert_int_equal(patient.byte, pattern(7));
+	teardown(&f);
+}
+
 static void stop_ends_who_waits(void **state)
 {
 	struct far_mount_opts o = quiet();
@@ -799,6 +830,7 @@ int main(void)
 		cmocka_unit_test(many_readers_of_one_chunk_fetch_once),
 		cmocka_unit_test(a_failed_fetch_fails_all_and_is_tried_again),
 		cmocka_unit_test(a_wait_for_the_remote_keeps_its_deadline),
+		cmocka_unit_test(a_deadline_is_no_one_elses),
 		cmocka_unit_test(stop_ends_who_waits),
 		cmocka_unit_test(a_write_of_a_part_needs_no_remote),
 		cmocka_unit_test(parts_that_become_the_whole_need_no_fetch),

@@ -168,6 +168,14 @@ def message(text):
     true(lines[-1].rstrip().endswith(('.', '?')), 'no full stop: %r' % lines[-1])
 
 
+def cell(peer, role):
+    """A case belongs into this cell of what tests/interop/results prints."""
+    def mark(case):
+        case.cell = (peer, role)
+        return case
+    return mark
+
+
 def main(cases):
     """Run the functions as TAP cases; each gets a World."""
     only = sys.argv[2:]
@@ -178,6 +186,8 @@ def main(cases):
         name = case.__name__.replace('_', ' ')
         w = World()
         began = time.monotonic()
+        if hasattr(case, 'cell'):
+            print('# cell: %s | %s' % case.cell, flush=True)
         try:
             case(w)
             print('ok %d - %s' % (i, name), flush=True)

@@ -55,6 +55,8 @@ static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 
 	if (r)
 		return r;
+	if (s < l->slots[FAR_LANE_DEMAND] + FAR_LANES_MAX && s >= l->slots[FAR_LANE_DEMAND])
+		far_conn_brisk(&conn);
 	r = far_channel_new(&conn, l->authority, out);
 	far_conn_close(&conn);
 	if (r)

@@ -38,6 +38,7 @@ struct far_grpc_conn {
 	struct far_mutex lock;
 	struct far_session s FAR_GUARDED_BY(lock);
 	bool sending FAR_GUARDED_BY(lock), dead FAR_GUARDED_BY(lock);
+	bool brisk FAR_GUARDED_BY(lock); /* the connection has been told that somebody waits */
 	uint64_t moved FAR_GUARDED_BY(lock); /* when bytes moved last, either way */
 };
 
@@ -56,6 +57,10 @@ static bool server_send(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 
 	if (c->sending)
 		return true; /* whoever writes looks again before it stops */
+	if (!c->brisk && atomic_load_explicit(&c->s.demand, memory_order_relaxed)) {
+		c->brisk = true;
+		far_conn_brisk(&c->conn);
+	}
 	c->sending = true;
 	while (!c->dead && far_h2_fill(h, &err)) {
 		h->writing = true;

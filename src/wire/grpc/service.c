@@ -356,6 +356,8 @@ static bool service_read(struct far_request *r, const struct far_export *e, unsi
 	size_t at = m->sums && m->ranges_n > SERVICE_SUMS_IN_HEAD ? SERVICE_LEAD : 0, lead = at;
 	bool any = false;
 
+	if (!m->bulk)
+		atomic_store_explicit(&r->session->demand, true, memory_order_relaxed);
 	if (!service_ranges(r, e, &total) || service_read_lent(r, e))
 		return true;
 	struct far_reply *reply = service_reply(r, (size_t)total + lead);

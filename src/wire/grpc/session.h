@@ -68,6 +68,7 @@ struct far_session {
 	uint64_t replies;      /* of replies alone */
 	bool greeted;          /* the peer has said SETTINGS */
 	_Atomic bool stuck;    /* the socket was full when last written to; read without any lock */
+	_Atomic bool demand;   /* somebody waits for what is read here; read without any lock */
 	uint64_t resets_since; /* flood of resets: a bucket that empties with time */
 	unsigned resets;
 	bool flooded;
