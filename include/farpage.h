@@ -505,6 +505,12 @@ struct far_server_opts {
 	uint64_t max_request; /* longest read or write that is answered; 0: 32 MiB */
 	uint32_t max_threads; /* that may block in backends; 0: 64 */
 	uint32_t lease_ms;    /* how long a lease lasts without renewal; 0: 10 s */
+	/* TLS, for grpcs:// (PEM files; far_server_reload() reads them again). tls_cert: the certificate and those between it
+	 * and its authority; tls_key: its key, NULL: in the same file; tls_ca: clients must show a certificate that one of
+	 * these has signed, NULL: they need none; tls_psk: lines "NAME:HEX", keys shared with clients in place of certificates;
+	 * tls12: version 1.2 will do, too. */
+	const char *tls_cert, *tls_key, *tls_ca, *tls_psk;
+	bool tls12;
 };
 #define FAR_SERVER_OPTS_INIT { .size = sizeof(struct far_server_opts) }
 
@@ -517,6 +523,9 @@ FAR_API int far_server_export(struct far_server *s, const char *name, struct far
 FAR_API int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err);
 /* Serve one connected stream socket; fd is owned by the server from success on. */
 FAR_API int far_server_serve(struct far_server *s, int fd, struct far_error *err);
+/* Read the files with certificates, keys and the like again. Connections that exist go on as they are. On failure
+ * everything stays as it was. */
+FAR_API int far_server_reload(struct far_server *s, struct far_error *err);
 /* End all listeners and connections; calls that run are waited for. */
 FAR_API void far_server_stop(struct far_server *s);
 FAR_API void far_server_free(struct far_server *s);

@@ -21,6 +21,7 @@ far_leaf_open far_mem_open;  /* mem:SIZE?private=1 */
 far_leaf_open far_file_open; /* file:PATH?size=N&direct=1 */
 far_leaf_open far_dir_open;  /* dir:PATH?size=N&chunk=N&max-open=N */
 far_leaf_open far_null_open; /* null: or null:SIZE  reads zeros, forgets writes */
+far_leaf_open far_http_open; /* http://host/path and https: an object on a web server, read-only */
 
 /* The object that was given to far_backend_new(). `read` is the operation it was given with: an assert that b really is
  * of the caller's kind. */
@@ -34,6 +35,11 @@ void far_backend_set_read_only(struct far_backend *b);
 int far_heap_new(uint64_t bytes, struct far_backend **out);
 /* Where its bytes are, for as long as b is open; NULL if b is something else. */
 const char *far_heap_address(const struct far_backend *b);
+
+/* Whether b itself is memory of this host: none of its calls waits for anything. mem.c. */
+bool far_backend_is_memory(const struct far_backend *b);
+/* Whether far_zero() and far_discard() cost less than writing zeros would, all the way down. */
+bool far_backend_zeroes(struct far_backend *b);
 
 /* What the innermost backend with a record calls its mark now; 0: cannot tell. */
 uint64_t far_record_mark(struct far_backend *b);

@@ -117,8 +117,8 @@ static struct pointer_conf pointer_conf(const struct bench *b, const struct poin
 				  .grpc = k->grpc, .pull_workers = k->no_pull ? 0 : -1, .push_workers = k->no_push ? 0 : -1,
 				  .chunk = chunk, .rtt = k->rtt, .rate = k->rate, .seed = b->seed };
 
-	/* Huge pages are moved into what is read; where something is stored, what that costs is measured too. */
-	c.read_only = !k->stores && (m == FAR_MECH_MOVE || b->read_only);
+	/* Huge pages are moved into, or shown in, what is read; where something is stored, what that costs is measured too. */
+	c.read_only = !k->stores && (m == FAR_MECH_MOVE || m == FAR_MECH_CONTINUE || b->read_only);
 	c.size = b->size ? b->size : k->size ? k->size : FAR_GIB;
 	c.ops = b->ops ? b->ops : k->ops;
 	c.ops = (unsigned)far_min(c.ops, c.size / c.chunk);

@@ -118,7 +118,7 @@ static void doctor_userfaultfd(struct doctor_line *l)
 {
 	static const unsigned bits[] = { FAR_UFFD_WP, FAR_UFFD_WP_SHMEM, FAR_UFFD_WP_ASYNC, FAR_UFFD_SCAN, FAR_UFFD_MOVE,
 					 FAR_UFFD_POISON, FAR_UFFD_MINOR, FAR_UFFD_MINOR_WP, FAR_UFFD_EVENTS, FAR_UFFD_FORK,
-					 FAR_UFFD_HUGE, FAR_UFFD_THP };
+					 FAR_UFFD_HUGE, FAR_UFFD_THP, FAR_UFFD_COLLAPSE };
 	unsigned have = far_uffd_have();
 	char list[2][100] = { "", "" };
 

@@ -125,12 +125,31 @@ struct mem_fill {
 	bool staged;
 };
 
+/*
+ * Bytes that were read straight into the second mapping (mem_stage_alias) are shown as the huge pages they are, in one step
+ * that also shows whatever else is in these: so all of each must be what is filled here. Pages that are shown one by one cost
+ * more than the copy did.
+ */
+static bool mem_fill_huge(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
+{
+	/* What is evicted takes the whole huge page out of the program's view, and page by page it comes back. */
+	if (!(m->c.have & FAR_UFFD_COLLAPSE) || m->arms || m->c.evicts || src != m->c.alias + off ||
+	    (addr | off | len) % FAR_STAGE)
+		return false;
+	for (uint64_t at = 0; at < len; at += FAR_STAGE) /* else the kernel would go and make one, for milliseconds */
+		if (!far_uffd_huge(m->c.pagemap, (uint64_t)(uintptr_t)src + at))
+			return false;
+	return far_uffd_show_huge(m->c.uffd, addr, len);
+}
+
 /* Pages of an alias that the program does not have yet become visible. */
 static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
 {
 	bool here[64];
 	int err = 0;
 
+	if (mem_fill_huge(m, addr, off, src, len))
+		return 0;
 	for (uint64_t at = 0, n; at < len && !err; at += n) {
 		uint64_t pages = far_min((len - at) / MEM_PAGE, FAR_ARRAY_LEN(here)), k = 0, done;
 		n = pages * MEM_PAGE;
@@ -141,7 +160,9 @@ static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, con
 				;
 			if (here[from])
 				continue;
-			memcpy(m->c.alias + off + at + from * MEM_PAGE, src + at + from * MEM_PAGE, (size_t)((k - from) * MEM_PAGE));
+			if (src != m->c.alias + off)
+				memcpy(m->c.alias + off + at + from * MEM_PAGE, src + at + from * MEM_PAGE,
+				       (size_t)((k - from) * MEM_PAGE));
 			err = far_uffd_continue(m->c.uffd, addr + at + from * MEM_PAGE, (k - from) * MEM_PAGE,
 						m->arms ? FAR_UFFD_ARM : 0, &done);
 			if (err == -EEXIST) /* nobody else fills it; it was there and not seen, by a kernel that had taken it away */
@@ -576,6 +597,25 @@ int far_memory_appear(struct far_memory *m, uint64_t addr)
 
 /* ----------------------------------------------------------------------------------------------------------- staging */
 
+/*
+ * CONTINUE: the place itself, in the second mapping. Only where nobody but a fetch writes, and where the program sees none of
+ * it: a page may be shown already, from a fetch whose rest failed, and bytes that are on their way may be anything. If they do
+ * not come, what they have left here is never shown, and the next fetch writes over it.
+ */
+static void *mem_stage_alias(struct far_memory *m, uint64_t off, uint64_t len)
+{
+	bool here[FAR_STAGE / MEM_PAGE];
+	uint64_t n, addr = far_memory_addr(m, off, &n);
+
+	if (m->c.tracking != FAR_TRACK_NONE || !addr || n < len)
+		return NULL;
+	for (uint64_t at = 0; at < len; at += FAR_STAGE) {
+		if (far_uffd_mapped(m->c.pagemap, addr + at, FAR_STAGE, here) || memchr(here, true, sizeof here))
+			return NULL;
+	}
+	return m->c.alias + off;
+}
+
 void *far_mem_stage(void *self, uint64_t off, uint64_t len)
 {
 	struct far_memory *m = self;
@@ -583,6 +623,8 @@ void *far_mem_stage(void *self, uint64_t off, uint64_t len)
 
 	if (off % FAR_STAGE || len % FAR_STAGE || len > MEM_STAGE)
 		return NULL;
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		return mem_stage_alias(m, off, len);
 	far_mutex_lock(&m->stage_lock);
 	if (m->n_stage)
 		p = m->stage[--m->n_stage];
@@ -606,6 +648,8 @@ void far_mem_unstage(void *self, void *buf, uint64_t len)
 	struct far_memory *m = self;
 	bool kept = false;
 
+	if (m->c.mechanism == FAR_MECH_CONTINUE)
+		return;
 	far_mutex_lock(&m->stage_lock);
 	if (m->n_stage < FAR_ARRAY_LEN(m->stage)) {
 		m->stage[m->n_stage++] = buf;
@@ -614,6 +658,14 @@ void far_mem_unstage(void *self, void *buf, uint64_t len)
 	far_mutex_unlock(&m->stage_lock);
 	if (!kept)
 		munmap(buf, MEM_STAGE);
+}
+
+void far_mem_zeros(void *self, uint64_t off, const void *buf, uint64_t len)
+{
+	struct far_memory *m = self;
+
+	if (m->c.mechanism == FAR_MECH_CONTINUE && buf == m->c.alias + off) /* memory for nothing; if it stays, it is zero */
+		(void)fallocate(m->c.shared, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)off, (off_t)len);
 }
 
 /* --------------------------------------------------------------------------------------------------------- open, close */

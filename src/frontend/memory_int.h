@@ -95,6 +95,7 @@ static inline uint64_t far_mem_chunk(const struct far_memory *m)
 }
 void *far_mem_stage(void *self, uint64_t off, uint64_t len);
 void far_mem_unstage(void *self, void *buf, uint64_t len);
+void far_mem_zeros(void *self, uint64_t off, const void *buf, uint64_t len);
 int far_mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags);
 bool far_mem_is_poisoned(struct far_memory *m, uint64_t off, uint64_t len);
 bool far_mem_is_staged(struct far_memory *m, uint64_t off, const void *buf, uint64_t len);

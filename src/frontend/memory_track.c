@@ -686,7 +686,9 @@ void far_mem_track_open(struct far_memory *m)
 		.there = track_there,
 		.pushed = track_pushed,
 		.came = track_came,
-		.stage = m->c.mechanism == FAR_MECH_MOVE && m->ours ? far_mem_stage : NULL,
+		.stage = m->ours && (m->c.mechanism == FAR_MECH_MOVE ||
+				     (m->c.mechanism == FAR_MECH_CONTINUE && m->c.tracking == FAR_TRACK_NONE)) ? far_mem_stage : NULL,
 		.unstage = far_mem_unstage,
+		.zeros = far_mem_zeros,
 	};
 }

@@ -36,6 +36,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#define UFFD_MADV_COLLAPSE 25 /* 6.1 */
 #define UFFD_EVENTS (UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_EVENT_UNMAP)
 
 static const struct {
@@ -46,11 +47,12 @@ static const struct {
 	{ FAR_UFFD_MOVE, "move" },
 	{ FAR_UFFD_POISON, "poison" },
 	{ FAR_UFFD_WP_ASYNC, "wp_async" },
-	{ FAR_UFFD_SCAN, "scan", FAR_UFFD_WP_ASYNC },
+	{ FAR_UFFD_SCAN, "scan", FAR_UFFD_WP_ASYNC | FAR_UFFD_COLLAPSE },
 	{ FAR_UFFD_WP, "wp", FAR_UFFD_WP_SHMEM | FAR_UFFD_WP_ASYNC | FAR_UFFD_MINOR_WP },
 	{ FAR_UFFD_WP_SHMEM, "wp_shmem", FAR_UFFD_MINOR_WP },
 	{ FAR_UFFD_MINOR, "minor", FAR_UFFD_MINOR_WP },
 	{ FAR_UFFD_MINOR_WP, "minor_wp" },
+	{ FAR_UFFD_COLLAPSE, "collapse" },
 	{ FAR_UFFD_HUGE, "huge" },
 	{ FAR_UFFD_THP, "thp" },
 	{ FAR_UFFD_EVENTS, "events" },
@@ -259,6 +261,9 @@ static unsigned uffd_ask(const char *without, char *why, size_t n)
 		have &= ~(unsigned)FAR_UFFD_WP_ASYNC;
 	if (uffd_thp())
 		have |= FAR_UFFD_THP;
+	/* No length: the kernel only says whether it knows the advice. */
+	if ((have & FAR_UFFD_SCAN) && madvise(NULL, 0, UFFD_MADV_COLLAPSE) == 0)
+		have |= FAR_UFFD_COLLAPSE;
 	for (size_t i = 0; i < FAR_ARRAY_LEN(uffd_words); i++)
 		if (uffd_masked(without, uffd_words[i].word))
 			have &= ~(uffd_words[i].bit | uffd_words[i].takes);
@@ -492,6 +497,14 @@ int far_uffd_continue(int fd, uint64_t addr, uint64_t len, unsigned flags, uint6
 	if (done)
 		*done = n;
 	return r;
+}
+
+/* The kernel's advice to gather pages into a huge one finds one that is whole already, and has but to enter it into the page
+ * table. It skips memory that this process may not have in huge pages, and says so or not: whoever touches it then has a
+ * fault again. */
+bool far_uffd_show_huge(int fd, uint64_t addr, uint64_t len)
+{
+	return madvise((void *)(uintptr_t)addr, (size_t)len, UFFD_MADV_COLLAPSE) == 0 && far_uffd_wake(fd, addr, len) == 0;
 }
 
 int far_uffd_move(int fd, uint64_t addr, uint64_t src, uint64_t len, unsigned flags, uint64_t *done)

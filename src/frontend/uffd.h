@@ -25,11 +25,12 @@ enum far_uffd_have {
 	FAR_UFFD_HUGE = 1 << 11,    /* shared memory in huge pages can be had (far_hugemem_open) */
 	FAR_UFFD_MINOR_WP = 1 << 12, /* UFFDIO_CONTINUE can arm (6.4) */
 	FAR_UFFD_THP = 1 << 13,     /* private memory in huge pages can be had (MADV_HUGEPAGE) */
+	FAR_UFFD_COLLAPSE = 1 << 14, /* a huge page of shared memory can be shown in one step (MADV_COLLAPSE, 6.1; told by SCAN) */
 };
 
 /* What is here and not masked. FARPAGE_WITHOUT: a list of move, poison, wp_async, scan, wp, wp_shmem, minor, minor_wp,
- * huge, thp, events, fork, kernel, uffd, fuse, and 6.1: what Debian 12's own kernel lacks (move, poison, wp_async, scan,
- * minor_wp). Read and asked for at the first call. */
+ * collapse, huge, thp, events, fork, kernel, uffd, fuse, and 6.1: what Debian 12's own kernel lacks (move, poison, wp_async,
+ * scan, minor_wp). Read and asked for at the first call. */
 unsigned far_uffd_have(void);
 /* The same with this list in place of the environment's, asked for anew: for tests. */
 unsigned far_uffd_probe(const char *without);
@@ -73,6 +74,9 @@ int far_uffd_copy(int fd, uint64_t addr, const void *src, uint64_t len, unsigned
 /* ARM costs a page of memory each: zeros are copied then. Asynchronous tracking needs none (see far_uffd_written). */
 int far_uffd_zero(int fd, uint64_t addr, uint64_t len, unsigned flags, uint64_t *done);
 int far_uffd_continue(int fd, uint64_t addr, uint64_t len, unsigned flags, uint64_t *done);
+/* [addr, addr+len), whole huge pages of shared memory not registered with PROTECT, shows the file's huge pages there, every
+ * byte of them; whoever waits goes on. False: not done, nothing has changed (then far_uffd_continue). */
+bool far_uffd_show_huge(int fd, uint64_t addr, uint64_t len);
 /* Holes in the source are passed over. Both ranges lie in this process; `addr` is registered with fd. */
 int far_uffd_move(int fd, uint64_t addr, uint64_t src, uint64_t len, unsigned flags, uint64_t *done);
 int far_uffd_poison(int fd, uint64_t addr, uint64_t len, uint64_t *done);

@@ -91,6 +91,8 @@ static int cache_put(struct far_region *r, struct far_partial *e, uint64_t base,
 		r->memory.came(r->memory.self, base, buf, len);
 	if (!e) {
 		if (atomic_load_explicit(&r->local_zero, memory_order_acquire) && far_is_zero(buf, (size_t)len)) {
+			if (first >= len && r->memory.self)
+				r->memory.zeros(r->memory.self, base, buf, len);
 			if (first >= len)
 				return 0;
 			from = first / CACHE_PAGE * CACHE_PAGE; /* who waits for it is served at once */
@@ -191,6 +193,8 @@ static int cache_fetch_piece(struct far_region *r, struct far_fetch *f, uint64_t
 	int err = far_read(r->remote, off, buf, (size_t)len, flags);
 
 	if (err) {
+		if (staged)
+			atomic_store_explicit(&r->local_zero, false, memory_order_release);
 		if (!(flags & FAR_NOWAIT && err == -EAGAIN))
 			far_region_remote_failed(r, err);
 		return err;

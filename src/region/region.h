@@ -31,9 +31,12 @@ struct far_region_memory {
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
 	/* These bytes, whole chunks, are what the remote has, and are about to be filled in. */
 	void (*came)(void *self, uint64_t off, const void *buf, uint64_t len);
-	/* A buffer from which a fill of whole huge pages costs no copy, for a range of whole aligned FAR_STAGE; NULL: take any. */
+	/* A buffer from which a fill of whole huge pages costs no copy, for a claimed range of whole aligned FAR_STAGE; NULL:
+	 * take any. It may be the place itself, which after a read that failed is not zero any more. */
 	void *(*stage)(void *self, uint64_t off, uint64_t len);
 	void (*unstage)(void *self, void *buf, uint64_t len);
+	/* These bytes, all zero, will not be filled in. */
+	void (*zeros)(void *self, uint64_t off, const void *buf, uint64_t len);
 };
 
 struct far_region_conf {

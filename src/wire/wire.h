@@ -8,6 +8,7 @@
 #include "backend/backend.h"
 
 far_leaf_open far_grpc_open; /* grpc://host:port/EXPORT, grpc+unix:///EXPORT?socket=PATH */
+far_leaf_open far_nbd_open;  /* nbd://host:port/EXPORT, nbd+unix:///EXPORT?socket=PATH, nbds the same */
 
 /* The client half over one connected stream socket, which it owns from success on; there is no second connection and
  * no reconnect. `where` names the peer in messages. */

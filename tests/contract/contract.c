@@ -809,8 +809,8 @@ static const struct contract_subject builtin[] = {
 };
 
 /* Subjects of other files. */
-extern const struct contract_subject contract_grpc[], contract_managed[], contract_pointer[], contract_memory[];
-static const struct contract_subject *const others[] = { contract_grpc, contract_managed, contract_pointer, contract_memory };
+extern const struct contract_subject contract_grpc[], contract_managed[], contract_nbd[], contract_pointer[], contract_memory[];
+static const struct contract_subject *const others[] = { contract_grpc, contract_managed, contract_nbd, contract_pointer, contract_memory };
 
 static const struct {
 	const char *name;

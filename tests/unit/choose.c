@@ -13,9 +13,10 @@
 
 #include <cmocka.h>
 
-#define ALL ((FAR_UFFD_THP << 1) - 1)
+#define ALL ((FAR_UFFD_COLLAPSE << 1) - 1)
 #define PULLS { .pull_workers = -1 }
-#define LINUX_6_1 (ALL & ~(FAR_UFFD_MOVE | FAR_UFFD_POISON | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN | FAR_UFFD_MINOR_WP))
+#define LINUX_6_1 (ALL & ~(FAR_UFFD_MOVE | FAR_UFFD_POISON | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN | FAR_UFFD_MINOR_WP | \
+			  FAR_UFFD_COLLAPSE))
 
 static const struct far_facts remote = { .size = sizeof(struct far_facts), .bytes = FAR_GIB,
 					 .caps = FAR_CAP_WRITE | FAR_CAP_REMOTE };

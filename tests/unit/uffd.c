@@ -147,9 +147,10 @@ static void masks(void **state)
 	have = far_uffd_probe("6.1");
 	assert_int_equal(have & (FAR_UFFD_MOVE | FAR_UFFD_POISON | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN | FAR_UFFD_MINOR_WP), 0);
 	assert_int_equal(have, all & ~(unsigned)(FAR_UFFD_MOVE | FAR_UFFD_POISON | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN |
-						  FAR_UFFD_MINOR_WP));
+						  FAR_UFFD_MINOR_WP | FAR_UFFD_COLLAPSE));
 	assert_int_equal(far_uffd_probe("move,huge"), all & ~(unsigned)(FAR_UFFD_MOVE | FAR_UFFD_HUGE));
-	assert_int_equal(far_uffd_probe("scan"), all & ~(unsigned)(FAR_UFFD_SCAN | FAR_UFFD_WP_ASYNC));
+	assert_int_equal(far_uffd_probe("scan"), all & ~(unsigned)(FAR_UFFD_SCAN | FAR_UFFD_WP_ASYNC | FAR_UFFD_COLLAPSE));
+	assert_int_equal(far_uffd_probe("collapse"), all & ~(unsigned)FAR_UFFD_COLLAPSE);
 	assert_int_equal(far_uffd_probe("minor events,fork"),
 			 all & ~(unsigned)(FAR_UFFD_MINOR | FAR_UFFD_MINOR_WP | FAR_UFFD_EVENTS | FAR_UFFD_FORK));
 	assert_int_equal(far_uffd_probe("wp") & (FAR_UFFD_WP | FAR_UFFD_WP_SHMEM | FAR_UFFD_WP_ASYNC), 0);

@@ -83,6 +83,9 @@ bool far_channel_usable(const struct far_channel *c);
 /* Bytes that callers said they expect (far_channel_load), for spreading. */
 uint64_t far_channel_load(struct far_channel *c, int64_t change);
 
+/* Why it has failed, if there is more to say than its error; false: there is not. */
+bool far_channel_why(struct far_channel *c, char *buf, size_t n);
+
 /* Two numbers for the owner: a tag that stays (0: only ask), and a count. */
 uint64_t far_channel_tag(struct far_channel *c, uint64_t tag);
 uint64_t far_channel_mark(struct far_channel *c, int64_t change);

@@ -189,8 +189,12 @@ static int dial_start(struct far_client *c, const struct far_open_opts *opts, co
 struct dial_conf {
 	uint64_t size, timeout, max_io, silence;
 	char *socket;
+	char *tls_ca, *tls_cert, *tls_key, *tls_name;
+	int tls_min;
 	bool sums;
 };
+
+static const char *const dial_versions[] = { "1.2", "1.3", NULL };
 
 static const struct far_opt dial_options[] = {
 	{ "size", FAR_OPT_SIZE, offsetof(struct dial_conf, size), .value_name = "BYTES",
@@ -203,7 +207,17 @@ static const struct far_opt dial_options[] = {
 	  .help = "how long a connection with calls pending may give no sign of life", .def = "7s" },
 	{ "sums", FAR_OPT_BOOL, offsetof(struct dial_conf, sums), .help = "checksums of the bytes that travel", .def = "1" },
 	{ "socket", FAR_OPT_STRING, offsetof(struct dial_conf, socket), .value_name = "PATH",
-	  .help = "unix socket (grpc+unix)" },
+	  .help = "unix socket (grpc+unix, grpcs+unix)" },
+	{ "tls-ca", FAR_OPT_STRING, offsetof(struct dial_conf, tls_ca), .value_name = "FILE",
+	  .help = "authorities that may sign the server's certificate (PEM)", .def = "the system's" },
+	{ "tls-cert", FAR_OPT_STRING, offsetof(struct dial_conf, tls_cert), .value_name = "FILE",
+	  .help = "certificate to show to the server (PEM)" },
+	{ "tls-key", FAR_OPT_STRING, offsetof(struct dial_conf, tls_key), .value_name = "FILE", .help = "its private key (PEM)",
+	  .def = "in the certificate's file" },
+	{ "tls-name", FAR_OPT_STRING, offsetof(struct dial_conf, tls_name), .value_name = "NAME",
+	  .help = "name that the server's certificate must be for", .def = "the host's" },
+	{ "tls-min", FAR_OPT_ENUM, offsetof(struct dial_conf, tls_min), .names = dial_versions, .value_name = "VERSION",
+	  .help = "oldest version of TLS that will do", .def = "1.3" },
 	FAR_OPT_END,
 };
 
@@ -231,10 +245,30 @@ static int dial_address(struct far_client *c, const struct far_uri *u, const str
 	return l->authority && (l->path || l->host) ? 0 : far_error_set(err, ENOMEM, "out of memory");
 }
 
+/* grpcs: what TLS needs. Options of it without it are a mistake: nothing falls back to clear text silently. */
+static int dial_tls(struct far_client *c, const struct far_uri *u, const struct dial_conf *conf, struct far_error *err)
+{
+	struct far_tls_opts o = { .cert = conf->tls_cert, .key = conf->tls_key, .ca = conf->tls_ca, .alpn = "h2",
+				  .tls12 = conf->tls_min == 0 };
+
+	if (strcmp(u->scheme, "grpcs")) {
+		if (conf->tls_ca || conf->tls_cert || conf->tls_key || conf->tls_name || conf->tls_min != 1)
+			return far_error_set(err, EINVAL, "%s: options of TLS go with grpcs:// only; %s:// is in the clear", c->where,
+					     u->scheme);
+		return 0;
+	}
+	c->lanes.tls_name = strdup(conf->tls_name ? conf->tls_name : u->host[0] ? u->host : "localhost");
+	if (!c->lanes.tls_name)
+		return far_error_set(err, ENOMEM, "out of memory");
+	c->lanes.tls_name[strcspn(c->lanes.tls_name, "%")] = 0; /* an address's zone stands in no certificate */
+	int r = far_tls_new_client(&o, &c->lanes.tls, err);
+	return r ? far_error_prefix(err, "cannot open %s", c->where) : 0;
+}
+
 int far_grpc_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out, struct far_error *err)
 {
 	struct dial_conf conf = { .size = UINT64_MAX, .timeout = 10 * FAR_SEC, .max_io = DIAL_MAX_IO,
-				  .silence = 7 * FAR_SEC, .sums = true };
+				  .silence = 7 * FAR_SEC, .tls_min = 1, .sums = true };
 	char where[400];
 	struct far_client *c = NULL;
 
@@ -245,6 +279,8 @@ int far_grpc_open(const struct far_uri *u, const struct far_open_opts *opts, str
 			       u->path + (u->path[0] == '/'), opts);
 		r = c ? dial_address(c, u, &conf, err) : far_error_set(err, ENOMEM, "out of memory");
 	}
+	if (r == 0)
+		r = dial_tls(c, u, &conf, err);
 	if (r == 0 && strlen(c->export) > 127)
 		r = far_error_set(err, ENAMETOOLONG, "%s: the export's name is longer than 127 bytes", where);
 	if (r == 0) {

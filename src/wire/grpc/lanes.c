@@ -57,6 +57,15 @@ static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 		return r;
 	if (s < l->slots[FAR_LANE_DEMAND] + FAR_LANES_MAX && s >= l->slots[FAR_LANE_DEMAND])
 		far_conn_brisk(&conn);
+	if (l->tls) {
+		r = far_tls_client(l->tls, l->tls_name, &conn);
+		r = r ? far_error_set(err, -r, "TLS: %s", far_strerror(r)) : far_tls_handshake(&conn, deadline, l->cancel, err);
+		if (r) {
+			far_conn_close(&conn);
+			far_error_prefix(err, "cannot open %s", l->where);
+			return r;
+		}
+	}
 	r = far_channel_new(&conn, l->authority, out);
 	far_conn_close(&conn);
 	if (r)
@@ -64,6 +73,9 @@ static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 	far_channel_keep_alive(*out, l->quiet, l->patience, LANES_PINGS);
 	r = lanes_greet(l, s, *out, deadline, err);
 	if (r) {
+		char why[300];
+		if (far_channel_why(*out, why, sizeof why))
+			r = far_error_set(err, r == -ECONNRESET ? EPROTO : -r, "cannot open %s: %s", l->where, why);
 		far_channel_kill(*out, r);
 		far_channel_put(*out);
 		*out = NULL;
@@ -338,4 +350,6 @@ void far_lanes_fini(struct far_lanes *l) FAR_NO_TSA
 	free(l->host);
 	free(l->path);
 	free(l->authority);
+	far_tls_put(l->tls);
+	free(l->tls_name);
 }

@@ -4,6 +4,7 @@
 #ifndef FAR_GRPC_LANES_H
 #define FAR_GRPC_LANES_H
 
+#include "net/tls.h"
 #include "wire/grpc/channel.h"
 
 #define FAR_LANES_MAX 16 /* connections a lane */
@@ -21,6 +22,8 @@ struct far_lanes {
 	char *where;            /* for messages */
 	char *host, *path;      /* one of them; owned from here on, as authority is */
 	char *authority;
+	struct far_tls *tls;    /* owned; NULL: in clear text */
+	char *tls_name;         /* whom the server's certificate must name; owned */
 	int port;
 	bool once;              /* only the connection that was adopted */
 	unsigned n[FAR_LANES];

@@ -14,7 +14,6 @@
 #include "wire/server.h"
 
 #include "base/thread.h"
-#include "net/net.h"
 #include "wire/grpc/session.h"
 
 #include <stdlib.h>
@@ -263,8 +262,8 @@ void far_grpc_conn_kill(struct far_grpc_conn *c)
 	far_mutex_unlock(&c->lock);
 }
 
-int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew, int fd, void (*ended)(void *opaque),
-			void *opaque, struct far_grpc_conn **out)
+int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew, struct far_conn *conn,
+			void (*ended)(void *opaque), void *opaque, struct far_grpc_conn **out)
 {
 	struct far_grpc_conn *c = calloc(1, sizeof *c);
 
@@ -282,14 +281,14 @@ int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew,
 	c->ended = ended;
 	c->opaque = opaque;
 	c->born = c->moved = far_now();
-	r = far_conn_socket(&c->conn, fd);
-	if (r == 0) {
-		*out = c; /* before the seat may end it */
-		r = far_crew_seat(crew, -1, server_run, server_ended, c);
-		if (r)
-			c->conn.ops = NULL; /* fd stays the caller's */
-	}
-	if (r)
+	c->conn = *conn;
+	*out = c; /* before the seat may end it */
+	r = far_crew_seat(crew, -1, server_run, server_ended, c);
+	if (r) {
+		c->conn.ops = NULL; /* it stays the caller's */
 		server_free(c);
-	return r;
+		return r;
+	}
+	conn->ops = NULL;
+	return 0;
 }

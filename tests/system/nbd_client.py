@@ -1,0 +1,422 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the farpage authors
+"""nbd_client.py FARPAGE [CASE...]: nbd:// regions of servers that are not ours, healthy and failing."""
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
+
+MIB = 1 << 20
+
+
+def need(*programs):
+    for p in programs:
+        if not shutil.which(p, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin'):
+            raise Skip('%s is not installed' % p)
+
+
+class Other:
+    """A server of somebody else's, in the foreground; ended with the case."""
+
+    def __init__(self, w, args, env=None):
+        self.log = open(w.path('other.log'), 'ab')
+        self.p = subprocess.Popen(args, cwd=w.dir, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
+                                  env=dict(os.environ, **(env or {})))
+        w.running.append(self)
+
+    def err(self):
+        with open(self.log.name, errors='replace') as f:
+            return f.read()
+
+    def kill(self):
+        self.p.kill()
+        self.p.wait()
+
+
+def free_port():
+    s = socket.socket()
+    s.bind(('127.0.0.1', 0))
+    n = s.getsockname()[1]
+    s.close()
+    return n
+
+
+def answers(port):
+    try:
+        with socket.create_connection(('127.0.0.1', port), 1) as c:
+            return c.recv(8) == b'NBDMAGIC'
+    except OSError:
+        return False
+
+
+def nbdkit(w, *args, port=None, tls=()):
+    """(server, uri)"""
+    need('nbdkit')
+    port = port or free_port()
+    s = Other(w, ['nbdkit', '-f', '-i', '127.0.0.1', '-p', str(port), *tls, *args])
+    wait_for(lambda: answers(port) or s.p.poll() is not None, 'nbdkit')
+    true(s.p.poll() is None, s.err())
+    return s, 'nbd://127.0.0.1:%d' % port
+
+
+def unix(w, args, name='sock'):
+    s = Other(w, args)
+    wait_for(lambda: os.path.exists(w.path(name)) or s.p.poll() is not None, args[0])
+    true(s.p.poll() is None, s.err())
+    return s, 'nbd+unix:///?socket=%s' % w.path(name)
+
+
+def there_and_back(w, uri, size, name='a', **kw):
+    """Write all of it, read it back by farpage, and let nbdcopy read it."""
+    data = w.file(name, size, holes=[(size // 4, size // 2)])
+    w.run('copy', 'file:' + name, uri, code=0)
+    w.run('copy', uri, 'file:back', code=0)
+    equal(w.read('back'), data, 'read back by farpage')
+    os.unlink(w.path('back'))
+    return data
+
+
+def nbdkit_memory(w):
+    s, uri = nbdkit(w, 'memory', '8M')
+    data = there_and_back(w, uri + '/', 8 * MIB)
+    has(w.run('info', uri, code=0).out, '8388608 bytes', 'write durable remote')
+    if shutil.which('nbdcopy'):
+        subprocess.run(['nbdcopy', uri, w.path('theirs')], check=True, timeout=60)
+        equal(w.read('theirs'), data, 'read back by nbdcopy')
+
+
+def nbdkit_with_less(w):
+    """Without structured replies, zeroing, several connections, trim; small largest request; large smallest one."""
+    for args in (['--no-sr', '--filter=nozero', '--filter=multi-conn', 'memory', '3M', 'multi-conn-mode=disable'],
+                 ['--filter=blocksize-policy', 'memory', '3M', 'blocksize-minimum=4096', 'blocksize-maximum=64K',
+                  'blocksize-preferred=4K', 'blocksize-error-policy=error'],
+                 ['--filter=noextents', '--filter=noparallel', 'memory', '3M']):
+        s, uri = nbdkit(w, *args)
+        there_and_back(w, uri, 3 * MIB)
+        s.kill()
+
+
+def an_end_that_no_block_reaches(w):
+    s, uri = nbdkit(w, '--filter=blocksize-policy', 'memory', '1000000', 'blocksize-minimum=512', 'blocksize-preferred=4K',
+                    'blocksize-maximum=1M', 'blocksize-error-policy=error')
+    r = w.run('info', uri, code=2)
+    message(r.err)
+    has(r.err, 'multiple', '512')
+
+
+def read_only_exports(w):
+    w.file('a', MIB)
+    s, uri = nbdkit(w, '-r', 'file', w.path('a'))
+    w.run('copy', uri, 'file:b', code=0)
+    equal(w.read('b'), w.read('a'))
+    message(w.run('copy', 'file:a', uri, code=1).err)
+
+
+def exports_by_name(w):
+    for n in ('one', 'two'):
+        os.makedirs(w.path('d'), exist_ok=True)
+        w.file('d/' + n, MIB, seed=len(n) + ord(n[0]))
+    s, uri = nbdkit(w, 'file', 'dir=' + w.path('d'))
+    for n in ('one', 'two'):
+        w.run('copy', uri + '/' + n, 'file:x', code=0)
+        equal(w.read('x'), w.read('d/' + n))
+    r = w.run('info', uri + '/three', code=1)
+    message(r.err)
+
+
+def qemu_nbd(w):
+    need('qemu-nbd')
+    for args in ([], ['-e', '4']):
+        w.file('q', 4 * MIB)
+        s, uri = unix(w, ['qemu-nbd', '-t', '-f', 'raw', '-k', w.path('sock'), *args, w.path('q')])
+        there_and_back(w, uri, 4 * MIB)
+        s.p.terminate()
+        s.p.wait()
+        equal(w.read('q'), w.read('a'), 'what qemu-nbd has written')
+        if os.path.exists(w.path('sock')):
+            os.unlink(w.path('sock'))
+
+
+def qemu_nbd_qcow2(w):
+    """Holes of an image are zero extents."""
+    need('qemu-nbd', 'qemu-img')
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', w.path('q'), '64M'], check=True, timeout=60)
+    s, uri = unix(w, ['qemu-nbd', '-t', '-f', 'qcow2', '-k', w.path('sock'), w.path('q')])
+    has(w.run('info', uri, code=0).out, '0 B data, 64 MiB zeros')
+    there_and_back(w, uri + '&size=64M', 64 * MIB)
+
+
+def qemu_storage_daemon(w):
+    need('qemu-storage-daemon')
+    w.file('q', 4 * MIB)
+    s, uri = unix(w, ['qemu-storage-daemon', '--blockdev', 'driver=file,node-name=f,filename=' + w.path('q'),
+                      '--nbd-server', 'addr.type=unix,addr.path=' + w.path('sock'),
+                      '--export', 'type=nbd,id=e,node-name=f,name=disk,writable=on'])
+    there_and_back(w, uri.replace('///', '///disk'), 4 * MIB)
+    equal(w.read('q'), w.read('a'))
+
+
+def nbd_server(w):
+    need('nbd-server')
+    port = free_port()
+    w.file('q', 4 * MIB)
+    with open(w.path('conf'), 'w') as f:
+        f.write('[generic]\nport = %d\nlistenaddr = 127.0.0.1\nallowlist = true\n[disk]\nexportname = %s\nflush = true\n'
+                'fua = true\ntrim = true\n' % (port, w.path('q')))
+    # It knows no foreground in which it serves more than one connection.
+    Other(w, ['nbd-server', '-C', w.path('conf'), '-p', w.path('pid')])
+    wait_for(lambda: answers(port), 'nbd-server')
+    try:
+        there_and_back(w, 'nbd://127.0.0.1:%d/disk' % port, 4 * MIB)
+        equal(w.read('q'), w.read('a'), 'what nbd-server has written')
+    finally:
+        os.kill(int(w.read('pid')), signal.SIGTERM)
+
+
+def errors_are_told(w):
+    """What the server answers is what the caller hears; it is not tried for ever."""
+    s, uri = nbdkit(w, '--filter=noextents', '--filter=error', 'memory', '4M', 'error-pread=ENOSPC', 'error-pread-rate=100%')
+    r = w.run('copy', uri, 'null:', code=1)
+    message(r.err)
+    has(r.err, 'No space left')
+    s.kill()
+    s, uri = nbdkit(w, '--filter=noextents', '--filter=error', 'memory', '4M', 'error-pwrite=EPERM', 'error-pwrite-rate=100%')
+    w.file('a', 4 * MIB)
+    message(w.run('copy', 'file:a', uri, code=1).err)
+
+
+def errors_now_and_then(w):
+    s, uri = nbdkit(w, '--filter=noextents', '--filter=error', 'memory', '8M', 'error-pread=EIO', 'error-pread-rate=20%')
+    data = w.file('a', 8 * MIB)
+    w.run('copy', 'file:a', uri, code=0)
+    w.run('copy', uri, 'file:b', '--layer', 'retry:backoff=1ms,max-backoff=2ms', code=0)
+    equal(w.read('b'), data)
+
+
+def slow_ones_are_given_up(w):
+    """A call that takes too long ends its connection; buffers are let go, and nothing hangs."""
+    s, uri = nbdkit(w, '--filter=noextents', '--filter=delay', 'memory', '4M', 'rdelay=60')
+    began = time.monotonic()
+    r = w.run('copy', uri + '?timeout=300ms', 'null:')
+    true(r.returncode, 'a read that took a minute')
+    message(r.err)
+    has(r.err, 'timed out')
+    true(time.monotonic() - began < 20, 'it took too long')
+
+
+def stopped_server(w):
+    """SIGSTOP: neither an answer nor an end of the connection. Then it goes on."""
+    s, uri = nbdkit(w, 'memory', '4M')
+    data = w.file('a', 4 * MIB)
+    w.run('copy', 'file:a', uri, code=0)
+    os.kill(s.p.pid, signal.SIGSTOP)
+    r = w.run('copy', uri + '?timeout=500ms', 'null:', '--deadline', '1s')
+    true(r.returncode in (1, 4), 'exit %d' % r.returncode)
+    message(r.err)
+    os.kill(s.p.pid, signal.SIGCONT)
+    w.run('copy', uri, 'file:b', code=0)
+    equal(w.read('b'), data)
+
+
+def lost_and_found(w):
+    """A managed mount: the server is killed and comes back; the pull goes on, what was written is pushed."""
+    need_fuse()
+    data = bytearray(w.file('a', 8 * MIB))
+    w.file('t', 0)
+    s, uri = nbdkit(w, '--filter=rate', 'file', w.path('a'), 'rate=32M')
+    port = int(uri.rsplit(':', 1)[1])
+    m = w.mount(uri, 't', '--mode', 'managed', '--deadline', '20s')
+    s.kill()
+    s, uri = nbdkit(w, 'file', w.path('a'), port=port)
+    with open(w.path('t'), 'r+b', buffering=0) as f:
+        f.seek(5 * MIB)
+        f.write(b'x' * 10000)
+        os.fsync(f.fileno())
+        data[5 * MIB:5 * MIB + 10000] = b'x' * 10000
+        f.seek(0)
+        got = b''
+        while len(got) < len(data):
+            got += f.read(MIB)
+    equal(got, bytes(data))
+    equal(w.read('a'), bytes(data), 'at the server')
+    equal(m.end(), 0, 'end of the mount: ' + m.err())
+
+
+def another_export_is_refused(w):
+    """After a reconnect another size: nothing is read from it, nothing written to it."""
+    need_fuse()
+    w.file('a', 4 * MIB)
+    other = w.file('b', 5 * MIB, seed=9)
+    w.file('t', 0)
+    s, uri = nbdkit(w, 'file', w.path('a'))
+    port = int(uri.rsplit(':', 1)[1])
+    m = w.mount(uri, 't', '--mode', 'direct', '--deadline', '2s')
+    s.kill()
+    s, uri = nbdkit(w, 'file', w.path('b'), port=port)
+    for op in (lambda fd: os.pread(fd, 4096, MIB), lambda fd: (os.pwrite(fd, b'y' * 4096, 0), os.fsync(fd))):
+        fd = os.open(w.path('t'), os.O_RDWR)
+        try:
+            op(fd)
+            raise AssertionError('it went through')
+        except OSError:
+            pass
+        finally:
+            try:
+                os.close(fd)
+            except OSError:
+                pass
+    m.end()
+    equal(w.read('b'), other, 'what is there now')
+
+
+def direct_mount(w):
+    need_fuse()
+    data = bytearray(w.file('a', 4 * MIB))
+    w.file('t', 0)
+    s, uri = nbdkit(w, 'file', w.path('a'))
+    m = w.mount(uri, 't', '--mode', 'direct')
+    with open(w.path('t'), 'r+b', buffering=0) as f:
+        f.seek(12345)
+        f.write(b'z' * 5000)
+        data[12345:17345] = b'z' * 5000
+        os.fsync(f.fileno())
+    equal(w.read('t'), bytes(data))
+    equal(w.read('a'), bytes(data), 'at the server')
+    equal(m.end(), 0, m.err())
+
+
+def refused_uris(w):
+    for uri, words in (('nbd:///x', ['host']), ('nbd+unix:///x', ['socket']), ('nbd://h?socket=/x', ['socket']),
+                       ('nbd://h?tls-psk-file=/x', ['nbds']), ('nbd://h?nonsense=1', ['nonsense', 'connections']),
+                       ('nbds+unix:///?socket=/x', ['tls-psk-file'])):
+        r = w.run('info', uri)
+        true(r.returncode in (1, 2), uri)
+        message(r.err)
+        has(r.err, *words)
+    r = w.run('info', 'nbd://127.0.0.1:%d' % free_port(), code=1)
+    message(r.err)
+    has(r.err, 'refused')
+
+
+# -------------------------------------------------------------------------------------------------- hostile servers
+
+class Hostile:
+    """Fixed newstyle up to the transmission phase of a 1 MiB export; then each request is given to fn(conn, request)."""
+
+    def __init__(self, fn, flags=1 | 4 | 8, size=MIB):
+        self.s = socket.socket()
+        self.s.bind(('127.0.0.1', 0))
+        self.s.listen(16)
+        self.fn, self.flags, self.size = fn, flags, size
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def uri(self):
+        return 'nbd://127.0.0.1:%d?timeout=500ms' % self.s.getsockname()[1]
+
+    def accept(self):
+        while True:
+            try:
+                c, _ = self.s.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.serve, args=(c,), daemon=True).start()
+
+    def need(self, c, n):
+        b = b''
+        while len(b) < n:
+            x = c.recv(n - len(b))
+            if not x:
+                raise OSError('end')
+            b += x
+        return b
+
+    def serve(self, c):
+        try:
+            c.sendall(b'NBDMAGICIHAVEOPT' + struct.pack('>H', 3))
+            self.need(c, 4)
+            while True:
+                _, opt, n = struct.unpack('>8sII', self.need(c, 16))
+                self.need(c, n)
+                reply = lambda t, b=b'': c.sendall(struct.pack('>QIII', 0x3e889045565a9, opt, t, len(b)) + b)
+                if opt == 8 and self.flags & 1 << 20:
+                    reply(1)
+                elif opt == 7:
+                    reply(3, struct.pack('>HQH', 0, self.size, self.flags & 0xffff))
+                    reply(1)
+                    break
+                else:
+                    reply(0x80000001)
+            while True:
+                _, flags, cmd, cookie, off, n = struct.unpack('>IHHQQI', self.need(c, 28))
+                if cmd == 2:
+                    return
+                self.fn(c, cmd, cookie, off, n)
+        except OSError:
+            pass
+        finally:
+            c.close()
+
+
+def hostile(fn, **kw):
+    def run(w):
+        h = Hostile(fn, **kw)
+        try:
+            began = time.monotonic()
+            r = w.run('copy', h.uri(), 'file:out')
+            true(r.returncode in (1, 4), 'exit %d: %s' % (r.returncode, r.err))
+            message(r.err)
+            true(time.monotonic() - began < 30, 'it took too long')
+        finally:
+            h.s.close()
+    return run
+
+
+def simple(cookie, error=0):
+    return struct.pack('>IIQ', 0x67446698, error, cookie)
+
+
+def chunk(cookie, type, body, done=True):
+    return struct.pack('>IHHQI', 0x668e33ef, 1 if done else 0, type, cookie, len(body)) + body
+
+
+HOSTILE = {
+    'hang_up_on_a_read': lambda c, cmd, k, off, n: c.close(),
+    'half_a_reply': lambda c, cmd, k, off, n: (c.sendall(simple(k) + b'x' * (n // 2)), c.close()),
+    'half_a_reply_then_silence': lambda c, cmd, k, off, n: c.sendall(simple(k) + b'x' * (n // 2)),
+    'wrong_magic': lambda c, cmd, k, off, n: c.sendall(b'\x11' * 16),
+    'wrong_cookie': lambda c, cmd, k, off, n: c.sendall(simple(k + 1000) + b'x' * n),
+    'an_unknown_error': lambda c, cmd, k, off, n: c.sendall(simple(k, 0x7fffffff)),
+    'structured_unasked': lambda c, cmd, k, off, n: c.sendall(chunk(k, 0, b'')),
+}
+STRUCTURED = {
+    'no_data_at_all': lambda c, cmd, k, off, n: c.sendall(chunk(k, 0, b'')),
+    'less_data_than_asked': lambda c, cmd, k, off, n: c.sendall(chunk(k, 1, struct.pack('>Q', off) + b'x' * (n - 1))),
+    'data_before_the_range': lambda c, cmd, k, off, n: c.sendall(chunk(k, 1, struct.pack('>Q', off - 1 & (1 << 64) - 1) + b'x' * n)),
+    'data_behind_the_range': lambda c, cmd, k, off, n: c.sendall(chunk(k, 1, struct.pack('>Q', off + 1) + b'x' * n)),
+    'a_hole_of_4_GiB': lambda c, cmd, k, off, n: c.sendall(chunk(k, 2, struct.pack('>QI', off, 0xffffffff))),
+    'a_chunk_of_4_GiB': lambda c, cmd, k, off, n: c.sendall(struct.pack('>IHHQI', 0x668e33ef, 1, 1, k, 0xffffffff)),
+    'status_for_a_read': lambda c, cmd, k, off, n: c.sendall(chunk(k, 5, struct.pack('>III', 1, 4096, 0))),
+}
+
+
+def named(name, fn):
+    fn.__name__ = name
+    return fn
+
+
+QUICK = [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, qemu_nbd,
+         qemu_nbd_qcow2, qemu_storage_daemon, nbd_server, errors_are_told, errors_now_and_then, slow_ones_are_given_up,
+         stopped_server, lost_and_found, another_export_is_refused, direct_mount, refused_uris]
+QUICK += [named(k, hostile(f)) for k, f in HOSTILE.items()]
+QUICK += [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()]
+
+if __name__ == '__main__':
+    main(QUICK)
