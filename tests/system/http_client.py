@@ -190,6 +190,13 @@ def a_local_copy_of_an_older_object_is_refused(w, web):
         equal(f.read(), data)
     equal(m.end(), 0, m.err())
     true(len(s.asked) < asked + 8, 'it was fetched again')
+    away = [True]
+    s.before = lambda r: away[0] and (setattr(r, 'close_connection', True), r.connection.shutdown(socket.SHUT_RDWR))
+    m = w.mount(s.uri(), 'd', '--local', 'file:cache')
+    with open(m.path, 'rb') as f:
+        equal(f.read(), data, 'while the server is away')
+    equal(m.end(), 0, m.err())
+    away[0] = False
     s.version += 1
     r = w.run('mount', s.uri(), 'd', '--local', 'file:cache')
     true(r.returncode, 'an older copy was taken')

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
+from cli_lib import FARPAGE, Skip, equal, has, main, message, need_fuse, true, wait_for
 
 MIB = 1 << 20
 
@@ -277,6 +277,39 @@ def another_export_is_refused(w):
     equal(w.read('b'), other, 'what is there now')
 
 
+def begun_without_the_server(w):
+    """What is in the local store can be read while the server is away; then it goes on."""
+    need_fuse()
+    data = bytearray(w.file('a', 2 * MIB))
+    os.mkdir(w.path('d'))
+    s, uri = nbdkit(w, 'file', w.path('a'))
+    port = int(uri.rsplit(':', 1)[1])
+    m = w.mount(uri, 'd', '--local', 'file:cache')
+    w.run('wait', 'd', '--local', '100%', code=0)
+    equal(m.end(), 0, m.err())
+    s.kill()
+    m = w.mount(uri, 'd', '--local', 'file:cache', '--deadline', '20s')
+    equal(w.read('d/region'), bytes(data), 'while it is away')
+    s, uri = nbdkit(w, 'file', w.path('a'), port=port)
+    with open(m.path, 'r+b', buffering=0) as f:
+        f.write(b'new')
+        os.fsync(f.fileno())
+    equal(w.read('a')[:3], b'new')
+    equal(m.end(), 0, m.err())
+
+
+def fsx_on_both_mounts(w):
+    fsx = os.path.join(os.path.dirname(FARPAGE), 'tests/system/fsx')
+    if not os.access(fsx, os.X_OK):
+        raise Skip('fsx is not built')
+    s, uri = nbdkit(w, 'memory', '1M')
+    for mode in ('managed', 'direct'):
+        w.file(mode, 0)
+        m = w.mount(uri, mode, '--mode', mode)
+        subprocess.run([fsx, w.path(mode), '1500', '3'], check=True, timeout=120, stdout=subprocess.DEVNULL)
+        equal(m.end(), 0, m.err())
+
+
 def direct_mount(w):
     need_fuse()
     data = bytearray(w.file('a', 4 * MIB))
@@ -451,7 +484,7 @@ def matrix(w):
         s, uri = nbdkit(w, *filters, 'memory', '16M', *[x for x in server if not x.startswith('--')])
         data = w.file('a', 16 * MIB, holes=[(5 * MIB, 9 * MIB)])
         for q in ('?connections=1', '?connections=16', '?max-request=512', '?max-request=32M'):
-            if q == '?max-request=512' and 'delay' in ''.join(server):
+            if q == '?max-request=512' and filters in (['--filter=delay'], ['--filter=error']):
                 continue
             w.run('copy', 'file:a', uri + q, code=0)
             w.run('copy', uri + q, 'file:b', '--layer', 'retry:backoff=1ms', code=0)
@@ -582,7 +615,8 @@ def named(name, fn):
 
 QUICK = [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, qemu_nbd,
          qemu_nbd_qcow2, qemu_storage_daemon, nbd_server, errors_are_told, errors_now_and_then, slow_ones_are_given_up,
-         stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, direct_mount, refused_uris]
+         stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, begun_without_the_server,
+         fsx_on_both_mounts, direct_mount, refused_uris]
 QUICK += [named(k, hostile(f)) for k, f in HOSTILE.items()]
 QUICK += [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()]
 

@@ -541,7 +541,8 @@ static int link_handshake(struct far_nbd_link *l, const struct far_nbd_peer *p, 
 	return r ? far_error_set(err, -r, "cannot open %s: %s", p->where, far_strerror(r)) : 0;
 }
 
-static int link_describe(struct far_nbd_link *l, const struct far_nbd_peer *p, struct far_nbd_export *e, struct far_error *err)
+static int link_describe(struct far_nbd_link *l, const struct far_nbd_peer *p, struct far_nbd_export *e,
+			 struct far_error *err)
 {
 	int64_t bytes = nbd_get_size(l->h), block = nbd_get_block_size(l->h, LIBNBD_SIZE_MINIMUM),
 		max = nbd_get_block_size(l->h, LIBNBD_SIZE_MAXIMUM);
