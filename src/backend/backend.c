@@ -327,6 +327,14 @@ int far_share(struct far_backend *b, int *fd)
 		at_;                                                                                                    \
 	})
 
+bool far_backend_zeroes(struct far_backend *b)
+{
+	for (; b; b = b->ops.inner ? b->ops.inner(b->self) : NULL)
+		if (!b->ops.zero && !b->ops.discard)
+			return false;
+	return true;
+}
+
 int far_record_read(struct far_backend *b, void *buf, size_t cap, size_t *n)
 {
 	*n = 0;

@@ -36,6 +36,11 @@ int far_heap_new(uint64_t bytes, struct far_backend **out);
 /* Where its bytes are, for as long as b is open; NULL if b is something else. */
 const char *far_heap_address(const struct far_backend *b);
 
+/* Whether b itself is memory of this host: none of its calls waits for anything. mem.c. */
+bool far_backend_is_memory(const struct far_backend *b);
+/* Whether far_zero() and far_discard() cost less than writing zeros would, all the way down. */
+bool far_backend_zeroes(struct far_backend *b);
+
 /* What the innermost backend with a record calls its mark now; 0: cannot tell. */
 uint64_t far_record_mark(struct far_backend *b);
 /* For a leaf that has just read its record: put what it says of identity and version into the facts. */

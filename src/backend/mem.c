@@ -128,3 +128,8 @@ close:
 	mem_close(m);
 	return r;
 }
+
+bool far_backend_is_memory(const struct far_backend *b)
+{
+	return far_backend_is(b, mem_read) || far_heap_address(b);
+}

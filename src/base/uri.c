@@ -192,3 +192,19 @@ void far_uri_fini(struct far_uri *u)
 	free(u->query);
 	*u = (struct far_uri){ 0 };
 }
+
+bool far_uri_encode(const char *s, char *buf, size_t n)
+{
+	static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/";
+	size_t at = 0;
+
+	for (; *s && at + 4 <= n; s++) {
+		if (strchr(plain, *s))
+			buf[at++] = *s;
+		else
+			at += (size_t)snprintf(buf + at, n - at, "%%%02X", (unsigned)(unsigned char)*s);
+	}
+	if (n)
+		buf[at < n ? at : n - 1] = 0;
+	return !*s;
+}

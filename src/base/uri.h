@@ -26,6 +26,8 @@ int far_uri_parse(struct far_uri *u, const char *text, struct far_error *err);
 void far_uri_fini(struct far_uri *u);
 /* The scheme of `text` alone with its "+variant", in lower case, into buf; "" if it has none or does not fit. A path such as ./x or /x has none. */
 void far_uri_scheme(const char *text, char *buf, size_t n);
+/* `s` as a path or a value in a URI: what means something there becomes %XX. False: it does not fit into n bytes. */
+bool far_uri_encode(const char *s, char *buf, size_t n);
 /* Decode %XX in place. -EINVAL: a '%' without two hexadecimal digits, or %00. */
 int far_uri_decode(char *s);
 

@@ -7,6 +7,8 @@
 #include "base/base.h"
 #include "base/options.h"
 
+#include <sys/types.h>
+
 #include <stdio.h>
 
 enum cli_exit {
@@ -70,6 +72,11 @@ struct cli_range {
 	uint64_t off, len;
 };
 int cli_ranges(const char *text, uint64_t bytes, struct cli_range **out, size_t *n, struct far_error *err);
+
+/* Run a shell command with $FARPAGE and $FARPAGE_URI set. 0 or -errno, which was said. */
+int cli_run_start(const char *command, const char *path, const char *uri, pid_t *out);
+/* Whether it has ended; then *code is its exit code, 128 and the signal if one killed it. */
+bool cli_run_ended(pid_t child, int *code);
 
 /* Block SIGINT, SIGTERM and SIGHUP, ignore SIGPIPE; call before any thread starts. Returns a signalfd, or -errno. */
 int cli_signals(bool with_child);

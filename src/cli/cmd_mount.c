@@ -22,7 +22,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum mount_as { MOUNT_AS_AUTO, MOUNT_AS_FUSE };
+enum mount_as { MOUNT_AS_AUTO, MOUNT_AS_FUSE, MOUNT_AS_NBD_SOCKET = 4 };
 
 #define MOUNT_UNSET UINT64_MAX /* "not given": such options make `--mode auto` choose managed */
 #define MOUNT_UNSET_INT (-2)
@@ -48,7 +48,8 @@ static const char *const mount_on_fails[] = { "error", "wait", NULL };
 static const struct far_opt mount_options[] = {
 	OPT("mode", ENUM, mode), .names = mount_modes, .value_name = "auto|direct|managed", .def = "auto",
 	    .help = "each access goes to SOURCE (direct), or a local copy is pulled and pushed (managed)" },
-	OPT("as", ENUM, as), .names = mount_as, .value_name = "auto|fuse", .def = "auto", .help = "the frontend" },
+	OPT("as", ENUM, as), .names = mount_as, .value_name = "auto|fuse|nbd-socket", .def = "auto",
+	    .help = "the frontend: a file, or an NBD server on TARGET/nbd.sock, which needs neither root nor a kernel module" },
 	OPT("layer", LIST, layer), .value_name = "NAME[:KEY=VALUE,...]",
 	    .help = "wrap SOURCE in a layer, such as delay:rtt=40ms; may be repeated, the first is outermost" },
 	OPT("local", STRING, local), .value_name = "URI", .def = "mem:", .help = "where the local copy is kept" },
@@ -99,7 +100,7 @@ static const struct far_opt mount_options[] = {
 	    .help = "of the file inside a directory" },
 	OPT("background", BOOL, background), .help = "return once the file is usable" },
 	OPT("run", STRING, run), .value_name = "CMD",
-	    .help = "run a shell command with $FARPAGE set to the file, then unmount; its exit code is returned" },
+	    .help = "run a shell command with $FARPAGE (the path) and $FARPAGE_URI set, then unmount; its exit code is returned" },
 	OPT("control", STRING, control), .value_name = "PATH", .help = "put the control socket here" },
 	OPT("quiet", BOOL, quiet), .help = "no progress" },
 	FAR_OPT_END
@@ -168,8 +169,8 @@ static int mount_check(const struct mount_conf *c, const struct cli_args *args, 
 {
 	struct stat st;
 
-	if (c->as > MOUNT_AS_FUSE)
-		return cli_usage(&cli_mount, "--as %s is not in this version. Use --as fuse", mount_as[c->as]);
+	if (c->as > MOUNT_AS_FUSE && c->as != MOUNT_AS_NBD_SOCKET)
+		return cli_usage(&cli_mount, "--as %s is not in this version. Use --as fuse or --as nbd-socket", mount_as[c->as]);
 	if (args->n < 2)
 		return cli_usage(&cli_mount, "TARGET is missing: an existing directory or file");
 	if (c->background && c->run)
@@ -193,6 +194,8 @@ static int mount_check(const struct mount_conf *c, const struct cli_args *args, 
 					   : "Check the path");
 		return CLI_FAILED;
 	}
+	if (!S_ISDIR(st.st_mode) && c->as == MOUNT_AS_NBD_SOCKET)
+		return cli_usage(&cli_mount, "%s is not a directory: the socket is made in one", args->v[1]);
 	if (!S_ISDIR(st.st_mode) && !S_ISREG(st.st_mode))
 		return cli_usage(&cli_mount, "%s is neither a directory nor a regular file", args->v[1]);
 	return CLI_GO;
@@ -335,6 +338,7 @@ static int mount_go(const struct mount_conf *conf, const char *source, const cha
 	l.conf.name = name;
 	l.conf.target = target;
 	l.conf.network = !parent || parent->backend_fd < 0 ? cli_is_network(source) : false;
+	l.conf.socket = conf->as == MOUNT_AS_NBD_SOCKET;
 	l.conf.asked_managed = mount_asked_managed(conf);
 	l.conf.local_layers = conf->local_layer.v;
 	l.conf.n_local_layers = conf->local_layer.n;

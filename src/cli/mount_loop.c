@@ -18,11 +18,13 @@
 #include "cli/mount_loop.h"
 
 #include "base/clock.h"
+#include "base/uri.h"
 #include "cli/cli.h"
 #include "mount/control.h"
 #include "cli/progress.h"
 
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
@@ -96,25 +98,14 @@ static void mount_job_start(struct mount_run *run, const char *name, void *(*fn)
 
 static void mount_child_start(struct mount_run *run)
 {
-	extern char **environ;
-	char *argv[] = { (char *)"sh", (char *)"-c", (char *)run->l->run, NULL };
-	posix_spawnattr_t attr;
-	sigset_t none, defaults;
+	const char *path = far_mnt_path(run->l->mnt);
+	char encoded[3 * PATH_MAX], uri[sizeof encoded + 32];
 
 	if (!run->l->run)
 		return;
-	setenv("FARPAGE", far_mnt_path(run->l->mnt), 1);
-	sigemptyset(&none);
-	sigemptyset(&defaults);
-	sigaddset(&defaults, SIGPIPE);
-	posix_spawnattr_init(&attr);
-	posix_spawnattr_setsigmask(&attr, &none);
-	posix_spawnattr_setsigdefault(&attr, &defaults);
-	posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
-	int r = posix_spawn(&run->child, "/bin/sh", NULL, &attr, argv, environ);
-	posix_spawnattr_destroy(&attr);
-	if (r != 0) {
-		cli_say("cannot run '%s': %s", run->l->run, far_strerror(r));
+	far_uri_encode(path, encoded, sizeof encoded);
+	snprintf(uri, sizeof uri, run->l->conf.socket ? "nbd+unix:///?socket=%s" : "file:%s", encoded);
+	if (cli_run_start(run->l->run, path, uri, &run->child) < 0) {
 		run->child = 0;
 		run->code = CLI_FAILED;
 		run->asked++;
@@ -123,12 +114,9 @@ static void mount_child_start(struct mount_run *run)
 
 static void mount_child_reap(struct mount_run *run)
 {
-	int status;
-
-	if (!run->child || waitpid(run->child, &status, WNOHANG) != run->child)
+	if (!cli_run_ended(run->child, &run->code))
 		return;
 	run->child = 0;
-	run->code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 	run->asked = run->asked ? run->asked : 1;
 }
 
@@ -339,7 +327,10 @@ static _Noreturn void mount_loop_give_up(struct mount_run *run)
 		far_mnt_status(l->mnt, &st);
 		mount_unsaved_text(l, &st, text, sizeof text);
 		cli_say("stopped %s by a second signal: %s", l->conf.target, st.dirty ? text : "nothing was unsaved");
-		mount_detach(l->conf.target);
+		if (l->conf.socket)
+			unlink(far_mnt_path(l->mnt));
+		else
+			mount_detach(l->conf.target);
 	}
 	_exit(CLI_SIGNAL);
 }

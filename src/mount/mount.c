@@ -3,7 +3,7 @@
 /*
  * A mount is a stack that is built bottom up and taken apart top down:
  *
- *     frontend: FUSE, or a pointer, which has a region of its own (mount_pointer.c)
+ *     frontend: FUSE, or a pointer, which has a region of its own (mount_pointer.c), or a socket (mount_socket.c)
  *     region: chunk map, puller, pusher      managed only; under a pointer only if a local store was given
  *     admit                                  open while it is certain that we may speak to this remote (lease.c)
  *     retry                                  one budget for the whole mount
@@ -363,7 +363,9 @@ static int mnt_open_frontend(struct far_mnt *m, const struct far_mnt_conf *conf,
 		return e ? e : mnt_pull_first(m, err);
 	}
 	e = mnt_pull_first(m, err);
-	return e ? e : mnt_open_fuse(m, conf, err);
+	if (e)
+		return e;
+	return conf->socket ? far_mnt_socket_open(m, conf, err) : mnt_open_fuse(m, conf, err);
 }
 
 /* Who may write, whole chunks for who needs them, one retry budget a mount, the gate. On failure m->remote is what it was
@@ -582,7 +584,7 @@ void far_mnt_status(struct far_mnt *m, struct far_status *st)
 
 bool far_mnt_ended(struct far_mnt *m, uint64_t until)
 {
-	if (m->pointer)
+	if (m->pointer || m->server)
 		return false;
 	return !m->fuse || far_fuse_wait(m->fuse, until);
 }
@@ -652,6 +654,13 @@ int far_mnt_finish(struct far_mnt *m, uint64_t until, char *holders, size_t hold
 		holders[0] = 0;
 	if (!err && m->o.before_close)
 		err = m->o.before_close(m->o.opaque);
+	if (m->server && (!err || (m->region && m->kept.p))) {
+		far_server_stop(m->server); /* what a client has written until now is pushed with the rest */
+		int last = mnt_last_push(m);
+		err = err ? err : last;
+		mnt_let_go(m);
+		return err;
+	}
 	/* Where the local store lasts the file may go all the same: the rest is pushed by the next mount. */
 	if ((err && !(m->region && m->kept.p)) || !m->fuse)
 		return err;
@@ -675,14 +684,16 @@ void far_mnt_close(struct far_mnt *m)
 	/* Whoever is blocked in a backend must get out before the frontend's threads can end. */
 	if (m->region)
 		far_region_stop(m->region);
-	else if (m->fuse)
+	else if (m->fuse || m->server)
 		far_stop(m->remote);
+	far_server_stop(m->server);
 	if (m->pointer)
 		far_pointer_stop(m->pointer);
 	if (m->region)
 		far_region_join(m->region); /* they may be telling the frontend something */
 	far_follower_close(m->follower);
 	far_fuse_close(m->fuse);
+	far_mnt_socket_close(m);
 	far_leaser_close(m->leaser);
 	far_pointer_close(m->pointer);
 	if (m->region)

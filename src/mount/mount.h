@@ -21,6 +21,7 @@ struct far_mnt_conf {
 	bool network;                     /* the URI names a network peer: AUTO measures the round trip */
 	bool offline;                     /* the remote was opened by what the map knows and has not been reached */
 	bool pointer;                     /* shown as memory of this process, not as a file: `target` is only said to others */
+	bool socket;                      /* shown as an NBD server on the socket nbd.sock in the directory `target` */
 	struct far_handover *given;       /* with `pointer`: as memory of another process; taken on success */
 	bool asked_managed;               /* an option that only a managed mount has was given */
 	char *const *local_layers;        /* --local-layer, outermost first */

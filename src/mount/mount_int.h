@@ -34,7 +34,9 @@ struct far_mnt {
 	bool wants_pointer;           /* the frontend is one, or will be */
 	struct far_region *region;    /* NULL when direct, or when the pointer's own is the only one */
 	struct far_fuse *fuse;        /* NULL once unmounted, or if it is a pointer */
-	struct far_pointer *pointer;  /* NULL: a file */
+	struct far_pointer *pointer;  /* NULL: a file, or a socket */
+	struct far_server *server;    /* NULL: no socket */
+	struct far_backend *shown;    /* what it serves */
 	_Atomic(struct far_fuse *) ready; /* the frontend, once mounted */
 	bool local_taken;             /* o.local_backend belongs to the region, or is closed */
 	struct far_backend *local;    /* the region's; NULL if it may lose chunks again by itself */
@@ -46,6 +48,8 @@ struct far_mnt {
 /* What a region below a pointer is told: bounds, hooks and recordings are the pointer's. */
 void far_mnt_pointer_inner(const struct far_mnt *m, struct far_mount_opts *o);
 int far_mnt_pointer_open(struct far_mnt *m, struct far_error *err);
+int far_mnt_socket_open(struct far_mnt *m, const struct far_mnt_conf *conf, struct far_error *err);
+void far_mnt_socket_close(struct far_mnt *m);
 int far_mnt_pointer_flush(struct far_mnt *m);
 int far_mnt_pointer_wait_percent(struct far_mnt *m, uint64_t bytes);
 void far_mnt_pointer_status(struct far_mnt *m, struct far_status *st);

@@ -10,6 +10,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -143,8 +144,7 @@ int far_conn_socket(struct far_conn *c, int fd)
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
 	conn_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, CONN_USER_TIMEOUT_MS);
 	conn_unpace_loopback(fd);
-	c->ops = &conn_ops;
-	c->fd = fd;
+	*c = (struct far_conn){ .ops = &conn_ops, .fd = fd };
 	return 0;
 }
 
@@ -153,6 +153,38 @@ void far_conn_close(struct far_conn *c)
 	if (c->ops)
 		c->ops->close(c);
 	c->ops = NULL;
+}
+
+int far_conn_peer(struct far_conn *c, struct far_peer *p)
+{
+	*p = (struct far_peer){ 0 };
+	return c->ops && c->ops->peer ? c->ops->peer(c, p) : 0;
+}
+
+void far_peer_fini(struct far_peer *p)
+{
+	for (size_t i = 0; i < p->n; i++)
+		free(p->names[i]);
+	free(p->names);
+	*p = (struct far_peer){ 0 };
+}
+
+void far_conn_why(struct far_conn *c, char *buf, size_t n)
+{
+	buf[0] = 0;
+	if (c->ops && c->ops->why)
+		c->ops->why(c, buf, n);
+}
+
+bool far_conn_is_local(const struct far_conn *c)
+{
+	struct sockaddr_storage ss;
+	socklen_t n = sizeof ss;
+
+	if (c->fd < 0 || getpeername(c->fd, (struct sockaddr *)&ss, &n))
+		return false;
+	return ss.ss_family == AF_UNIX ||
+	       ((ss.ss_family == AF_INET || ss.ss_family == AF_INET6) && conn_is_loopback((struct sockaddr *)&ss));
 }
 
 /* Wait for a connect in progress to end. */
@@ -227,6 +259,8 @@ int far_conn_connect(struct far_conn *c, const struct far_net_addr *a, uint64_t 
 {
 	int fd = -1, r = -EHOSTUNREACH;
 
+	if (a->command)
+		return far_conn_command(c, a->command, err);
 	if (a->path) {
 		struct sockaddr_un sun;
 		r = conn_unix_addr(&sun, a->path, err);
@@ -328,6 +362,50 @@ int far_net_listen(const struct far_net_addr *a, bool insecure, int *fd, int *po
 		far_error_set(err, -r, "cannot listen on %s port %d: %s%s", a->host && a->host[0] ? a->host : "*", a->port,
 			      far_strerror(r), r == -EADDRINUSE ? "; choose another port, or 0 for a free one" : "");
 	freeaddrinfo(list);
+	return r;
+}
+
+static int conn_name(int fd, const struct sockaddr_storage *ss, socklen_t len, char **name)
+{
+	char host[64], port[16];
+
+	if (ss->ss_family == AF_UNIX) {
+		const struct sockaddr_un *sun = (const struct sockaddr_un *)ss;
+		size_t n = len > offsetof(struct sockaddr_un, sun_path) ? len - offsetof(struct sockaddr_un, sun_path) : 0;
+		*name = n && sun->sun_path[0] ? strndup(sun->sun_path, n) : strdup("/");
+		return *name ? 0 : -ENOMEM;
+	}
+	if (getnameinfo((const struct sockaddr *)ss, len, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV))
+		return -EINVAL;
+	int r = asprintf(name, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+	return r < 0 ? -ENOMEM : 0;
+}
+
+int far_net_adopt(int fd, bool insecure, char **name, struct far_error *err)
+{
+	struct sockaddr_storage ss;
+	socklen_t n = sizeof ss, len = sizeof(int);
+	int listens = 0, type = 0;
+
+	if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &len) || !listens ||
+	    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) || type != SOCK_STREAM || getsockname(fd, (struct sockaddr *)&ss, &n))
+		return far_error_set(err, EINVAL, "descriptor %d was handed over to listen on, but is no stream socket that does", fd);
+	bool inet = ss.ss_family == AF_INET || ss.ss_family == AF_INET6;
+	if (!inet && ss.ss_family != AF_UNIX)
+		return far_error_set(err, EINVAL, "descriptor %d was handed over to listen on, but is neither TCP nor a unix socket", fd);
+	int r = conn_name(fd, &ss, n, name);
+	if (r)
+		return far_error_set(err, -r, "cannot tell the address of descriptor %d: %s", fd, far_strerror(r));
+	int fl = fcntl(fd, F_GETFL);
+	if (inet && !insecure && !conn_is_loopback((struct sockaddr *)&ss))
+		r = far_error_set(err, EPERM, "will not listen on %s: the traffic would be in the clear beyond this host; give --insecure if "
+				  "that is meant", *name);
+	else if (fl < 0 || fcntl(fd, F_SETFL, fl | O_NONBLOCK) || fcntl(fd, F_SETFD, FD_CLOEXEC))
+		r = far_error_set(err, errno, "cannot use descriptor %d: %s", fd, far_strerror(errno));
+	if (r) {
+		free(*name);
+		*name = NULL;
+	}
 	return r;
 }
 

@@ -23,6 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define SERVER_MAX_REQUEST (32 * FAR_MIB)
@@ -32,10 +33,39 @@
 #define SERVER_LISTENERS 16
 #define SERVER_MEMORY (512 * FAR_MIB)
 #define SERVER_PORT 1337
+#define SERVER_NBD_PORT 10809
+#define SERVER_SILENCE (100 * FAR_MSEC) /* who says nothing for so long waits to be greeted */
+
+enum server_wire { SERVER_GRPC, SERVER_NBD, SERVER_ANY };
+
+/* What a listener speaks, by its URI's scheme. */
+static const struct server_scheme {
+	const char *name;
+	enum server_wire wire;
+	bool tls;
+	int port;
+} server_schemes[] = {
+	{ "grpc", SERVER_GRPC, false, SERVER_PORT },
+	{ "grpcs", SERVER_GRPC, true, SERVER_PORT },
+	{ "nbd", SERVER_NBD, false, SERVER_NBD_PORT },
+	{ "nbds", SERVER_NBD, true, SERVER_NBD_PORT },
+	{ "any", SERVER_ANY, false, SERVER_PORT }, /* by the first bytes; see server_tell() */
+};
+
+struct server_address {
+	struct far_net_addr net;
+	const struct server_scheme *scheme;
+};
 
 struct server_conn {
 	struct far_server *server;
-	struct far_grpc_conn *grpc;
+	enum server_wire wire;
+	union {
+		struct far_grpc_conn *grpc;
+		struct far_nbd_conn *nbd;
+		struct far_conn conn; /* while it is not known what the peer speaks */
+	};
+	int told; /* eventfd of somebody who wants to know of its end; -1: nobody */
 	struct server_conn *next, **prev;
 };
 
@@ -43,6 +73,7 @@ struct server_listener {
 	struct far_server *server;
 	struct far_thread thread;
 	int fd;
+	const struct server_scheme *scheme;
 	char *path; /* of a unix socket, removed at the end */
 };
 
@@ -51,6 +82,7 @@ struct far_server {
 	struct far_server_env env;
 	struct far_crew *crew;
 	bool insecure;
+	struct far_tls *tls; /* NULL: no certificate was given */
 	uint32_t lease_ms;
 	int cancel; /* eventfd, readable once stopping */
 
@@ -72,6 +104,13 @@ const struct far_export *far_server_find(const struct far_server_env *env, const
 	return NULL;
 }
 
+enum far_right far_server_right(const struct far_server_env *env, const struct far_caller *who, const struct far_export *e)
+{
+	if (!env->access)
+		return FAR_RIGHT_WRITE;
+	return who ? far_access_right(env->access, who, e->name, e == env->exports) : FAR_RIGHT_NONE;
+}
+
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall)
 {
 	s->env.handshake = handshake;
@@ -81,6 +120,30 @@ void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stal
 void far_server_plain(struct far_server *s)
 {
 	s->env.plain = true;
+}
+
+static int server_starttls(void *tls, struct far_conn *conn)
+{
+	return far_tls_server(tls, conn);
+}
+
+/* Certificates, and who may do what. */
+static int server_guard(struct far_server *s, const struct far_server_opts *o, struct far_error *err)
+{
+	struct far_tls_opts tls = { .cert = o->tls_cert, .key = o->tls_key, .ca = o->tls_ca, .psk = o->tls_psk, .alpn = "h2",
+				    .tls12 = o->tls12 };
+	struct far_access_opts access = { .allow = o->allow, .token_file = o->token_file, .jwks_file = o->jwks_file,
+					  .oidc_issuer = o->oidc_issuer, .oidc_ca = o->oidc_ca, .issuer = o->issuer,
+					  .audience = o->audience, .named = o->tls_ca || o->tls_psk };
+
+	if (!o->tls_cert && !o->tls_psk && (o->tls_key || o->tls_ca))
+		return far_error_set(err, EINVAL, "TLS needs a certificate, too: give tls-cert");
+	int r = o->tls_cert || o->tls_psk ? far_tls_new_server(&tls, &s->tls, err) : 0;
+	if (s->tls) {
+		s->env.starttls = server_starttls;
+		s->env.tls = s->tls;
+	}
+	return r ? r : far_access_new(&access, &s->env.access, err);
 }
 
 int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
@@ -104,9 +167,21 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
 	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int r = s->cancel < 0 ? -errno : 0;
+	if (r == 0) {
+		r = server_guard(s, &o, err);
+		if (r) {
+			far_tls_put(s->tls);
+			far_fd_close(&s->cancel);
+			far_mutex_fini(&s->lock);
+			free(s);
+			return r;
+		}
+	}
 	if (r == 0)
 		r = far_crew_open(&s->crew, "far-serve", SERVER_CONNECTIONS + (o.max_threads ? o.max_threads : SERVER_THREADS));
 	if (r) {
+		far_access_free(s->env.access);
+		far_tls_put(s->tls);
 		far_fd_close(&s->cancel);
 		far_mutex_fini(&s->lock);
 		free(s);
@@ -160,8 +235,16 @@ int far_server_export(struct far_server *s, const char *name, struct far_backend
 	while (same < s->env.exports_n && list[same].b != b)
 		same++;
 	struct far_loans *loans = same < s->env.exports_n ? list[same].loans : far_loans_new(b);
-	list[s->env.exports_n++] = (struct far_export){ copy, b, owner, loans };
+	list[s->env.exports_n++] = (struct far_export){ .name = copy, .b = b, .owner = owner, .loans = loans };
 	return 0;
+}
+
+void far_server_hooks(struct far_server *s, unsigned (*look)(void *hooks, uint64_t off, uint64_t len, uint64_t *run),
+		      void (*prefetch)(void *hooks, uint64_t off, uint64_t len), void *hooks)
+{
+	s->env.exports[0].look = look;
+	s->env.exports[0].prefetch = prefetch;
+	s->env.exports[0].hooks = hooks;
 }
 
 /* --------------------------------------------------------------------------------------------- connections */
@@ -177,11 +260,29 @@ static void server_ended(void *opaque)
 		sc->next->prev = sc->prev;
 	s->conns_n--;
 	far_mutex_unlock(&s->lock);
+	if (sc->told >= 0)
+		(void)eventfd_write(sc->told, 1);
 	free(sc);
 }
 
-/* fd becomes the server's on success. */
-static int server_add(struct far_server *s, int fd)
+static bool server_tell_run(void *opaque, struct far_seat *seat);
+
+static int server_start(struct far_server *s, struct server_conn *sc, struct far_conn *conn, bool tls)
+{
+	if (sc->wire == SERVER_ANY) {
+		sc->conn = *conn;
+		int r = far_crew_seat(s->crew, -1, server_tell_run, NULL, sc);
+		if (r == 0)
+			conn->ops = NULL;
+		return r;
+	}
+	if (sc->wire == SERVER_NBD)
+		return far_nbd_conn_start(&s->env, s->crew, conn, tls, server_ended, sc, &sc->nbd);
+	return far_grpc_conn_start(&s->env, s->crew, conn, server_ended, sc, &sc->grpc);
+}
+
+/* *conn becomes the server's on success. NBD: with `tls` nothing else is answered before STARTTLS. */
+static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn, bool tls, int told)
 {
 	struct server_conn *sc = calloc(1, sizeof *sc);
 	int r = sc ? 0 : -ENOMEM;
@@ -189,6 +290,8 @@ static int server_add(struct far_server *s, int fd)
 	if (r)
 		return r;
 	sc->server = s;
+	sc->wire = wire;
+	sc->told = told;
 	/* Under the lock from start to list: it may end at once, and then waits here to leave the list. */
 	far_mutex_lock(&s->lock);
 	s->busy = true;
@@ -197,7 +300,7 @@ static int server_add(struct far_server *s, int fd)
 	else if (s->conns_n >= SERVER_CONNECTIONS)
 		r = -EMFILE;
 	else
-		r = far_grpc_conn_start(&s->env, s->crew, fd, server_ended, sc, &sc->grpc);
+		r = server_start(s, sc, conn, tls);
 	if (r == 0) {
 		sc->next = s->conns;
 		sc->prev = &s->conns;
@@ -212,11 +315,73 @@ static int server_add(struct far_server *s, int fd)
 	return r;
 }
 
+/* Whoever speaks gRPC does so at once, in the clear or over TLS; an NBD client is silent until it is greeted. *tls: the
+ * first bytes are TLS. */
+static enum server_wire server_tell(struct far_conn *conn, bool *tls)
+{
+	uint8_t p[3];
+
+	*tls = false;
+	if (conn->ops->wait(conn, true, false, far_now() + SERVER_SILENCE))
+		return SERVER_NBD;
+	ssize_t n = recv(conn->fd, p, sizeof p, MSG_PEEK | MSG_DONTWAIT);
+	*tls = n == sizeof p && far_tls_looks_like(p, (size_t)n);
+	return *tls || (n == sizeof p && !memcmp(p, "PRI", sizeof p)) ? SERVER_GRPC : SERVER_NBD;
+}
+
+/* A seat that lasts until it is known what the peer speaks. The connection then has one of its own. */
+static bool server_tell_run(void *opaque, struct far_seat *seat)
+{
+	struct server_conn *sc = opaque;
+	struct far_server *s = sc->server;
+	struct far_conn conn = sc->conn; /* only shut down by others meanwhile */
+	bool tls;
+	enum server_wire wire = server_tell(&conn, &tls);
+	int r = 0;
+
+	far_mutex_lock(&s->lock);
+	if (s->stopping)
+		r = -ESHUTDOWN;
+	else if (tls)
+		r = s->tls ? far_tls_server(s->tls, &conn) : -EPROTO;
+	if (r == 0) {
+		sc->wire = wire;
+		r = server_start(s, sc, &conn, false);
+	}
+	far_mutex_unlock(&s->lock);
+	if (r) { /* else sc may be gone by now */
+		far_conn_close(&conn);
+		server_ended(sc);
+	}
+	return false;
+}
+
 int far_server_serve(struct far_server *s, int fd, struct far_error *err)
 {
-	int r = server_add(s, fd);
+	struct far_conn conn = { 0 };
+	int r = far_conn_socket(&conn, fd);
 
+	if (r == 0)
+		r = server_add(s, SERVER_GRPC, &conn, false, -1); /* fd stays the caller's if this fails */
 	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
+}
+
+/* The handshake is made on the connection's seat: nobody who is slow in it keeps others from being accepted. */
+static int server_accepted(struct far_server *s, const struct server_listener *l, int fd)
+{
+	const struct server_scheme *as = l->scheme;
+	struct far_conn conn = { 0 };
+	int r = far_conn_socket(&conn, fd);
+
+	if (r)
+		far_fd_close(&fd);
+	if (r == 0 && as->tls && as->wire == SERVER_GRPC)
+		r = far_tls_server(s->tls, &conn);
+	if (r == 0)
+		r = server_add(s, as->wire, &conn, as->tls, -1);
+	if (r)
+		far_conn_close(&conn);
+	return r;
 }
 
 static void *server_accept(void *arg)
@@ -229,9 +394,8 @@ static void *server_accept(void *arg)
 		int fd;
 		int r = far_net_accept(l->fd, &fd);
 		if (r == 0) {
-			r = server_add(s, fd);
+			r = server_accepted(s, l, fd);
 			if (r) {
-				far_fd_close(&fd);
 				uint64_t now = far_now();
 				if (!told || now - told > 10 * FAR_SEC)
 					far_log(FAR_LOG_WARNING, "a connection was turned away: %s%s", far_strerror(r),
@@ -254,62 +418,109 @@ struct server_conf {
 
 static const struct far_opt server_options[] = {
 	{ "socket", FAR_OPT_STRING, offsetof(struct server_conf, socket), .value_name = "PATH",
-	  .help = "unix socket (grpc+unix)" },
+	  .help = "unix socket (grpc+unix, nbd+unix and the like)" },
 	FAR_OPT_END,
 };
 
-static int server_address(const struct far_uri *u, const struct server_conf *conf, struct far_net_addr *a,
-			  struct far_error *err)
+static const struct server_scheme *server_scheme(const char *name)
+{
+	for (size_t i = 0; i < FAR_ARRAY_LEN(server_schemes); i++)
+		if (!strcmp(server_schemes[i].name, name))
+			return &server_schemes[i];
+	return NULL;
+}
+
+static int server_address(const struct far_server *s, const struct far_uri *u, const struct server_conf *conf,
+			  struct server_address *to, struct far_error *err)
 {
 	bool local = !strcmp(u->variant, "unix");
 
-	if (strcmp(u->scheme, "grpc") || (u->variant[0] && !local))
-		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT or grpc+unix:///?socket=PATH",
-				     u->text);
+	to->scheme = server_scheme(u->scheme);
+	if (!to->scheme || (u->variant[0] && !local))
+		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, nbd://HOST:PORT, grpcs:// or nbds:// "
+				     "for TLS, any://HOST:PORT for both, grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
+	if (to->scheme->tls && !s->tls)
+		return far_error_set(err, EINVAL, "cannot listen on '%s': TLS needs a certificate and its key; give --tls-cert and "
+				     "--tls-key", u->text);
 	if (u->path[0] && strcmp(u->path, "/"))
 		return far_error_set(err, EINVAL, "cannot listen on '%s': a listener has no path; clients name the export", u->text);
 	if (local && !conf->socket)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': add ?socket=PATH", u->text);
 	if (!local && conf->socket)
-		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix:// only", u->text);
-	*a = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : SERVER_PORT,
-				    .path = local ? conf->socket : NULL };
+		return far_error_set(err, EINVAL, "cannot listen on '%s': 'socket' goes with grpc+unix://, nbd+unix:// and the like "
+				     "only", u->text);
+	to->net = (struct far_net_addr){ .host = u->host, .port = u->has_port ? u->port : to->scheme->port,
+					 .path = local ? conf->socket : NULL };
 	return 0;
 }
 
-static int server_bound(const struct far_net_addr *a, int port, char **out)
+static int server_bound_unix(const char *scheme, const char *path, char **out)
 {
+	char encoded[512];
+
+	return far_uri_encode(path, encoded, sizeof encoded) ? asprintf(out, "%s+unix:///?socket=%s", scheme, encoded) : -1;
+}
+
+static int server_bound(const struct server_address *to, int port, char **out)
+{
+	const struct far_net_addr *a = &to->net;
+	const char *scheme = to->scheme->name;
+
 	if (!out)
 		return 0;
 	int n;
 	if (a->path)
-		n = asprintf(out, "grpc+unix:///?socket=%s", a->path);
+		n = server_bound_unix(scheme, a->path, out);
 	else
-		n = asprintf(out, strchr(a->host, ':') ? "grpc://[%s]:%d" : "grpc://%s:%d", a->host, port);
+		n = asprintf(out, strchr(a->host, ':') ? "%s://[%s]:%d" : "%s://%s:%d", scheme, a->host, port);
 	if (n < 0)
 		*out = NULL;
 	return n < 0 ? -ENOMEM : 0;
 }
 
-static int server_listen_on(struct far_server *s, const struct far_net_addr *a, char **bound, struct far_error *err)
+/* Whether every export can be offered in blocks that NBD knows. */
+static int server_nbd_blocks(const struct far_server *s, struct far_error *err)
 {
-	int fd, port;
-	int r = far_net_listen(a, s->insecure, &fd, &port, err);
+	for (size_t i = 0; i < s->env.exports_n; i++) {
+		uint64_t chunk = far_facts(s->env.exports[i].b)->chunk;
+		if (chunk > 65536 || (chunk & (chunk - 1)))
+			return far_error_set(err, EINVAL, "cannot offer '%s' over NBD: its store takes whole chunks of %" PRIu64
+					     " bytes only. Add --layer chunked", s->env.exports[i].name, chunk);
+	}
+	return 0;
+}
 
-	if (r)
-		return r;
-	char *path = a->path ? strdup(a->path) : NULL;
-	char *text = NULL;
-	r = (a->path && !path) ? -ENOMEM : server_bound(a, port, bound ? &text : NULL);
+/* Whether this kind of listener can offer every export, and ask for what is asked of callers. */
+static int server_may_listen(const struct far_server *s, const struct server_scheme *scheme, struct far_error *err)
+{
+	if (scheme->wire == SERVER_GRPC)
+		return 0;
+	if (s->env.access && far_access_wants_token(s->env.access))
+		return far_error_set(err, EINVAL, "cannot listen on %s://: NBD has no tokens, and this server asks for one; serve it "
+				     "from a process of its own, with certificates", scheme->name);
+	return server_nbd_blocks(s, err);
+}
+
+/* Whether a listener may be beyond this host. Tokens never go there in the clear, whatever else may. */
+static bool server_may_be_far(const struct far_server *s, const struct server_scheme *scheme)
+{
+	return scheme->tls || (s->insecure && !(s->env.access && far_access_wants_token(s->env.access)));
+}
+
+/* Begin to accept on fd, which becomes the server's, as `path` does. */
+static int server_listener_start(struct far_server *s, const struct server_scheme *scheme, int fd, char *path)
+{
+	int r = 0;
+
 	far_mutex_lock(&s->lock);
 	s->busy = true;
-	if (r == 0 && s->stopping)
+	if (s->stopping)
 		r = -ESHUTDOWN;
-	if (r == 0 && s->listeners_n == SERVER_LISTENERS)
+	else if (s->listeners_n == SERVER_LISTENERS)
 		r = -EMFILE;
 	if (r == 0) {
 		struct server_listener *l = &s->listeners[s->listeners_n];
-		*l = (struct server_listener){ .server = s, .fd = fd, .path = path };
+		*l = (struct server_listener){ .server = s, .scheme = scheme, .fd = fd, .path = path };
 		r = far_thread_start(&l->thread, "far-accept", server_accept, l);
 		s->listeners_n += r == 0;
 	}
@@ -317,6 +528,30 @@ static int server_listen_on(struct far_server *s, const struct far_net_addr *a, 
 	if (r) {
 		far_fd_close(&fd);
 		free(path);
+	}
+	return r;
+}
+
+static int server_listen_on(struct far_server *s, const struct server_address *to, char **bound, struct far_error *err)
+{
+	const struct far_net_addr *a = &to->net;
+	int fd, port;
+	int r = server_may_listen(s, to->scheme, err);
+
+	if (r == 0)
+		r = far_net_listen(a, server_may_be_far(s, to->scheme), &fd, &port, err);
+	if (r)
+		return r;
+	char *path = a->path ? strdup(a->path) : NULL;
+	char *text = NULL;
+	r = (a->path && !path) ? -ENOMEM : server_bound(to, port, bound ? &text : NULL);
+	if (r) {
+		far_fd_close(&fd);
+		free(path);
+	} else {
+		r = server_listener_start(s, to->scheme, fd, path);
+	}
+	if (r) {
 		free(text);
 		return far_error_set(err, -r, "cannot listen: %s", far_strerror(r));
 	}
@@ -325,10 +560,49 @@ static int server_listen_on(struct far_server *s, const struct far_net_addr *a, 
 	return 0;
 }
 
+int far_server_serve_stream(struct far_server *s, const struct far_stream_ops *ops, void *self, struct far_error *err)
+{
+	struct far_conn conn = { 0 };
+	int r = far_conn_given(&conn, ops, self);
+
+	if (r == 0) {
+		r = server_add(s, SERVER_GRPC, &conn, false, -1);
+		if (r)
+			far_conn_given_back(&conn);
+	}
+	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
+}
+
+int far_server_serve_pair(struct far_server *s, int in, int out, bool nbd, int ended, struct far_error *err)
+{
+	struct far_conn conn = { 0 };
+
+	if (nbd) {
+		int r = server_may_listen(s, server_scheme("nbd"), err);
+		if (r)
+			return r;
+	}
+	int r = far_conn_pair(&conn, in, out);
+	if (r == 0) {
+		r = server_add(s, nbd ? SERVER_NBD : SERVER_GRPC, &conn, false, ended);
+		if (r)
+			far_conn_close(&conn);
+	}
+	return r ? far_error_set(err, -r, "cannot serve standard input and output: %s%s", far_strerror(r),
+				 r == -EINVAL ? "; they must be pipes, sockets or a terminal" : "") : 0;
+}
+
+int far_server_reload(struct far_server *s, struct far_error *err)
+{
+	int r = s->tls ? far_tls_reload(s->tls, err) : 0;
+
+	return r || !s->env.access ? r : far_access_reload(s->env.access, err);
+}
+
 int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err)
 {
 	struct server_conf conf = { 0 };
-	struct far_net_addr a;
+	struct server_address to = { 0 };
 	struct far_uri u;
 
 	if (!s->env.exports_n)
@@ -337,12 +611,46 @@ int far_server_listen(struct far_server *s, const char *uri, char **bound, struc
 	if (r == 0)
 		r = far_opt_parse(server_options, &conf, uri, u.query, '&', true, err);
 	if (r == 0)
-		r = server_address(&u, &conf, &a, err);
+		r = server_address(s, &u, &conf, &to, err);
 	if (r == 0)
-		r = server_listen_on(s, &a, bound, err);
+		r = server_listen_on(s, &to, bound, err);
 	far_opt_fini(server_options, &conf);
 	far_uri_fini(&u);
 	return r;
+}
+
+int far_server_listen_nbd(struct far_server *s, const char *path, struct far_error *err)
+{
+	struct server_address to = { .net = { .path = path }, .scheme = server_scheme("nbd") };
+
+	return server_listen_on(s, &to, NULL, err);
+}
+
+int far_server_adopt(struct far_server *s, const char *scheme, int fd, char **bound, struct far_error *err)
+{
+	struct server_address to = { .scheme = server_scheme(scheme) };
+	char *name = NULL;
+	int r = 0;
+
+	if (!to.scheme)
+		r = far_error_set(err, EINVAL, "a socket cannot be taken over for '%s': use grpc, nbd, any, grpcs or nbds", scheme);
+	else if (to.scheme->tls && !s->tls)
+		r = far_error_set(err, EINVAL, "a socket cannot be taken over for '%s': TLS needs a certificate and its key", scheme);
+	else
+		r = server_may_listen(s, to.scheme, err);
+	if (r == 0)
+		r = far_net_adopt(fd, server_may_be_far(s, to.scheme), &name, err);
+	if (r) {
+		far_fd_close(&fd);
+		return r;
+	}
+	/* Its path, if it has one, is whose it was before. */
+	r = server_listener_start(s, to.scheme, fd, NULL);
+	if (r == 0 && bound &&
+	    (name[0] == '/' ? server_bound_unix(scheme, name, bound) : asprintf(bound, "%s://%s", scheme, name)) < 0)
+		*bound = NULL;
+	free(name);
+	return r ? far_error_set(err, -r, "cannot listen: %s", far_strerror(r)) : 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------ end */
@@ -376,8 +684,14 @@ void far_server_stop(struct far_server *s)
 		return;
 	server_stop_listeners(s);
 	far_mutex_lock(&s->lock);
-	for (struct server_conn *c = s->conns; c; c = c->next)
-		far_grpc_conn_kill(c->grpc);
+	for (struct server_conn *c = s->conns; c; c = c->next) {
+		if (c->wire == SERVER_ANY)
+			c->conn.ops->shutdown(&c->conn);
+		else if (c->wire == SERVER_NBD)
+			far_nbd_conn_kill(c->nbd);
+		else
+			far_grpc_conn_kill(c->grpc);
+	}
 	far_mutex_unlock(&s->lock);
 	far_crew_close(s->crew);
 	s->crew = NULL;
@@ -401,6 +715,8 @@ void far_server_free(struct far_server *s)
 		free(s->env.exports[i].name);
 	}
 	free(s->env.exports);
+	far_tls_put(s->tls);
+	far_access_free(s->env.access);
 	far_fd_close(&s->cancel);
 	far_mutex_fini(&s->lock);
 	free(s);

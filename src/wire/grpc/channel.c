@@ -26,6 +26,8 @@
  */
 #include "wire/grpc/channel.h"
 
+#include "net/tls.h"
+
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,7 +40,8 @@
 struct far_channel {
 	/* fixed */
 	struct far_conn conn;
-	char *authority;
+	char *authority, *authorization;
+	bool tls;
 	/* atomic */
 	_Atomic unsigned refs;
 	_Atomic int64_t load;
@@ -50,6 +53,7 @@ struct far_channel {
 	struct far_call *calls FAR_GUARDED_BY(lock), *last FAR_GUARDED_BY(lock);
 	bool sending FAR_GUARDED_BY(lock), reading FAR_GUARDED_BY(lock);
 	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
+	bool spoken FAR_GUARDED_BY(lock), wants_tls FAR_GUARDED_BY(lock); /* the peer has said something; what it was */
 	int error FAR_GUARDED_BY(lock);
 	unsigned leaving FAR_GUARDED_BY(lock); /* callers whose memory the batch still borrows */
 	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
@@ -208,6 +212,9 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 	if (k > 0 && !c->dead) {
 		c->heard = now;
 		c->pinged = 0;
+		if (!c->spoken && !c->tls)
+			c->wants_tls = far_tls_looks_like(c->spare, (size_t)k); /* an alert: it found no handshake */
+		c->spoken = true;
 		size_t first = (size_t)far_min((uint64_t)k, direct);
 		int r = first ? far_h2_feed(&c->h2, dst, first) : 0;
 		if (r == 0 && (size_t)k > first)
@@ -323,13 +330,15 @@ static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t
 {
 	static const nghttp2_nv fixed[] = {
 		FAR_H2_NV(":method", "POST"),
-		FAR_H2_NV(":scheme", "http"),
+		FAR_H2_NV(":scheme", "http"), /* or https, see below */
 		FAR_H2_NV("content-type", "application/grpc"),
 		FAR_H2_NV("te", "trailers"),
 		FAR_H2_NV("user-agent", "farpage/0.1"),
 	};
-	nghttp2_nv nv[9] = { fixed[0], fixed[1] };
+	static const nghttp2_nv https = FAR_H2_NV(":scheme", "https");
+	nghttp2_nv nv[10] = { fixed[0], c->tls ? https : fixed[1] };
 	nghttp2_nv path = FAR_H2_NV(":path", ""), authority = FAR_H2_NV(":authority", "");
+	nghttp2_nv authorization = FAR_H2_NV("authorization", "");
 	nghttp2_nv export = FAR_H2_NV("farpage-export", ""), timeout = FAR_H2_NV("grpc-timeout", "");
 	char seconds[16];
 	size_t n = 2;
@@ -349,6 +358,11 @@ static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t
 	nv[n++] = fixed[2];
 	nv[n++] = fixed[3];
 	nv[n++] = fixed[4];
+	if (c->authorization) {
+		authorization.value = (uint8_t *)c->authorization;
+		authorization.valuelen = strlen(c->authorization);
+		nv[n++] = authorization;
+	}
 	if (call->export_header) {
 		/* The caller may be gone before the headers are made: let nghttp2 copy this one. */
 		export.value = (uint8_t *)call->export_header;
@@ -580,6 +594,20 @@ bool far_channel_usable(const struct far_channel *c)
 	return !atomic_load_explicit(&c->gone, memory_order_acquire);
 }
 
+bool far_channel_why(struct far_channel *c, char *buf, size_t n)
+{
+	far_mutex_lock(&c->lock);
+	bool wants_tls = c->wants_tls;
+	far_mutex_unlock(&c->lock);
+	if (c->conn.ops)
+		far_conn_why(&c->conn, buf, n);
+	else
+		buf[0] = 0;
+	if (wants_tls)
+		snprintf(buf, n, "it speaks TLS: write grpcs://");
+	return buf[0];
+}
+
 uint64_t far_channel_tag(struct far_channel *c, uint64_t tag)
 {
 	if (tag)
@@ -623,6 +651,7 @@ int far_channel_new(struct far_conn *conn, const char *authority, struct far_cha
 	}
 	if (conn) {
 		c->conn = *conn;
+		c->tls = far_conn_is_tls(conn);
 		conn->ops = NULL;
 	}
 	*out = c;
@@ -643,8 +672,14 @@ void far_channel_put(struct far_channel *c) FAR_NO_TSA
 	far_conn_close(&c->conn);
 	far_mutex_fini(&c->lock);
 	free(c->authority);
+	free(c->authorization);
 	free(c->spare);
 	free(c);
+}
+
+void far_channel_authorize(struct far_channel *c, char *value)
+{
+	c->authorization = value;
 }
 
 int far_channel_submit(struct far_channel *c, struct far_call *call)

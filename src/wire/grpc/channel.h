@@ -57,6 +57,8 @@ void far_call_done(struct far_call *call, int result);
 
 /* Wrap a connection; conn is taken over on success. authority is copied. */
 int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out);
+/* Before the first call: the value of "authorization" that goes with each; taken over. */
+void far_channel_authorize(struct far_channel *c, char *value);
 /* References: whoever makes calls holds one. The last one closes the connection. */
 void far_channel_get(struct far_channel *c);
 void far_channel_put(struct far_channel *c);
@@ -82,6 +84,9 @@ void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead
 bool far_channel_usable(const struct far_channel *c);
 /* Bytes that callers said they expect (far_channel_load), for spreading. */
 uint64_t far_channel_load(struct far_channel *c, int64_t change);
+
+/* Why it has failed, if there is more to say than its error; false: there is not. */
+bool far_channel_why(struct far_channel *c, char *buf, size_t n);
 
 /* Two numbers for the owner: a tag that stays (0: only ask), and a count. */
 uint64_t far_channel_tag(struct far_channel *c, uint64_t tag);

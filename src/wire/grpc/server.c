@@ -14,7 +14,6 @@
 #include "wire/server.h"
 
 #include "base/thread.h"
-#include "net/net.h"
 #include "wire/grpc/session.h"
 
 #include <stdlib.h>
@@ -218,6 +217,21 @@ static bool server_carry_out(struct far_grpc_conn *c, struct far_seat *seat, str
 	return true;
 }
 
+/* Before the first request runs: who the connection's peer is. */
+static void server_meet(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
+{
+	struct far_peer peer;
+	int r;
+
+	if (!c->env->access || c->s.who || !c->s.queue)
+		return;
+	r = far_conn_peer(&c->conn, &peer);
+	if (r == 0)
+		r = far_access_peer(c->env->access, &peer, &c->s.who);
+	if (r)
+		server_die(c);
+}
+
 static bool server_run(void *opaque, struct far_seat *seat)
 {
 	struct far_grpc_conn *c = opaque;
@@ -227,6 +241,7 @@ static bool server_run(void *opaque, struct far_seat *seat)
 	far_mutex_lock(&c->lock);
 	if (c->s.replies >= CONN_BATCH || !far_session_ready(&c->s))
 		room = server_send(c);
+	server_meet(c);
 	if (!c->dead && room)
 		r = far_session_next(&c->s);
 	if (!r && !c->dead)
@@ -263,8 +278,8 @@ void far_grpc_conn_kill(struct far_grpc_conn *c)
 	far_mutex_unlock(&c->lock);
 }
 
-int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew, int fd, void (*ended)(void *opaque),
-			void *opaque, struct far_grpc_conn **out)
+int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew, struct far_conn *conn,
+			void (*ended)(void *opaque), void *opaque, struct far_grpc_conn **out)
 {
 	struct far_grpc_conn *c = calloc(1, sizeof *c);
 
@@ -282,14 +297,14 @@ int far_grpc_conn_start(const struct far_server_env *env, struct far_crew *crew,
 	c->ended = ended;
 	c->opaque = opaque;
 	c->born = c->moved = far_now();
-	r = far_conn_socket(&c->conn, fd);
-	if (r == 0) {
-		*out = c; /* before the seat may end it */
-		r = far_crew_seat(crew, -1, server_run, server_ended, c);
-		if (r)
-			c->conn.ops = NULL; /* fd stays the caller's */
-	}
-	if (r)
+	c->conn = *conn;
+	*out = c; /* before the seat may end it */
+	r = far_crew_seat(crew, -1, server_run, server_ended, c);
+	if (r) {
+		c->conn.ops = NULL; /* it stays the caller's */
 		server_free(c);
-	return r;
+		return r;
+	}
+	conn->ops = NULL;
+	return 0;
 }

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Copyright the farpage authors */
+/* What tls.c (connections) and tls_keys.c (what they begin with) know of each other. */
+#ifndef FAR_TLS_INT_H
+#define FAR_TLS_INT_H
+
+#include "net/tls.h"
+
+#include <openssl/ssl.h>
+#include <stdatomic.h>
+
+#define FAR_PSK_MAX 64 /* bytes of a shared key */
+
+struct far_tls_psk {
+	char *name;
+	uint8_t key[FAR_PSK_MAX];
+	size_t n;
+};
+
+/* What the files held when they were read. It does not change; connections hold references. */
+struct far_tls_keys {
+	_Atomic unsigned refs;
+	bool server;
+	SSL_CTX *ctx;
+	BIO_METHOD *bio;            /* carries bytes between OpenSSL and a connection's buffers */
+	struct far_tls_psk *psk;
+	size_t psk_n, psk_mine;     /* client: psk_mine is ours */
+	uint8_t alpn[32];           /* as on the wire: a length byte and the name */
+	size_t alpn_n;
+};
+
+/* The newest, with a reference. */
+struct far_tls_keys *far_tls_keys_get(struct far_tls *t);
+void far_tls_keys_put(struct far_tls_keys *k);
+
+/* tls.c */
+BIO_METHOD *far_tls_bio_method(void); /* NULL without memory */
+
+/* In the application data of each SSL: what callbacks saw. */
+struct far_tls_seen {
+	char psk[128];   /* the name of the shared key that was used; "" none */
+	char names[160]; /* of a certificate that was refused, for a message */
+};
+/* tls.c: called for each certificate that is looked at. */
+int far_tls_verify_cb(int ok, X509_STORE_CTX *store);
+
+#endif
