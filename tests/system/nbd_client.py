@@ -608,6 +608,55 @@ STRUCTURED = {
 }
 
 
+def spoken(w, *parts, pause=0):
+    """A server that only ever says these bytes, one part an answer, and keeps or ends the connection."""
+    s = socket.socket()
+    s.bind(('127.0.0.1', 0))
+    s.listen(16)
+
+    def talk(c):
+        try:
+            for p in parts:
+                if p is None:
+                    time.sleep(30)
+                    return
+                c.sendall(p)
+                c.recv(65536)
+        except OSError:
+            pass
+        finally:
+            c.close()
+
+    def accept():
+        while True:
+            try:
+                c, _ = s.accept()
+            except OSError:
+                return
+            threading.Thread(target=talk, args=(c,), daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        began = time.monotonic()
+        r = w.run('copy', 'nbd://127.0.0.1:%d' % s.getsockname()[1], 'null:', '--deadline', '1s')
+        true(r.returncode in (1, 4), 'exit %d: %s' % (r.returncode, r.err))
+        message(r.err)
+        true(time.monotonic() - began < 20, 'it took too long')
+    finally:
+        s.close()
+
+
+def greetings_that_are_none(w):
+    hello = b'NBDMAGICIHAVEOPT\0\3'
+    answer = lambda opt, t, n, body=b'': struct.pack('>QIII', 0x3e889045565a9, opt, t, n) + body
+    for parts in ([b''], [b'SSH-2.0-x\r\n'], [b'NBDMAG', None], [None], [os.urandom(4096)], [hello, None], [hello, b'garbage' * 9],
+                  [hello, answer(8, 1, 0xffffffff), None], [hello, answer(8, 0x80000001, 1 << 20), None],
+                  [hello, answer(8, 1, 0), answer(10, 4, 0xfffffff0), None],
+                  [hello, answer(8, 0x80000001, 0), answer(7, 3, 12, struct.pack('>HQH', 0, 1 << 63, 1)) + answer(7, 1, 0), None],
+                  [hello, answer(8, 0x80000001, 0), answer(7, 1, 0), None],
+                  [hello, answer(8, 0x80000001, 0), answer(7, 3, 14, struct.pack('>HIII', 3, 3, 5, 1)) + answer(7, 1, 0), None]):
+        spoken(w, *parts)
+
+
 def named(name, fn):
     fn.__name__ = name
     return fn
@@ -617,6 +666,7 @@ QUICK = [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_onl
          qemu_nbd_qcow2, qemu_storage_daemon, nbd_server, errors_are_told, errors_now_and_then, slow_ones_are_given_up,
          stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, begun_without_the_server,
          fsx_on_both_mounts, direct_mount, refused_uris]
+QUICK.append(greetings_that_are_none)
 QUICK += [named(k, hostile(f)) for k, f in HOSTILE.items()]
 QUICK += [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()]
 
