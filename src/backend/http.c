@@ -377,6 +377,7 @@ static int http_pin(struct http *h, uint64_t until, struct far_error *err)
 	while (!r && h->pinning && !h->pinned)
 		r = h->stopped ? -ESHUTDOWN : far_cond_wait_until(&h->cond, &h->lock, until) ? 0 : -ETIMEDOUT;
 	bool mine = !r && !h->pinned;
+	/* A changed object stays changed, even if the old one is put back: who knows what was read meanwhile. */
 	if (!r && h->changed)
 		r = -ESTALE;
 	h->pinning = h->pinning || (mine && !r);
@@ -435,17 +436,6 @@ static int http_read(void *self, uint64_t off, void *buf, size_t len, unsigned f
 	return r == -EOPNOTSUPP ? -EPROTO : r;
 }
 
-/* A changed object stays changed, even if the old one is put back: who knows what was read meanwhile. */
-static int http_read_same(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
-{
-	struct http *h = self;
-
-	far_mutex_lock(&h->lock);
-	bool changed = h->changed;
-	far_mutex_unlock(&h->lock);
-	return changed ? -ESTALE : http_read(self, off, buf, len, flags);
-}
-
 static int http_flush(void *self)
 {
 	return 0; /* nothing is ever written */
@@ -488,7 +478,7 @@ static void http_close(void *self)
 
 static const struct far_ops http_ops = {
 	FAR_OPS_INIT,
-	.read = http_read_same,
+	.read = http_read,
 	.flush = http_flush,
 	.stop = http_stop,
 	.close = http_close,

@@ -190,6 +190,13 @@ def a_local_copy_of_an_older_object_is_refused(w, web):
         equal(f.read(), data)
     equal(m.end(), 0, m.err())
     true(len(s.asked) < asked + 8, 'it was fetched again')
+    away = [True]
+    s.before = lambda r: away[0] and (setattr(r, 'close_connection', True), r.connection.shutdown(socket.SHUT_RDWR))
+    m = w.mount(s.uri(), 'd', '--local', 'file:cache')
+    with open(m.path, 'rb') as f:
+        equal(f.read(), data, 'while the server is away')
+    equal(m.end(), 0, m.err())
+    away[0] = False
     s.version += 1
     r = w.run('mount', s.uri(), 'd', '--local', 'file:cache')
     true(r.returncode, 'an older copy was taken')
@@ -298,6 +305,50 @@ def silence(w, web):
         message(r.err)
         has(r.err, 'imed out')
         true(time.monotonic() - began < 20, 'it took too long')
+
+
+def answers_that_are_none(w):
+    """Raw bytes for an answer: endless heads and bodies, bodies without a head, nonsense."""
+    head = b'HTTP/1.1 206 x\r\nETag: "x"\r\n'
+    for say, again in ((b'', None), (b'\0' * 5000, None), (b'just a body', None), (b'HTTP/1.1 206', None), (head, None),
+                       (b'HTTP/9.9 206 x\r\n\r\n', None), (head, b'X-More: %s\r\n' % (b'y' * 1000)), (head + b'X: ', b'z' * 10000),
+                       (head + b'Content-Length: -5\r\n\r\n', None), (head + b'Content-Length: 99999999999999999999\r\n\r\n', None),
+                       (head + b'Transfer-Encoding: chunked\r\n\r\n', b'fffffffffffffffff\r\n'),
+                       (head + b'Content-Range: bytes 0-0/10\r\n\r\n', b'endless' * 100),
+                       (b'HTTP/1.1 500 x\r\n\r\n', b'endless' * 100), (b'', b'HTTP/1.1 100 Continue\r\n\r\n'),
+                       (b'HTTP/1.1 302 x\r\nLocation: http://[::\r\n\r\n', None)):
+        s = socket.socket()
+        s.bind(('127.0.0.1', 0))
+        s.listen(16)
+
+        def talk(c, say=say, again=again):
+            try:
+                c.recv(65536)
+                c.sendall(say)
+                end = time.monotonic() + 15
+                while again and time.monotonic() < end:
+                    c.sendall(again)
+            except OSError:
+                pass
+            finally:
+                c.close()
+
+        def accept(s=s, talk=talk):
+            while True:
+                try:
+                    c, _ = s.accept()
+                except OSError:
+                    return
+                threading.Thread(target=talk, args=(c,), daemon=True).start()
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            began = time.monotonic()
+            r = w.run('copy', 'http://127.0.0.1:%d/x' % s.getsockname()[1], 'null:', '--deadline', '1s')
+            true(r.returncode in (1, 4), 'exit %d for %r: %s' % (r.returncode, say, r.err))
+            message(r.err)
+            true(time.monotonic() - began < 10, 'it took too long for %r' % say)
+        finally:
+            s.close()
 
 
 @with_web
@@ -472,4 +523,4 @@ def named(name, fn):
 
 main([copied_whole, mounted_both_ways, nothing_of_a_changed_object, a_local_copy_of_an_older_object_is_refused]
      + [named(k, f) for k, f in BENT.items()]
-     + [silence, errors_that_pass, redirects, login, the_objects_own_query, certificates, nginx, refused_uris])
+     + [silence, answers_that_are_none, errors_that_pass, redirects, login, the_objects_own_query, certificates, nginx, refused_uris])

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
+from cli_lib import FARPAGE, Skip, equal, has, main, message, need_fuse, true, wait_for
 
 MIB = 1 << 20
 
@@ -277,6 +277,39 @@ def another_export_is_refused(w):
     equal(w.read('b'), other, 'what is there now')
 
 
+def begun_without_the_server(w):
+    """What is in the local store can be read while the server is away; then it goes on."""
+    need_fuse()
+    data = bytearray(w.file('a', 2 * MIB))
+    os.mkdir(w.path('d'))
+    s, uri = nbdkit(w, 'file', w.path('a'))
+    port = int(uri.rsplit(':', 1)[1])
+    m = w.mount(uri, 'd', '--local', 'file:cache')
+    w.run('wait', 'd', '--local', '100%', code=0)
+    equal(m.end(), 0, m.err())
+    s.kill()
+    m = w.mount(uri, 'd', '--local', 'file:cache', '--deadline', '20s')
+    equal(w.read('d/region'), bytes(data), 'while it is away')
+    s, uri = nbdkit(w, 'file', w.path('a'), port=port)
+    with open(m.path, 'r+b', buffering=0) as f:
+        f.write(b'new')
+        os.fsync(f.fileno())
+    equal(w.read('a')[:3], b'new')
+    equal(m.end(), 0, m.err())
+
+
+def fsx_on_both_mounts(w):
+    fsx = os.path.join(os.path.dirname(FARPAGE), 'tests/system/fsx')
+    if not os.access(fsx, os.X_OK):
+        raise Skip('fsx is not built')
+    s, uri = nbdkit(w, 'memory', '1M')
+    for mode in ('managed', 'direct'):
+        w.file(mode, 0)
+        m = w.mount(uri, mode, '--mode', mode)
+        subprocess.run([fsx, w.path(mode), '1500', '3'], check=True, timeout=120, stdout=subprocess.DEVNULL)
+        equal(m.end(), 0, m.err())
+
+
 def direct_mount(w):
     need_fuse()
     data = bytearray(w.file('a', 4 * MIB))
@@ -451,7 +484,7 @@ def matrix(w):
         s, uri = nbdkit(w, *filters, 'memory', '16M', *[x for x in server if not x.startswith('--')])
         data = w.file('a', 16 * MIB, holes=[(5 * MIB, 9 * MIB)])
         for q in ('?connections=1', '?connections=16', '?max-request=512', '?max-request=32M'):
-            if q == '?max-request=512' and 'delay' in ''.join(server):
+            if q == '?max-request=512' and filters in (['--filter=delay'], ['--filter=error']):
                 continue
             w.run('copy', 'file:a', uri + q, code=0)
             w.run('copy', uri + q, 'file:b', '--layer', 'retry:backoff=1ms', code=0)
@@ -575,6 +608,55 @@ STRUCTURED = {
 }
 
 
+def spoken(w, *parts, pause=0):
+    """A server that only ever says these bytes, one part an answer, and keeps or ends the connection."""
+    s = socket.socket()
+    s.bind(('127.0.0.1', 0))
+    s.listen(16)
+
+    def talk(c):
+        try:
+            for p in parts:
+                if p is None:
+                    time.sleep(30)
+                    return
+                c.sendall(p)
+                c.recv(65536)
+        except OSError:
+            pass
+        finally:
+            c.close()
+
+    def accept():
+        while True:
+            try:
+                c, _ = s.accept()
+            except OSError:
+                return
+            threading.Thread(target=talk, args=(c,), daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        began = time.monotonic()
+        r = w.run('copy', 'nbd://127.0.0.1:%d' % s.getsockname()[1], 'null:', '--deadline', '1s')
+        true(r.returncode in (1, 4), 'exit %d: %s' % (r.returncode, r.err))
+        message(r.err)
+        true(time.monotonic() - began < 20, 'it took too long')
+    finally:
+        s.close()
+
+
+def greetings_that_are_none(w):
+    hello = b'NBDMAGICIHAVEOPT\0\3'
+    answer = lambda opt, t, n, body=b'': struct.pack('>QIII', 0x3e889045565a9, opt, t, n) + body
+    for parts in ([b''], [b'SSH-2.0-x\r\n'], [b'NBDMAG', None], [None], [os.urandom(4096)], [hello, None], [hello, b'garbage' * 9],
+                  [hello, answer(8, 1, 0xffffffff), None], [hello, answer(8, 0x80000001, 1 << 20), None],
+                  [hello, answer(8, 1, 0), answer(10, 4, 0xfffffff0), None],
+                  [hello, answer(8, 0x80000001, 0), answer(7, 3, 12, struct.pack('>HQH', 0, 1 << 63, 1)) + answer(7, 1, 0), None],
+                  [hello, answer(8, 0x80000001, 0), answer(7, 1, 0), None],
+                  [hello, answer(8, 0x80000001, 0), answer(7, 3, 14, struct.pack('>HIII', 3, 3, 5, 1)) + answer(7, 1, 0), None]):
+        spoken(w, *parts)
+
+
 def named(name, fn):
     fn.__name__ = name
     return fn
@@ -582,7 +664,9 @@ def named(name, fn):
 
 QUICK = [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, qemu_nbd,
          qemu_nbd_qcow2, qemu_storage_daemon, nbd_server, errors_are_told, errors_now_and_then, slow_ones_are_given_up,
-         stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, direct_mount, refused_uris]
+         stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, begun_without_the_server,
+         fsx_on_both_mounts, direct_mount, refused_uris]
+QUICK.append(greetings_that_are_none)
 QUICK += [named(k, hostile(f)) for k, f in HOSTILE.items()]
 QUICK += [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()]
 

@@ -84,7 +84,8 @@ static bool negotiate(struct server *s, int fd)
 {
 	struct __attribute__((packed)) { uint64_t magic; uint32_t opt, len; } o;
 	struct __attribute__((packed)) { uint64_t magic; uint32_t opt, type, len; } a;
-	struct __attribute__((packed)) { uint16_t type; uint64_t size; uint16_t flags; } e = { 0, htobe64(SIZE), htobe16(s->flags) };
+	struct __attribute__((packed)) { uint16_t type; uint64_t size; uint16_t flags; } e = {
+		0, htobe64(SIZE), htobe16(s->flags) };
 	char skip[512];
 	uint32_t client;
 

@@ -12,9 +12,10 @@
  *  - Whether this is still the export that was opened. Size, block sizes and abilities are compared at each connection;
  *    another one is -ESTALE.
  *  - Whether the server was restarted and forgot what was not flushed. `writes` counts answered writes, `flushed` how many
- *    of them a flush has covered, a connection's `born` how many there were when it was made. A flush on a connection that is
- *    older than every write it has to cover proves that all of them met one server. If there is no such connection left, the
- *    flush ends once with -EREMOTEIO, and the instance that far_origin() tells is another one: who has a copy writes again.
+ *    of them a flush has covered, a connection's `born` how many there were when it was made. A flush on a connection that
+ *    is older than every write it has to cover proves that all of them met one server. If there is no such connection left,
+ *    the flush ends once with -EREMOTEIO, and the instance that far_origin() tells is another one: who has a copy writes
+ *    again.
  *  - Whether a write without an answer was carried out. The call fails (-ECONNRESET, -ETIMEDOUT) after its connection has
  *    been reset, so that nothing can follow from this side. What the server had received by then it may still carry out,
  *    even after a later write to the same place on another connection: farpage(1) says so.
@@ -340,12 +341,17 @@ static int client_extents(void *self, uint64_t off, uint64_t len, struct far_ext
 static int client_origin(void *self, struct far_origin *out, unsigned flags)
 {
 	struct far_nbd_client *c = self;
+	struct far_nbd_link *l = NULL;
+	uint64_t born;
 
+	/* A connection says that the server is there, and that it is the one. */
+	int r = flags & FAR_NOWAIT ? 0 : client_pick(c, false, client_deadline(c), &l, &born);
+	far_nbd_link_put(l);
 	far_mutex_lock(&c->lock);
 	bool known = c->known;
 	out->instance = c->instance;
 	far_mutex_unlock(&c->lock);
-	return known ? 0 : -EAGAIN;
+	return r ? r : known ? 0 : -EAGAIN;
 }
 
 static void client_counters(void *self, struct far_counters *sum)

@@ -541,13 +541,15 @@ static int link_handshake(struct far_nbd_link *l, const struct far_nbd_peer *p, 
 	return r ? far_error_set(err, -r, "cannot open %s: %s", p->where, far_strerror(r)) : 0;
 }
 
-static int link_describe(struct far_nbd_link *l, const struct far_nbd_peer *p, struct far_nbd_export *e, struct far_error *err)
+static int link_describe(struct far_nbd_link *l, const struct far_nbd_peer *p, struct far_nbd_export *e,
+			 struct far_error *err)
 {
 	int64_t bytes = nbd_get_size(l->h), block = nbd_get_block_size(l->h, LIBNBD_SIZE_MINIMUM),
 		max = nbd_get_block_size(l->h, LIBNBD_SIZE_MAXIMUM);
 
 	if (bytes < 0)
-		return link_refused(p, err);
+		return far_error_set(err, EPROTO, "cannot open %s: the server tells no size of the export that makes sense",
+				     p->where);
 	if (block > (int64_t)FAR_MIB || (block > 0 && (block & (block - 1))) || (max > 0 && (max < 512 || max < block)))
 		return far_error_set(err, EPROTO, "cannot open %s: the server's block sizes make no sense (%" PRIi64 " to %" PRIi64
 				     " bytes)", p->where, block, max);
