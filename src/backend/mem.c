@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /*
- * Memory: an anonymous file (memfd). Read and written by calls, not through a mapping: a read of a hole then takes no
- * page, and a full machine is -ENOSPC rather than SIGBUS. Its size is sealed, so whoever shares it cannot cut it.
+ * Memory: an anonymous file (memfd). Read and written by calls where a page may not be there: a read of a hole then takes
+ * no page, and a full machine is -ENOSPC rather than SIGBUS. Its size is sealed, so whoever shares it cannot cut it.
  */
 #define _GNU_SOURCE
 #include "backend/backend.h"
@@ -13,25 +13,106 @@
 #include "base/uri.h"
 
 #include <fcntl.h>
+#include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define MEM_PAGE ((uint64_t)4096)
+#define MEM_SHORT 65536                  /* what is longer the kernel copies as fast */
+#define MEM_MAPPED_MAX ((uint64_t)1 << 44)
+
+/*
+ * Short reads and writes of pages that are there go through a mapping, which costs a third of a system call. To look at a
+ * page that is not there would put one there, so it is noted which have been written. A note is no more than a hint: the
+ * mapping and the file are the same bytes whatever it says.
+ */
 struct mem {
 	int fd;
+	uint64_t bytes;
+	char *map;              /* NULL: none */
+	_Atomic uint64_t *there; /* a bit for each page */
 	struct far_ram_record record;
 };
+
+static size_t mem_words(uint64_t bytes)
+{
+	return (size_t)far_div_up(far_div_up(bytes, MEM_PAGE), 64);
+}
+
+static void mem_map(struct mem *m)
+{
+	if (!m->bytes || m->bytes > MEM_MAPPED_MAX || sysconf(_SC_PAGESIZE) != (long)MEM_PAGE)
+		return;
+	m->there = calloc(mem_words(m->bytes), sizeof *m->there);
+	void *p = m->there ? mmap(NULL, m->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, m->fd, 0) : MAP_FAILED;
+	if (p == MAP_FAILED)
+		return;
+	madvise(p, m->bytes, MADV_DONTFORK);
+	m->map = p;
+}
+
+/* The bits of word w that stand for pages of [off, off+len). */
+static uint64_t mem_mask(uint64_t w, uint64_t off, uint64_t len)
+{
+	uint64_t first = off / MEM_PAGE, last = (off + len - 1) / MEM_PAGE, mask = UINT64_MAX;
+
+	if (w == first / 64)
+		mask &= UINT64_MAX << first % 64;
+	if (w == last / 64)
+		mask &= UINT64_MAX >> (63 - last % 64);
+	return mask;
+}
+
+static bool mem_is_there(const struct mem *m, uint64_t off, size_t len)
+{
+	if (!m->map || len > MEM_SHORT)
+		return false;
+	for (uint64_t w = off / MEM_PAGE / 64; w <= (off + len - 1) / MEM_PAGE / 64; w++) {
+		uint64_t mask = mem_mask(w, off, len);
+		if ((atomic_load_explicit(&m->there[w], memory_order_relaxed) & mask) != mask)
+			return false;
+	}
+	return true;
+}
+
+static void mem_note(struct mem *m, uint64_t off, uint64_t len, bool there)
+{
+	if (!m->map)
+		return;
+	for (uint64_t w = off / MEM_PAGE / 64; w <= (off + len - 1) / MEM_PAGE / 64; w++) {
+		uint64_t mask = mem_mask(w, off, len), now = atomic_load_explicit(&m->there[w], memory_order_relaxed);
+		if (there && (now & mask) != mask)
+			atomic_fetch_or_explicit(&m->there[w], mask, memory_order_relaxed);
+		else if (!there && (now & mask))
+			atomic_fetch_and_explicit(&m->there[w], ~mask, memory_order_relaxed);
+	}
+}
 
 static int mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct mem *m = self;
+
+	if (mem_is_there(m, off, len)) {
+		memcpy(buf, m->map + off, len);
+		return 0;
+	}
 	return far_io_pread(m->fd, off, buf, len, 0);
 }
 
 static int mem_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
 {
 	struct mem *m = self;
-	return far_io_pwrite(m->fd, off, buf, len, 0);
+
+	if (mem_is_there(m, off, len)) {
+		memcpy(m->map + off, buf, len);
+		return 0;
+	}
+	int r = far_io_pwrite(m->fd, off, buf, len, 0);
+	if (r == 0)
+		mem_note(m, off, len, true);
+	return r;
 }
 
 static int mem_flush(void *self)
@@ -42,6 +123,7 @@ static int mem_flush(void *self)
 static int mem_discard(void *self, uint64_t off, uint64_t len, unsigned flags)
 {
 	struct mem *m = self;
+	mem_note(m, off, len, false);
 	return far_io_punch(m->fd, off, len);
 }
 
@@ -72,6 +154,9 @@ static void mem_close(void *self)
 {
 	struct mem *m = self;
 	far_ram_record_fini(&m->record);
+	if (m->map)
+		munmap(m->map, m->bytes);
+	free((void *)m->there);
 	far_fd_close(&m->fd);
 	free(m);
 }
@@ -109,7 +194,7 @@ int far_mem_open(const struct far_uri *u, const struct far_open_opts *opts, stru
 		r = far_heap_new(facts.bytes, out);
 		return r ? far_error_set(err, -r, "cannot open '%.100s': %s.", u->text, far_strerror(r)) : 0;
 	}
-	struct mem *m = malloc(sizeof *m);
+	struct mem *m = calloc(1, sizeof *m);
 	if (!m)
 		return far_error_set(err, ENOMEM, "cannot open '%.100s': %s.", u->text, far_strerror(ENOMEM));
 	far_ram_record_init(&m->record);
@@ -120,6 +205,8 @@ int far_mem_open(const struct far_uri *u, const struct far_open_opts *opts, stru
 				  far_strerror(errno));
 		goto close;
 	}
+	m->bytes = facts.bytes;
+	mem_map(m);
 	r = far_backend_new(&mem_ops, m, &facts, out);
 	if (!r)
 		return 0;

@@ -552,7 +552,9 @@ def one_byte_at_a_time(w):
         if not piece:
             break
         got += piece
-    has(got, b'w' * 100, struct.pack('>I', 0x668e33ef))
+    # in any order: no request waited for the one before
+    has(got, struct.pack('>IIQ', 0x67446698, 0, 1), struct.pack('>IHHQI', 0x668e33ef, 1, 1, 2, 108),
+        struct.pack('>IHHQI', 0x668e33ef, 1, 5, 3, 12), struct.pack('>IIQ', 0x67446698, 0, 4))
     equal(s.end(), 0, 'exit code')
 
 

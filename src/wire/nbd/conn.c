@@ -256,6 +256,34 @@ static enum nbd_next conn_goodbye(struct far_nbd_conn *c)
 	return NBD_END;
 }
 
+/* Memory takes a long write as it comes, while its bytes are still in the CPU's caches. */
+static enum nbd_next conn_stream(struct far_nbd_conn *c, size_t there)
+{
+	struct far_nbd_request *q = &c->stream, piece = *q;
+	uint64_t left = q->len - c->streamed;
+
+	if (!left) {
+		piece.len = 0; /* what is left to be done is to flush, if that was asked for */
+		int err = c->stream_err ? c->stream_err : far_nbd_perform(&c->peer, &piece, NULL, 0);
+		c->streaming = false;
+		if (err)
+			conn_fail(c, q, err, NULL);
+		else
+			far_nbd_put(c, far_nbd_put_done(c->peer.form, far_nbd_out(c, FAR_NBD_HEAD_MAX), q, 0));
+		return NBD_MORE;
+	}
+	if (there < CONN_INLINE && there < left)
+		return NBD_NEED;
+	piece.off += c->streamed;
+	piece.len = far_min(there, left);
+	piece.flags &= (uint16_t)~FAR_NBD_FUA;
+	if (!c->stream_err)
+		c->stream_err = far_nbd_perform(&c->peer, &piece, c->in + c->in_at, 0);
+	c->in_at += piece.len;
+	c->streamed += piece.len;
+	return NBD_MORE;
+}
+
 /* A write longer than what waits in `in`: gets a buffer of its own. */
 static enum nbd_next conn_fill(struct far_nbd_conn *c, const struct far_nbd_request *q, const uint8_t *data, size_t there)
 {
@@ -282,6 +310,8 @@ static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 	struct far_nbd_request q;
 	const char *why;
 
+	if (c->streaming)
+		return conn_stream(c, there);
 	if (c->filling)
 		return c->filled == c->filling->cap ? conn_filled(c, seat) : NBD_NEED;
 	if (c->skip) {
@@ -309,6 +339,13 @@ static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 	if (q.payload > there && q.payload <= CONN_INLINE)
 		return NBD_NEED;
 	c->in_at += head;
+	if (q.payload > there && c->peer.memory && far_nbd_flush(c)) { /* no loan of ours is in its way */
+		c->stream = q;
+		c->streaming = true;
+		c->streamed = 0;
+		c->stream_err = 0;
+		return NBD_MORE;
+	}
 	if (q.payload > there)
 		return conn_fill(c, &q, data, there);
 	c->in_at += q.payload;
@@ -373,7 +410,7 @@ static uint64_t conn_patience(const struct far_nbd_conn *c)
 {
 	if (!c->serving)
 		return c->born + c->env->handshake + (c->hello.flags_seen ? c->env->stall : 0);
-	if (c->filling || c->skip || c->in_at != c->in_n)
+	if (c->filling || c->streaming || c->skip || c->in_at != c->in_n)
 		return c->moved + c->env->stall;
 	return FAR_NEVER;
 }
@@ -463,7 +500,7 @@ static bool conn_receive(struct far_nbd_conn *c)
 		iov[n++] = (struct iovec){ c->filling->buf + c->filled, direct };
 	}
 	iov[n++] = (struct iovec){ c->in + c->in_n, CONN_IN - c->in_n };
-	if (c->serving && !c->filling)
+	if (c->serving && !c->filling && !c->streaming)
 		conn_linger(c);
 	ssize_t k = conn_read_some(c, iov, n);
 	if (k > 0) {

@@ -56,6 +56,10 @@ struct far_nbd_conn {
 	size_t beside;           /* bytes of the batch that are not in `out` */
 	struct far_nbd_job *filling; /* a write whose bytes are still coming in */
 	size_t filled;
+	bool streaming;          /* a write that goes to memory piece by piece as it comes */
+	struct far_nbd_request stream;
+	uint64_t streamed;
+	int stream_err;
 	uint64_t skip;           /* bytes of a refused write still to come */
 	struct far_spin spin;
 	unsigned crowded;        /* so many times not to spin */
