@@ -14,7 +14,7 @@
 #include "base/thread.h"
 
 #include <openssl/err.h>
-#include <openssl/rand.h>
+#include <openssl/pem.h>
 #include <openssl/x509v3.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,6 +41,8 @@ static const char *keys_reason(char *buf, size_t n)
 
 	if (e && ERR_SYSTEM_ERROR(e))
 		snprintf(buf, n, "%s", far_strerror(ERR_GET_REASON(e)));
+	else if (ERR_GET_LIB(e) == ERR_LIB_PEM && ERR_GET_REASON(e) == PEM_R_NO_START_LINE)
+		snprintf(buf, n, "there is none in it (in PEM form)");
 	else
 		snprintf(buf, n, "%s", text ? text : "unknown error");
 	ERR_clear_error();
