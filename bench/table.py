@@ -473,6 +473,49 @@ def row_grpc(o):
                  'far_read <- gRPC <- memory against r3map\'s services on grpc-go, both ends')
 
 
+@row('tls')
+def row_tls(o):
+    """What the same stream costs OpenSSL alone, on a blocking socket."""
+    size, where = (256 * MIB if o.quick else GIB), folder()
+    need_memory(4 * size)
+    if not shutil.which('openssl'):
+        raise Skip('the openssl command is not installed')
+    cert, key = os.path.join(where, 'cert.pem'), os.path.join(where, 'key.pem')
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-keyout', key,
+                    '-out', cert, '-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost'], check=True,
+                   capture_output=True)
+
+    def stream(how):
+        out = subprocess.run([os.path.join(BUILD, 'bench', 'rawtls'), str(size), how, cert, key], capture_output=True, text=True)
+        if out.returncode:
+            raise Broken('rawtls: %s' % out.stderr.strip())
+        return float(out.stdout.split()[0])
+    a, b = pairs(o.pairs, lambda: stream('conn'), lambda: stream('raw'))
+    show('one TLS stream', a / b, 'x', 0.8, rates(a, b), 'two processes, the connection layer against OpenSSL on a blocking socket')
+
+    data = os.path.join('/dev/shm' if os.access('/dev/shm', os.W_OK) else where, 'farpage-bench-tls.%d' % os.getpid())
+    things.add(lambda: os.path.exists(data) and os.unlink(data))
+    with open(data, 'wb') as f:
+        for _ in range(size // MIB):
+            f.write(os.urandom(MIB))
+    server = start(FARPAGE, 'serve', 'mem:%d' % size, '--listen', 'grpcs://127.0.0.1:0', '--tls-cert', cert, '--tls-key', key)
+    words = server.stdout.readline().split()
+    if len(words) < 2:
+        raise Broken('farpage serve: %s' % server.stderr.read().strip())
+    uri = words[1].replace('127.0.0.1', 'localhost') + '?tls-ca=' + cert
+
+    def copy(*where_):
+        begin = time.monotonic()
+        out = subprocess.run([FARPAGE, 'copy', *where_, '--quiet'], capture_output=True, text=True)
+        if out.returncode:
+            raise Broken('farpage copy: %s' % out.stderr.strip())
+        return size / MIB / (time.monotonic() - begin)
+    copy('file:' + data, uri)
+    a, b = pairs(o.pairs, lambda: copy(uri, 'null:'), lambda: stream('raw'))
+    show('farpage copy grpcs://... null:', a / b, 'x', 0.8, rates(a, b),
+         'far_read <- gRPC <- TLS <- memory, checksums and the whole command counted, against one raw TLS stream')
+
+
 @row('huge')
 def row_huge(o):
     r = farpage_rows('huge')[0]

@@ -21,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define OIDC_PAUSE (10 * FAR_SEC)
+#define OIDC_PAUSE (5 * FAR_SEC)
 #define OIDC_AGE (3600 * FAR_SEC)
 #define OIDC_OLD (24 * OIDC_AGE)
 #define OIDC_TIMEOUT_MS 5000

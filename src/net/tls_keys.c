@@ -14,7 +14,7 @@
 #include "base/thread.h"
 
 #include <openssl/err.h>
-#include <openssl/rand.h>
+#include <openssl/pem.h>
 #include <openssl/x509v3.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,6 +41,8 @@ static const char *keys_reason(char *buf, size_t n)
 
 	if (e && ERR_SYSTEM_ERROR(e))
 		snprintf(buf, n, "%s", far_strerror(ERR_GET_REASON(e)));
+	else if (ERR_GET_LIB(e) == ERR_LIB_PEM && ERR_GET_REASON(e) == PEM_R_NO_START_LINE)
+		snprintf(buf, n, "there is none in it (in PEM form)");
 	else
 		snprintf(buf, n, "%s", text ? text : "unknown error");
 	ERR_clear_error();
@@ -263,8 +265,9 @@ static int keys_shape(struct far_tls *t, SSL_CTX *ctx)
 	SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
 	SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
 	SSL_CTX_set_num_tickets(ctx, 0);
-	/* Without it a shared key is refused where certificates are asked for. */
-	(void)SSL_CTX_set_session_id_context(ctx, (const unsigned char *)"farpage", 7);
+	/* Without it a shared key is refused where certificates are asked for; with it a client refuses its own. */
+	if (t->server)
+		(void)SSL_CTX_set_session_id_context(ctx, (const unsigned char *)"farpage", 7);
 	SSL_CTX_set_security_level(ctx, 2);
 	if (!SSL_CTX_set_min_proto_version(ctx, t->tls12 ? TLS1_2_VERSION : TLS1_3_VERSION))
 		return -EINVAL;

@@ -1,0 +1,443 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the farpage authors
+"""tls.py FARPAGE [CASE...]: TLS and who may connect, with farpage at both ends, grpcio and libnbd's programs at one."""
+import base64
+import http.server
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import threading
+import time
+
+from cli_lib import FARPAGE, Skip, equal, has, main, message, true, wait_for
+from tls_lib import certificate, openssl, place
+
+CERT = ['--tls-cert', 's.pem', '--tls-key', 's.key']
+
+
+def serve(w, *options, listen='grpcs://127.0.0.1:0', sources=('file:data',)):
+    s = w.start('serve', *sources, '--listen', listen, *options)
+    line = s.line()
+    s.port = int(line.split()[1].split('/')[2].rsplit(':', 1)[1]) if 'socket=' not in line else 0
+    return s
+
+
+def uri(s, host='localhost', scheme='grpcs', export='', **options):
+    query = '&'.join('%s=%s' % (k.replace('_', '-'), v) for k, v in options.items())
+    return '%s://%s:%d/%s%s' % (scheme, host, s.port, export, '?' + query if query else '')
+
+
+def works(w, where):
+    w.run('copy', where, 'file:got', code=0)
+    equal(w.read('got'), w.read('data'))
+
+
+def refused(w, where, *words):
+    r = w.run('copy', where, 'null:')
+    true(r.returncode == 1, 'exit %d: %s' % (r.returncode, r.err))
+    message(r.err)
+    has(r.err, *words)
+
+
+def data(w, size=1 << 20):
+    place(w)
+    w.file('data', size)
+
+
+def the_servers_certificate_is_checked(w):
+    data(w)
+    certificate(w, 'old', 'ca', 'DNS:localhost', days=-1)
+    s = serve(w, *CERT, '--read-only')
+    works(w, uri(s, tls_ca='ca.pem'))
+    works(w, uri(s, '127.0.0.1', tls_ca='ca.pem'))
+    refused(w, uri(s, tls_ca='other.pem'), 'unknown authority')
+    refused(w, uri(s), 'unknown authority')  # the system's authorities do not know ours
+    refused(w, uri(s, tls_ca='ca.pem', tls_name='other.example'), 'for another name', 'localhost')
+    refused(w, uri(s, tls_ca='ca.pem', tls_name='127.0.0.2'), 'for another name')
+    works(w, uri(s, '127.0.0.1', tls_ca='ca.pem', tls_name='localhost'))
+    old = serve(w, '--tls-cert', 'old.pem', '--tls-key', 'old.key', '--read-only')
+    has(old.err(), 'has expired')
+    refused(w, uri(old, tls_ca='ca.pem'), 'has expired')
+
+
+def clear_text_and_tls_do_not_meet(w):
+    data(w)
+    s, plain = serve(w, *CERT, '--read-only'), serve(w, '--read-only', listen='grpc://127.0.0.1:0')
+    refused(w, uri(s, scheme='grpc'), 'grpcs://')
+    refused(w, uri(plain, tls_ca='ca.pem'), 'speaks no TLS')
+    r = w.run('copy', uri(plain, scheme='grpc', tls_ca='ca.pem'), 'null:')
+    equal(r.returncode, 2, r.err)
+    has(r.err, 'grpcs://')
+    r = w.run('serve', 'file:data', '--listen', 'grpcs://127.0.0.1:0')
+    equal(r.returncode, 2, r.err)
+    has(r.err, '--tls-cert')
+    r = w.run('serve', 'file:data', '--listen', 'grpc://0.0.0.0:0')
+    has(r.err, '--insecure')
+    works(w, uri(s, tls_ca='ca.pem'))  # nobody else was disturbed
+
+
+def clients_must_show_a_certificate(w):
+    data(w)
+    certificate(w, 'gone', 'ca', 'DNS:gone.example', days=-1)
+    s = serve(w, *CERT, '--tls-ca', 'ca.pem')
+    works(w, uri(s, tls_ca='ca.pem', tls_cert='alice.pem', tls_key='alice.key'))
+    refused(w, uri(s, tls_ca='ca.pem'), 'wants a certificate')
+    refused(w, uri(s, tls_ca='ca.pem', tls_cert='eve.pem', tls_key='eve.key'), 'authority')
+    refused(w, uri(s, tls_ca='ca.pem', tls_cert='gone.pem', tls_key='gone.key'), 'expired')
+    r = w.run('copy', uri(s, tls_ca='ca.pem', tls_cert='alice.pem', tls_key='bob.key'), 'null:')
+    has(r.err, 'does not belong')
+
+
+def a_unix_socket_has_tls_too(w):
+    data(w)
+    w.start('serve', 'file:data', '--listen', 'grpcs+unix:///?socket=sock', *CERT).line()
+    works(w, 'grpcs+unix:///?socket=sock&tls-ca=ca.pem')
+    refused(w, 'grpcs+unix:///?socket=sock&tls-ca=ca.pem&tls-name=x', 'for another name')
+
+
+def rules_give_rights_to_names(w):
+    data(w, 65536)
+    w.file('b', 65536, seed=2)
+    s = serve(w, *CERT, '--tls-ca', 'ca.pem', '--allow', 'alice.example=ro', '--allow', 'bob=rw:b',
+              sources=('file:data', 'b=file:b'))
+    alice = dict(tls_ca='ca.pem', tls_cert='alice.pem', tls_key='alice.key')
+    bob = dict(tls_ca='ca.pem', tls_cert='bob.pem', tls_key='bob.key')
+    works(w, uri(s, **alice))
+    r = w.run('copy', 'file:b', uri(s, export='b', **alice))
+    true(r.returncode == 1, r.err)
+    has(r.err, 'read-only')
+    refused(w, uri(s, **bob), 'may not use export')
+    w.file('new', 65536, seed=3)
+    w.run('copy', 'file:new', uri(s, export='b', **bob), code=0)
+    equal(w.read('b'), w.read('new'))
+    r = w.run('serve', 'file:data', '--listen', 'grpc://127.0.0.1:0', '--allow', 'x=rw')
+    equal(r.returncode, 2, r.err)
+
+
+def tokens_come_from_a_file(w):
+    data(w, 65536)
+    with open(w.path('tokens'), 'w') as f:
+        f.write('# who: what\nreader:%s\nwriter:%s\n' % ('r' * 20, 'w' * 20))
+    for name in 'rwx':
+        with open(w.path(name), 'w') as f:
+            f.write(name * 20 + '\n')
+    s = serve(w, *CERT, '--token-file', 'tokens', '--allow', 'reader=ro', '--allow', 'writer=rw')
+    works(w, uri(s, tls_ca='ca.pem', token_file='r'))
+    refused(w, uri(s, tls_ca='ca.pem', token_file='x'), 'not one of those')
+    refused(w, uri(s, tls_ca='ca.pem'), 'a token is needed')
+    r = w.run('copy', 'file:data', uri(s, tls_ca='ca.pem', token_file='r'))
+    true(r.returncode == 1, r.err)
+    w.run('copy', 'file:data', uri(s, tls_ca='ca.pem', token_file='w'), code=0)
+    # Taken out of the file it is worth nothing after the next SIGHUP.
+    with open(w.path('tokens'), 'w') as f:
+        f.write('writer:%s\n' % ('w' * 20))
+    s.p.send_signal(signal.SIGHUP)
+    wait_for(lambda: 'read again' in s.err(), 'the reload')
+    refused(w, uri(s, tls_ca='ca.pem', token_file='r'), 'not one of those')
+    s.end()
+    plain = serve(w, '--token-file', 'tokens', listen='grpc://127.0.0.1:0')
+    works(w, uri(plain, scheme='grpc', token_file='w'))  # within this host
+    plain.end()
+    r = w.run('serve', 'file:data', '--listen', 'grpc://0.0.0.0:0', '--token-file', 'tokens', '--insecure')
+    equal(r.returncode, 1, 'tokens in the clear: ' + r.err)
+
+
+class Calls(threading.Thread):
+    """Calls without a pause by grpcio until told to stop; `failed` keeps the first that was."""
+
+    def __init__(self, target, credentials):
+        super().__init__(daemon=True)
+        import grpc
+        self.grpc = grpc
+        self.channel = grpc.secure_channel(target, credentials)
+        self.read = self.channel.unary_unary('/com.pojtinger.felicitas.r3map.mount.v1.Backend/ReadAt')
+        self.n, self.failed, self.over = 0, None, False
+
+    def run(self):
+        while not self.over and not self.failed:
+            try:
+                self.read(b'\x08\x80\x20', timeout=30)  # 4096 bytes from 0
+                self.n += 1
+            except self.grpc.RpcError as e:
+                self.failed = e
+
+
+def need_grpcio():
+    try:
+        import grpc  # noqa: F401
+    except ImportError:
+        raise Skip('python3-grpcio is not installed')
+
+
+def certificates_are_read_again_under_load(w):
+    need_grpcio()
+    data(w)
+    certificate(w, 'next', 'other', 'DNS:localhost')
+    s = serve(w, *CERT)
+    import grpc
+    calls = [Calls('localhost:%d' % s.port, grpc.ssl_channel_credentials(w.read('ca.pem'))) for _ in range(2)]
+    for c in calls:
+        c.start()
+    wait_for(lambda: all(c.n > 20 or c.failed for c in calls), 'the first calls')
+    with open(w.path('s.pem'), 'wb') as f:
+        f.write(b'no certificate\n')
+    s.p.send_signal(signal.SIGHUP)
+    wait_for(lambda: 'stays as it was' in s.err(), 'the refusal of a bad file')
+    works(w, uri(s, tls_ca='ca.pem'))
+    shutil.copy(w.path('next.key'), w.path('s.key'))
+    shutil.copy(w.path('next.pem'), w.path('s.pem'))
+    s.p.send_signal(signal.SIGHUP)
+    wait_for(lambda: 'were read again' in s.err(), 'the new certificate')
+    refused(w, uri(s, tls_ca='ca.pem'), 'unknown authority')
+    works(w, uri(s, tls_ca='other.pem'))
+    before = [c.n for c in calls]
+    wait_for(lambda: all(c.failed or c.n > b + 20 for c, b in zip(calls, before)), 'calls after the reload')
+    for c in calls:
+        c.over = True
+        c.join(30)
+        true(c.failed is None, 'a call was dropped: %r' % c.failed)
+
+
+def grpcio_sees_the_right_status(w):
+    need_grpcio()
+    import grpc
+    data(w, 65536)
+    with open(w.path('tokens'), 'w') as f:
+        f.write('reader:%s\n' % ('r' * 20))
+    s = serve(w, *CERT, '--token-file', 'tokens', '--allow', 'reader=ro')
+    with grpc.secure_channel('localhost:%d' % s.port, grpc.ssl_channel_credentials(w.read('ca.pem'))) as channel:
+        read = channel.unary_unary('/com.pojtinger.felicitas.r3map.mount.v1.Backend/ReadAt')
+        write = channel.unary_unary('/com.pojtinger.felicitas.r3map.mount.v1.Backend/WriteAt')
+        good = [('authorization', 'Bearer ' + 'r' * 20)]
+        got = read(b'\x08\x10', metadata=good, timeout=30)
+        equal(got[-16:], w.read('data')[:16])
+
+        def status(call, request, metadata=None):
+            try:
+                call(request, metadata=metadata, timeout=30)
+            except grpc.RpcError as e:
+                return e.code()
+            return grpc.StatusCode.OK
+        equal(status(read, b'\x08\x10'), grpc.StatusCode.UNAUTHENTICATED)
+        equal(status(read, b'\x08\x10', [('authorization', 'Bearer ' + 'x' * 20)]), grpc.StatusCode.UNAUTHENTICATED)
+        equal(status(read, b'\x08\x10', [('authorization', 'Basic eDp5')]), grpc.StatusCode.UNAUTHENTICATED)
+        equal(status(write, b'\x12\x01a', good), grpc.StatusCode.PERMISSION_DENIED)
+        equal(status(read, b'\x08\x10', good), grpc.StatusCode.OK)
+    equal(w.read('data')[:1], w.file('same', 65536)[:1])
+
+
+class Issuer:
+    """An OpenID Connect issuer on https://localhost: a discovery document, a set of keys, and a count of questions."""
+
+    def __init__(self, w, cert='s'):
+        self.w, self.keys, self.asked = w, [], 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = None
+                if self.path == '/.well-known/openid-configuration':
+                    body = {'issuer': outer.url, 'jwks_uri': outer.url + '/keys'}
+                elif self.path == '/keys':
+                    outer.asked += 1
+                    body = {'keys': outer.keys}
+                self.send_response(200 if body else 404)
+                self.end_headers()
+                self.wfile.write(json.dumps(body).encode())
+
+            def log_message(self, *args):
+                pass
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(w.path(cert + '.pem'), w.path(cert + '.key'))
+        self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.url = 'https://localhost:%d' % self.server.server_port
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def b64(b):
+    return base64.urlsafe_b64encode(b).rstrip(b'=').decode()
+
+
+def key(w, kid):
+    """An Ed25519 key KID.sign; its public half as a JWK."""
+    openssl(w, 'genpkey', '-algorithm', 'ed25519', '-out', kid + '.sign')
+    openssl(w, 'pkey', '-in', kid + '.sign', '-pubout', '-outform', 'DER', '-out', kid + '.pub')
+    return {'kty': 'OKP', 'crv': 'Ed25519', 'use': 'sig', 'kid': kid, 'x': b64(w.read(kid + '.pub')[-32:])}
+
+
+def token(w, kid, header=None, **claims):
+    head = b64(json.dumps(dict({'alg': 'EdDSA', 'kid': kid}, **(header or {}))).encode())
+    body = b64(json.dumps(claims).encode())
+    with open(w.path('to-sign'), 'w') as f:
+        f.write(head + '.' + body)
+    openssl(w, 'pkeyutl', '-sign', '-inkey', kid + '.sign', '-rawin', '-in', 'to-sign', '-out', 'signature')
+    return head + '.' + body + '.' + b64(w.read('signature'))
+
+
+def bearer(w, s, text):
+    with open(w.path('token'), 'w') as f:
+        f.write(text + '\n')
+    return uri(s, tls_ca='ca.pem', token_file='token')
+
+
+def an_issuers_keys_are_fetched_kept_and_rotated(w):
+    data(w, 65536)
+    issuer = Issuer(w)
+    issuer.keys = [key(w, 'one')]
+    try:
+        s = serve(w, *CERT, '--oidc-issuer', issuer.url, '--oidc-ca', 'ca.pem', '--audience', 'farpage', '--allow', 'me=ro')
+        now = int(time.time())
+        claims = dict(iss=issuer.url, aud='farpage', sub='me', exp=now + 600)
+        works(w, bearer(w, s, token(w, 'one', **claims)))
+        works(w, bearer(w, s, token(w, 'one', **dict(claims, aud=['x', 'farpage']))))
+        equal(issuer.asked, 1, 'the keys were not kept')
+        refused(w, bearer(w, s, token(w, 'one', **dict(claims, exp=now - 120))), 'expired')
+        works(w, bearer(w, s, token(w, 'one', **dict(claims, exp=now - 20))))  # within the skew
+        refused(w, bearer(w, s, token(w, 'one', **dict(claims, nbf=now + 600))), 'not good yet')
+        refused(w, bearer(w, s, token(w, 'one', **dict(claims, iss='https://other'))), 'another issuer')
+        refused(w, bearer(w, s, token(w, 'one', **dict(claims, aud='other'))), 'somebody else')
+        refused(w, bearer(w, s, token(w, 'one', **dict(claims, sub='you'))), 'may not use')
+        refused(w, bearer(w, s, token(w, 'one', {'alg': 'none'}, **claims)), 'not accepted')
+        refused(w, bearer(w, s, token(w, 'one', {'alg': 'HS256'}, **claims)), 'not accepted')
+        refused(w, bearer(w, s, token(w, 'one', {'alg': 'RS256'}, **claims)), 'another algorithm')
+        good = token(w, 'one', **claims)
+        refused(w, bearer(w, s, good[:-6] + ('AAAAAA' if good[-6:] != 'AAAAAA' else 'BBBBBB')[:5] + 'A'), 'signature')
+        equal(issuer.asked, 1)
+        # A new key: fetched when a token names it, but not more often than every 5 s whoever asks.
+        issuer.keys.append(key(w, 'two'))
+        fresh = bearer(w, s, token(w, 'two', **claims))
+        wait_for(lambda: w.run('copy', fresh, 'null:').returncode == 0, 'the new key', 30)
+        asked = issuer.asked
+        key(w, 'three')
+        for _ in range(5):
+            refused(w, bearer(w, s, token(w, 'three', **claims)), 'key')
+        true(issuer.asked <= asked + 1, 'the issuer was asked %d times' % (issuer.asked - asked))
+    finally:
+        issuer.close()
+    works(w, bearer(w, s, token(w, 'one', **claims)))  # it need not be there
+
+
+def an_issuer_with_a_wrong_certificate_is_not_believed(w):
+    data(w, 65536)
+    certificate(w, 'fake', 'other', 'DNS:localhost')
+    issuer = Issuer(w, 'fake')
+    issuer.keys = [key(w, 'one')]
+    try:
+        s = serve(w, *CERT, '--oidc-issuer', issuer.url, '--oidc-ca', 'ca.pem', '--audience', 'farpage')
+        claims = dict(iss=issuer.url, aud='farpage', sub='me', exp=int(time.time()) + 600)
+        refused(w, bearer(w, s, token(w, 'one', **claims)), 'certificate')
+        equal(issuer.asked, 0)
+    finally:
+        issuer.close()
+    r = w.run('serve', 'file:data', '--listen', 'grpcs://127.0.0.1:0', *CERT, '--oidc-issuer', 'http://localhost', '--audience',
+              'x')
+    equal(r.returncode, 2, r.err)
+
+
+def a_set_of_keys_comes_from_a_file(w):
+    data(w, 65536)
+    with open(w.path('keys'), 'w') as f:
+        json.dump({'keys': [key(w, 'one')]}, f)
+    s = serve(w, *CERT, '--jwks-file', 'keys', '--issuer', 'us', '--audience', 'farpage')
+    claims = dict(iss='us', aud='farpage', sub='me', exp=int(time.time()) + 600)
+    works(w, bearer(w, s, token(w, 'one', **claims)))
+    refused(w, bearer(w, s, token(w, 'one', **dict(claims, iss='them'))), 'another issuer')
+    with open(w.path('keys'), 'w') as f:
+        json.dump({'keys': [key(w, 'two')]}, f)
+    s.p.send_signal(signal.SIGHUP)
+    wait_for(lambda: 'read again' in s.err(), 'the reload')
+    refused(w, bearer(w, s, token(w, 'one', **claims)), 'not in the set')
+    works(w, bearer(w, s, token(w, 'two', **claims)))
+
+
+def nbdinfo(w, where):
+    if not shutil.which('nbdinfo'):
+        raise Skip('libnbd-bin is not installed')
+    return subprocess.run(['nbdinfo', where], cwd=w.dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
+
+
+def nbd_has_certificates_and_shared_keys(w):
+    data(w)
+    secret = os.urandom(32).hex()
+    for name, text in ('keys', 'alice:%s\n' % secret), ('wrong', 'alice:%s\n' % os.urandom(32).hex()), ('mallory', 'mallory:' + secret):
+        with open(w.path(name), 'w') as f:
+            f.write(text)
+    for folder, files in (('ours', {'ca-cert': 'ca.pem', 'client-cert': 'alice.pem', 'client-key': 'alice.key'}),
+                          ('bare', {'ca-cert': 'ca.pem'}), ('foreign', {'ca-cert': 'other.pem'})):
+        os.mkdir(w.path(folder))
+        for to, of in files.items():
+            shutil.copy(w.path(of), w.path(folder + '/' + to + '.pem'))
+    need, may, psk = (serve(w, *CERT, '--tls-ca', 'ca.pem', '--read-only', listen='nbds://127.0.0.1:0'),
+                      serve(w, *CERT, '--read-only', listen='nbd://127.0.0.1:0'),
+                      serve(w, '--tls-psk', 'keys', '--read-only', listen='nbds://127.0.0.1:0'))
+
+    def tls(s, folder, host='localhost'):
+        return nbdinfo(w, 'nbds://%s:%d/?tls-certificates=%s' % (host, s.port, w.path(folder)))
+
+    def shared(s, who, file):
+        return nbdinfo(w, 'nbds://%s@localhost:%d/?tls-psk-file=%s' % (who, s.port, w.path(file)))
+    r = tls(need, 'ours')
+    equal(r.returncode, 0, r.stdout)
+    has(r.stdout, 'with TLS', '1048576')
+    for r in tls(need, 'bare'), tls(need, 'foreign'), nbdinfo(w, 'nbd://localhost:%d' % need.port), tls(may, 'foreign'):
+        true(r.returncode != 0, r.stdout)
+    for r in tls(may, 'bare'), nbdinfo(w, 'nbd://localhost:%d' % may.port), shared(psk, 'alice', 'keys'):
+        equal(r.returncode, 0, r.stdout)
+    for r in shared(psk, 'alice', 'wrong'), shared(psk, 'mallory', 'mallory'), nbdinfo(w, 'nbd://localhost:%d' % psk.port):
+        true(r.returncode != 0, r.stdout)
+    both = serve(w, *CERT, '--tls-ca', 'ca.pem', '--tls-psk', 'keys', '--allow', 'alice=ro', listen='nbds://127.0.0.1:0',
+                 sources=('mem:1M',))
+    for r in tls(both, 'ours'), shared(both, 'alice', 'keys'):
+        has(r.stdout, 'is_read_only: true')
+
+
+def commands_are_run_and_ended(w):
+    data(w)
+    farpage = FARPAGE
+    where = 'exec:echo $$ >>pids; exec %s serve file:data --listen stdio:' % farpage
+    works(w, where)
+    w.file('new', 1 << 20, seed=9)
+    w.run('copy', 'file:new', where, code=0)
+    equal(w.read('data'), w.read('new'))
+    pids = [int(x) for x in w.read('pids').split()]
+    equal(len(pids), 2)
+    for pid in pids:
+        true(not os.path.exists('/proc/%d' % pid), 'process %d is left over' % pid)
+    works(w, 'exec:cat | %s serve file:data --listen stdio: | cat' % farpage)  # pipes
+    refused(w, 'exec:exit 3', 'exit code 3')
+    began = time.monotonic()
+    refused(w, 'exec:trap "" TERM; exec >/dev/null <&1; sleep 600 & wait')
+    true(time.monotonic() - began < 20, 'a command that does not end was waited for')
+
+
+def a_lost_command_is_run_again(w):
+    data(w, 8 << 20)
+    where = 'exec:echo $$ >>pids; exec %s serve file:data --listen stdio: --layer delay:rtt=1ms' % FARPAGE
+    m = w.mount(where, w.path('none'), '--mode', 'direct', '--quiet')
+    path = m.path
+    with open(path, 'rb') as f:
+        equal(f.read(4096), w.read('data')[:4096])
+        first = int(w.read('pids').split()[0])
+        os.kill(first, signal.SIGKILL)
+        f.seek(4 << 20)
+        equal(f.read(65536), w.read('data')[4 << 20:(4 << 20) + 65536])
+    true(len(w.read('pids').split()) >= 2, 'nothing was run again')
+    equal(m.end(), 0, m.err())
+
+
+CASES = [the_servers_certificate_is_checked, clear_text_and_tls_do_not_meet, clients_must_show_a_certificate,
+         a_unix_socket_has_tls_too, rules_give_rights_to_names, tokens_come_from_a_file,
+         certificates_are_read_again_under_load, grpcio_sees_the_right_status, an_issuers_keys_are_fetched_kept_and_rotated,
+         an_issuer_with_a_wrong_certificate_is_not_believed, a_set_of_keys_comes_from_a_file,
+         nbd_has_certificates_and_shared_keys, commands_are_run_and_ended, a_lost_command_is_run_again]
+if __name__ == '__main__':
+    main(CASES)
