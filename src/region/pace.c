@@ -23,6 +23,7 @@
 #define PACE_DRAIN_AGAIN FAR_SEC
 #define PACE_PERIOD (5 * FAR_MSEC)
 #define PACE_WAIT (100 * FAR_USEC) /* what may wait at least */
+#define PACE_TOGETHER 4
 #define PACE_SPARE 25 /* this part of the link stays free, or a burst would wait for long */
 #define PACE_PATIENCE 4 /* round trips in a row that say the same */
 
@@ -35,16 +36,17 @@ double far_pace_rate(const struct far_pace *p)
 	return best;
 }
 
-/* What the link can do, by the second best of the last periods: what comes in a burst after a pause is faster. */
-static void pace_top(struct far_pace *p)
+/* The rate of several periods together: what comes in a burst after a pause is faster than the link. */
+static double pace_mean(const struct far_pace *p)
 {
-	double best = 0, second = 0;
+	double bytes = 0, span = 0;
 
-	for (unsigned k = 0; k < FAR_PACE_SAMPLES; k++) {
-		second = p->rate[k] > best ? best : p->rate[k] > second ? p->rate[k] : second;
-		best = p->rate[k] > best ? p->rate[k] : best;
+	for (unsigned k = 1; k <= PACE_TOGETHER; k++) {
+		unsigned i = (p->n_rate - k) % FAR_PACE_SAMPLES;
+		bytes += p->rate[i] * (double)p->span[i];
+		span += (double)p->span[i];
 	}
-	p->top = second > p->top ? second : p->top;
+	return span > 0 ? bytes / span : 0;
 }
 
 void far_pace_init(struct far_pace *p, uint64_t window, bool fixed, uint64_t max, uint64_t now)
@@ -131,8 +133,9 @@ static void pace_far(struct far_pace *p, uint64_t now)
 		p->top *= 0.95;
 		if (now - p->drained > PACE_DRAIN_AGAIN)
 			pace_drain(p, now);
-	} else if (p->growths) {
-		p->window += p->window < aim ? (aim - p->window) / 2 : (p->window / 128) << far_min(p->growths / PACE_PATIENCE, 5);
+	} else if (p->full && !p->late) {
+		uint64_t step = (p->window / 128) << far_min(p->growths / PACE_PATIENCE, 5);
+		p->window += p->window < aim && p->growths ? (aim - p->window) / 2 : step;
 	}
 	p->window = far_min(p->window, p->max);
 }
@@ -158,8 +161,9 @@ bool far_pace_arrived(struct far_pace *p, uint64_t len, uint64_t began, uint64_t
 	if (span < far_max(p->base, PACE_PERIOD))
 		return false;
 	double rate = (double)p->bytes * (double)FAR_SEC / (double)span;
-	p->rate[p->n_rate++ % FAR_PACE_SAMPLES] = rate;
-	pace_top(p);
+	p->rate[p->n_rate % FAR_PACE_SAMPLES] = rate;
+	p->span[p->n_rate++ % FAR_PACE_SAMPLES] = span;
+	p->top = far_max(p->top, pace_mean(p));
 	if (p->starting)
 		pace_start(p, rate);
 	else if (!p->fixed && far_pace_is_far(p) && !p->draining)

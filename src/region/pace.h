@@ -26,6 +26,7 @@ struct far_pace {
 	uint64_t period, bytes, wait; /* since when, what arrived since, the least wait since */
 	bool full;            /* the window was what held back */
 	double rate[FAR_PACE_SAMPLES], start_rate;
+	uint64_t span[FAR_PACE_SAMPLES];
 	double top;           /* bytes a second that the link can do, whoever has it now */
 	unsigned n_rate, start_flat, growths, late;
 };

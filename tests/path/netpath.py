@@ -44,7 +44,7 @@ class Path:
             self.names.append(name)
             self.call(side, 'ip', 'link', 'set', 'lo', 'up')
             self.call(side, 'sysctl', '-qw', 'net.ipv4.tcp_rmem=4096 131072 %d' % BUFFER,
-                      'net.ipv4.tcp_wmem=4096 65536 %d' % BUFFER, *(['net.ipv4.tcp_congestion_control=' + os.environ['CC']] if 'CC' in os.environ else []))
+                      'net.ipv4.tcp_wmem=4096 65536 %d' % BUFFER)
         self.link = subprocess.Popen([tundelay, self.names[0], self.names[1], str(int(rtt_ms * 500)), str(mbit),
                                       str(loss_permille), str(queue_kib)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                      text=True)
