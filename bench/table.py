@@ -24,6 +24,10 @@ import threading
 import time
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [os.path.join(HERE, 'tests', 'interop'), os.path.join(HERE, 'tests', 'path')]
+import gopeer  # noqa: E402
+import netpath  # noqa: E402
+
 BUILD = os.path.join(HERE, os.environ.get('BUILD', 'build'))
 FARPAGE = os.path.join(BUILD, 'farpage')
 RAWTCP = os.path.join(BUILD, 'bench', 'rawtcp')
@@ -419,58 +423,58 @@ def row_dirty(o):
     show('the longest stall meanwhile', r['longest_us'] / 1e3, 'ms', 100, 'of a 128 KiB write', None, upwards=False)
 
 
-def go_build(folder_, cgo='0'):
-    """A program of the Go family's, built where Go and its modules are at hand."""
-    source = os.path.join(HERE, 'bench', folder_)
-    binary = os.path.join(BUILD, 'bench', {'go': 'gopair'}.get(folder_, folder_))
-    if os.path.exists(binary) and os.path.getmtime(binary) > os.path.getmtime(os.path.join(source, 'main.go')):
-        return binary
-    if not shutil.which('go'):
-        raise Skip('go is not installed: nothing to hold it against')
-    env = dict(os.environ, CGO_ENABLED=cgo, GOFLAGS='-mod=readonly -buildvcs=false', TMPDIR=things.dir)
+def go_peer():
+    """The Go family's program, built where Go and its modules are at hand."""
     try:
-        out = subprocess.run(['go', 'build', '-o', binary, '.'], cwd=source, env=env, capture_output=True, text=True,
-                             timeout=120)
-    except subprocess.TimeoutExpired:
-        raise Skip('bench/%s was not built within 120 s' % folder_)
-    if out.returncode:
-        raise Skip('bench/%s does not build: %s' % (folder_, out.stderr.strip()[-200:]))
-    return binary
+        return gopeer.build(os.path.join(BUILD, 'tests', 'interop'))
+    except gopeer.Missing as e:
+        raise Skip(str(e))
 
 
-def go_pair():
-    """The Go family's server and client of the Backend service."""
-    return go_build('go')
+def go_serve(size):
+    """The address of the Go family's Backend service over memory with the pattern."""
+    server = start(go_peer(), 'grpc-serve', size, stdin=subprocess.PIPE)
+    address = server.stdout.readline().strip()
+    if not address:
+        raise Broken('gopeer: %s' % server.stderr.read().strip())
+    return address
+
+
+# What the Backend service is to do with the Go family on both ends, on one, and with farpage on both.
+GRPC_TARGETS = {(4, 1): 2, (4, 32): 3, (64, 1): 4, (64, 32): 4, (1024, 1): 4, (1024, 32): 3}
 
 
 @row('grpc')
 def row_grpc(o):
-    size, ms = 256 * MIB, 500 if o.quick else 1000
+    """Reads and writes of every combination of the two clients and the two servers, checked byte by byte."""
+    size, ms = 64 * MIB, 300 if o.quick else 700
     uri, server = serve('mem:%d' % size)
     filler, proc = mount(uri, '--mode', 'direct')
     act('fill', filler)
-    binary = go_pair()
-    other = start(binary, 'serve', size)
-    address = other.stdout.readline().strip()
-    if not address:
-        raise Broken('gopair: %s' % other.stderr.read().strip())
+    stop(filler, proc)
+    binary, backend = go_peer(), os.path.join(BUILD, 'bench', 'backend')
+    address, plain = go_serve(size), uri.split('/')[2]
 
-    def ours(block, depth):
-        r = act('random', uri, '--block', block, '--threads', depth, '--seconds', '%dms' % ms)
-        return float(r['note'].split()[0])
+    def run(client, at, *job):
+        if client == 'go':
+            argv = [binary, 'grpc-bench', address if at == 'go' else plain]
+        else:
+            argv = [backend, 'grpc://%s/?size=%d' % (address, size) if at == 'go' else uri]
+        return numbers(*argv, size, *job)
 
-    def theirs(block, depth):
-        out = subprocess.run([binary, 'read', address, str(size), str(block), str(depth), str(ms)], capture_output=True,
-                             text=True)
-        if out.returncode:
-            raise Broken(out.stderr.strip())
-        return float(out.stdout)
-    for block in (64 << 10, MIB):
-        for depth in (1, 32):
-            a, b = pairs(2, lambda: ours(block, depth), lambda: theirs(block, depth))
-            show('gRPC reads of %d KiB, depth %d' % (block >> 10, depth), a / b, 'x', 2,
-                 rates(a * block / MIB, b * block / MIB) + ', best of 2',
-                 'far_read <- gRPC <- memory against r3map\'s services on grpc-go, both ends')
+    def one(kib, depth, act_, ours, target, name):
+        a, b = both(o.pairs, lambda: run(*ours, kib << 10, depth, ms, act_), lambda: run('go', 'go', kib << 10, depth, ms, act_),
+                    key=lambda r: -r[0])
+        more = 'p50 %.0f against %.0f us (%.1f x), %s' % (a[1], b[1], b[1] / a[1], rates(a[0] * kib / 1024, b[0] * kib / 1024))
+        show('%s, %d KiB %s, depth %d' % (name, kib, act_, depth), a[0] / b[0], 'x', target, more, None)
+    print('%-44s   far_read and far_write <- gRPC <- memory, all bytes compared, against r3map\'s services on grpc-go' % 'gRPC Backend')
+    for (kib, depth), target in GRPC_TARGETS.items():
+        for act_ in ('read', 'write'):
+            one(kib, depth, act_, ('ours', 'ours'), target, 'gRPC')
+    for name, ours in (('our server, Go client', ('go', 'ours')), ('Go server, our client', ('ours', 'go'))):
+        for kib, depth in GRPC_TARGETS if not o.quick else ((64, 32),):
+            for act_ in ('read', 'write'):
+                one(kib, depth, act_, ours, 1.3, name)
 
 
 @row('huge')
@@ -562,8 +566,7 @@ def row_fsync(o):
     far = far_away(uri.split(':')[2].split('/')[0], rtt)
     above('write 4 KiB and fsync, above one round trip', 'grpc://%s' % far, 1,
           'FUSE <- region <- gRPC farpage.v1, %d ms away <- file on tmpfs' % rtt, 2)
-    other = start(go_pair(), 'serve', size)
-    far = far_away(other.stdout.readline().strip().rsplit(':', 1)[1], rtt)
+    far = far_away(go_serve(size).rsplit(':', 1)[1], rtt)
     above('the same on the Go service, above two', 'grpc://%s/?size=%d' % (far, size), 2,
           "FUSE <- region <- gRPC, r3map's services on grpc-go, %d ms away <- memory" % rtt, 2)
 
@@ -783,7 +786,7 @@ def row_pointer_absent(o):
 def row_pointer_go(o):
     size = 256 * MIB
     need_memory(4 * size)
-    binary = go_build('gouffd', '1')
+    binary = go_peer()
     best = None
     for m in ('move', 'copy'):
         try:
@@ -795,7 +798,7 @@ def row_pointer_go(o):
     if not best:
         raise Skip('userfaultfd does not work here')
     a, b = pairs(o.pairs, lambda: value(pointer('seq', best, '--mode', 'managed', '--size', size)),
-                 lambda: numbers(binary, size)[0])
+                 lambda: numbers(binary, 'uffd-bench', size)[0])
     show('first touch in order, %s, against Go' % best, a / b, 'x', 10, rates(a, b), how + ', against userfaultfd-go v0.1.2')
 
 
