@@ -14,7 +14,9 @@ that is read cold is dropped before each run by fdatasync and POSIX_FADV_DONTNEE
 """
 import glob
 import json
+import mmap
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -475,6 +477,119 @@ def row_grpc(o):
         for kib, depth in GRPC_TARGETS if not o.quick else ((64, 32),):
             for act_ in ('read', 'write'):
                 one(kib, depth, act_, ours, 1.3, name)
+
+
+def far_path(rtt_ms, mbit, loss=0):
+    try:
+        path = netpath.Path(os.path.join(BUILD, 'tests', 'path', 'tundelay'), rtt_ms, mbit, loss)
+    except netpath.Missing as e:
+        raise Skip(str(e))
+    things.add(path.close)
+    return path
+
+
+def serve_far(path, source):
+    server = path.start('a', FARPAGE, 'serve', source, '--read-only', '--listen', 'grpc://%s:0' % netpath.SERVER, '--insecure')
+    words = server.stdout.readline().split()
+    if len(words) < 2:
+        raise Broken('farpage serve on the path')
+    return words[1]
+
+
+def mount_far(path, uri, *options):
+    where = folder()
+    things.add(unmount, where)
+    proc = path.start('b', FARPAGE, 'mount', uri, where, '--quiet', '--read-only', '--mode', 'managed', *options)
+    line = proc.stdout.readline().strip()
+    if not line:
+        raise Broken('farpage mount on the path')
+    return where, line
+
+
+def faults_on(rtt, mbit, loss, source, size, chunk, seconds):
+    """(p50 and p99 in ms, part of the link that was used) of faults at random while the pull runs from the other end."""
+    mark = len(things.undo)
+    path = far_path(rtt, mbit, loss)
+    where, region = mount_far(path, serve_far(path, source), '--chunk', chunk)
+    fd = os.open(region, os.O_RDONLY | os.O_DIRECT)
+    page, took, rnd, wrong = mmap.mmap(-1, 4096), [], random.Random(1), 0
+    begin, before = time.monotonic(), path.bytes_to_client()
+    with open(source[5:], 'rb') as f:
+        while time.monotonic() - begin < seconds:
+            off = rnd.randrange(size * 3 // 4 // 65536, size // 65536) * 65536
+            at = time.monotonic()
+            os.preadv(fd, [page], off)
+            took.append((time.monotonic() - at) * 1e3)
+            wrong += page[:] != os.pread(f.fileno(), 4096, off)
+            time.sleep(0.02)
+    used = (path.bytes_to_client() - before) * 8 / (time.monotonic() - begin) / mbit / 1e6
+    os.close(fd)
+    things.close(mark)
+    if wrong:
+        raise Broken('%d faults gave wrong bytes' % wrong)
+    took.sort()
+    return took[len(took) // 2], took[len(took) * 99 // 100], used
+
+
+def pull_over(rtt, mbit, source, size):
+    """MiB/s of a managed mount from its start until all is local."""
+    mark = len(things.undo)
+    path = far_path(rtt, mbit)
+    uri = serve_far(path, source)
+    begin = time.monotonic()
+    where, region = mount_far(path, uri)
+    out = subprocess.run([FARPAGE, 'wait', where, '--local', '100%', '--timeout', '120s'], capture_output=True, text=True)
+    rate = size / MIB / (time.monotonic() - begin)
+    if out.returncode:
+        raise Broken('farpage wait: %s' % out.stderr.strip())
+    same = subprocess.run(['cmp', source[5:], region]).returncode == 0
+    things.close(mark)
+    if not same:
+        raise Broken('the pull gave wrong bytes')
+    return rate
+
+
+def iperf_on(rtt, mbit, loss=0, seconds=5):
+    mark = len(things.undo)
+    rate = far_path(rtt, mbit, loss).iperf(seconds)
+    things.close(mark)
+    if rate is None:
+        raise Skip('iperf3 is not installed (apt-get install iperf3)')
+    return rate
+
+
+@row('path')
+def row_path(o):
+    """A real path between two network namespaces: the kernel's own TCP at both ends, a queue of 8 MiB."""
+    need_fuse()
+    size = 512 * MIB if o.quick else GIB
+    need_memory(4 * size)
+    source = '/dev/shm/farpage-bench-path.%d' % os.getpid()
+    things.add(lambda: os.path.exists(source) and os.unlink(source))
+    with open(source, 'wb') as f:
+        for _ in range(size // MIB):
+            f.write(os.urandom(MIB))
+    how = 'FUSE <- region, pulling <- gRPC <- file on tmpfs, over tundelay, 8 MiB queue, %s' % congestion()
+    for chunk in ('64K', '4K'):
+        seconds = size * 0.6 / 125e6
+        best = None
+        for _ in range(1 if o.quick else 5):
+            got = faults_on(10, 1000, 0, 'file:' + source, size, chunk, seconds)
+            best = min(best, got) if best else got
+        p50, p99, used = best
+        show('fault over 10 ms while pulling, %s: p50' % chunk, p50 - 10, 'ms', 1, 'above the round trip', how, upwards=False)
+        show('the same: p99', p99 - 10, 'ms', 5, 'above the round trip', None, upwards=False)
+        show('the link that is used meanwhile', used, 'x', 0.85, 'of 1 Gbit/s', None)
+    n = 1 if o.quick else 3
+    for rtt, against, target in ((40, 0, 0.8), (100, 100, 0.95)):
+        a, b = pairs(n, lambda: pull_over(rtt, 1000, 'file:' + source, size), lambda: iperf_on(against, 1000))
+        show('pull of %d MiB at %d ms, 1 Gbit/s' % (size // MIB, rtt), a / b, 'x', target,
+             rates(a, b) + ', best of %d' % n, 'opening counted, against iperf3 at %d ms on the same forwarder' % against)
+    for rtt, mbit, loss in ((10, 500, 0), (40, 500, 0)) + (((10, 1000, 1), (40, 1000, 1)) if not o.quick else ()):
+        b = iperf_on(rtt, mbit, loss)
+        p50, p99, used = faults_on(rtt, mbit, loss, 'file:' + source, size, '64K', 3)
+        show('%d ms, %d Mbit/s, %.1f %% lost: p50' % (rtt, mbit, loss / 10), p50 - rtt, 'ms', None,
+             'p99 %.1f ms; %.2f of the link used; iperf3 %.0f MiB/s' % (p99 - rtt, used, b), None)
 
 
 @row('huge')
