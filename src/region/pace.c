@@ -60,10 +60,13 @@ uint64_t far_pace_window(const struct far_pace *p, uint64_t now)
 	return now < p->draining && far_pace_is_far(p) ? p->window / 2 : p->window;
 }
 
-/* The wait that is no loss to anybody: a small part of the round trip. */
+/* The wait that is no loss to anybody: a small part of the round trip, and smaller where that is short, because there a
+ * wait is felt and the window is easy to fill. */
 static uint64_t pace_allowed(const struct far_pace *p)
 {
-	return far_max(PACE_WAIT, p->base / 64);
+	uint64_t part = far_min((uint64_t)((double)p->base * (double)p->base / (640.0 * FAR_MSEC)), p->base / 20);
+
+	return far_max(PACE_WAIT, part);
 }
 
 /* For two round trips half of the window is used: what is shortest then is the path as it is now. */
