@@ -180,7 +180,7 @@ static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause)
 	ns = calloc(n, sizeof *ns);
 	if (!order || !ns || bare_start(&b, size, bytes, 0))
 		return bare_fail("single");
-	uint64_t wrong = touch_chunks(b.memory, order, n, bytes, pause, 1, ns, bare_word);
+	uint64_t wrong = touch_chunks(b.memory, order, n, bytes, pause, 1, ns, bare_word, NULL, NULL);
 	struct touch_times t = touch_times(ns, n);
 	printf("%.2f %.2f\n", (double)t.p50 / 1e3, (double)t.p99 / 1e3);
 	free(order);

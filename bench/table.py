@@ -827,7 +827,7 @@ def row_pointer_first(o):
     for chunk in (4096, 65536, MIB, 8 * MIB):
         n = min(300, size // chunk)
         a, b = both(min(o.pairs, 3), lambda: pointer('first', 'copy', '--chunk', chunk, '--size', size),
-                    lambda: bare('single', size, 4096, n, max(100, chunk // 250)),
+                    lambda: bare('single', size, 4096, n, 100),
                     key=lambda r: r['p50_us'] if isinstance(r, dict) else r[0])
         show('first byte of a fault, chunk %d KiB' % (chunk >> 10), a['p50_us'] - b[0], 'us', 4,
              '%.1f against %.1f us, p50' % (a['p50_us'], b[0]),

@@ -20,6 +20,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -217,6 +219,7 @@ struct far_open_opts {
 	 * compared when it answers: another size or identity makes every call fail with -ESTALE. NULL: it must answer. */
 	const struct far_facts *known;
 	bool no_checksums;    /* network schemes: do not ask for checksums of the bytes that travel */
+	const char *export_name; /* far_open_stream(): NULL: the default one */
 };
 #define FAR_OPEN_OPTS_INIT { .size = sizeof(struct far_open_opts) }
 
@@ -267,6 +270,30 @@ struct far_scheme {
 	void *opaque;
 };
 FAR_API int far_scheme_register(const struct far_scheme *scheme);
+
+/*
+ * A connection of your own: bytes both ways, in order, none lost, without blocking but in wait. One thread may read while
+ * another writes, and several may wait.
+ */
+struct far_stream_ops {
+	size_t size;
+	/* Bytes moved (> 0), 0 at the peer's end (readv only), -EAGAIN: not now, or another -errno. */
+	ssize_t (*readv)(void *self, const struct iovec *iov, int n);
+	ssize_t (*writev)(void *self, const struct iovec *iov, int n);
+	/* Until it can be read (if `in`) or written (if `out`), or has ended: 0; after timeout_ms (-1: never) -ETIMEDOUT. */
+	int (*wait)(void *self, bool in, bool out, int timeout_ms);
+	/* Both directions, now: every wait ends, reads give the end, writes fail. Any thread, more than once. */
+	void (*shutdown)(void *self);
+	/* May be NULL. Nothing is called after it. */
+	void (*close)(void *self);
+};
+#define FAR_STREAM_OPS_INIT .size = sizeof(struct far_stream_ops)
+
+/* Open what a server offers at the other end of your connection, which speaks gRPC. There is no second connection and no
+ * reconnect. opts->export_name says which export. On success `self` belongs to the backend until close(self); on failure it
+ * is yours, shut down at most. `where` names the peer in messages. */
+FAR_API int far_open_stream(const struct far_stream_ops *ops, void *self, const char *where, const struct far_open_opts *opts,
+			    struct far_backend **out, struct far_error *err);
 
 /* ------------------------------------------------------------------------------------------------ mounts */
 
@@ -511,6 +538,14 @@ struct far_server_opts {
 	 * tls12: version 1.2 will do, too. */
 	const char *tls_cert, *tls_key, *tls_ca, *tls_psk;
 	bool tls12;
+	/* Who may do what. allow: rules "NAME=ro" or "NAME=rw", ":EXPORT" behind one for one export; ended by NULL. NAME is
+	 * one of a client's certificate, of a shared key, or of a token; "*" is whoever has one. Without rules whoever may
+	 * connect may do all. */
+	const char *const *allow;
+	/* gRPC: each call must bring a token: one of a file with lines "NAME:TOKEN", or a JSON Web Token (RS256, ES256, EdDSA)
+	 * for this audience that was signed with a key of jwks_file (then `issuer` is its issuer) or of the issuer's own, fetched
+	 * from it over TLS (oidc_ca: PEM, who may sign its certificate, NULL: the system's). The name is the token's subject. */
+	const char *token_file, *jwks_file, *oidc_issuer, *oidc_ca, *issuer, *audience;
 };
 #define FAR_SERVER_OPTS_INIT { .size = sizeof(struct far_server_opts) }
 
@@ -523,6 +558,8 @@ FAR_API int far_server_export(struct far_server *s, const char *name, struct far
 FAR_API int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err);
 /* Serve one connected stream socket; fd is owned by the server from success on. */
 FAR_API int far_server_serve(struct far_server *s, int fd, struct far_error *err);
+/* Serve your own connection: `self` is the server's from success on, until close(self). */
+FAR_API int far_server_serve_stream(struct far_server *s, const struct far_stream_ops *ops, void *self, struct far_error *err);
 /* Read the files with certificates, keys and the like again. Connections that exist go on as they are. On failure
  * everything stays as it was. */
 FAR_API int far_server_reload(struct far_server *s, struct far_error *err);

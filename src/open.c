@@ -32,6 +32,7 @@ static const struct open_leaf {
 	{ "null", "", far_null_open, "null:SIZE", "reads zeros, forgets writes" },
 	{ "grpc", "unix", far_grpc_open, "grpc://HOST:PORT/EXPORT, grpc+unix:///EXPORT?socket=PATH",
 	  "a region that another farpage, or a Go program of the r3map family, serves" },
+	{ "exec", "", far_exec_open, "exec:COMMAND", "what a command serves on its standard input and output" },
 	{ "grpcs", "unix", far_grpc_open, "grpcs://HOST:PORT/EXPORT?tls-ca=FILE", "the same over TLS" },
 	{ "nbd", "unix", far_nbd_open, "nbd://HOST:PORT/EXPORT, nbd+unix:///EXPORT?socket=PATH", "an export of any NBD server" },
 	{ "nbds", "unix", far_nbd_open, "nbds://HOST:PORT/EXPORT?tls-certificates=DIR", "the same over TLS" },

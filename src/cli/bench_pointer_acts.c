@@ -329,6 +329,17 @@ int bench_pointer_share(struct pointer_work *w)
 	return sum ? 0 : -EIO;
 }
 
+/* What is left of a chunk is filled behind the program's back: it is let end, or the next fault would wait for the CPU. */
+static void act_settle(void *arg, size_t i)
+{
+	struct pointer_work *w = arg;
+	struct far_status st = FAR_STATUS_INIT;
+	uint64_t until = far_now() + FAR_SEC;
+
+	while (far_mount_status(w->mount, &st) == 0 && st.local < i * w->conf->chunk && far_now() < until)
+		far_sleep_until(far_now() + ACT_PAUSE, false);
+}
+
 int bench_pointer_single(struct pointer_work *w)
 {
 	const struct pointer_conf *c = w->conf;
@@ -338,10 +349,8 @@ int bench_pointer_single(struct pointer_work *w)
 	int r = order && ns ? act_map(w) : -ENOMEM;
 
 	if (!r) {
-		/* What is left of a chunk is filled behind the program's back: it is let end. */
-		uint64_t pause = far_max(ACT_PAUSE, 4 * c->chunk);
 		uint64_t begin = far_now();
-		w->res->wrong = 8 * touch_chunks(w->p, order, n, c->chunk, pause, c->seed, ns, act_word);
+		w->res->wrong = 8 * touch_chunks(w->p, order, n, c->chunk, ACT_PAUSE, c->seed, ns, act_word, act_settle, w);
 		w->res->ns = far_now() - begin;
 		w->res->bytes = n * 8;
 		struct touch_times t = touch_times(ns, n);
@@ -533,7 +542,8 @@ static int act_start(struct pointer_work *w, const uint32_t *order, uint64_t *ns
 	int r = act_map_with(w, second ? spec : NULL, second ? NULL : w->trace);
 	if (r)
 		return r;
-	w->res->wrong += 8 * touch_chunks(w->p, order, w->conf->ops, w->conf->chunk, 0, w->conf->seed, ns, act_word);
+	w->res->wrong += 8 * touch_chunks(w->p, order, w->conf->ops, w->conf->chunk, 0, w->conf->seed, ns, act_word,
+					  NULL, NULL);
 	*took = far_now() - begin;
 	w->res->bytes += w->conf->ops * 8;
 	return 0;

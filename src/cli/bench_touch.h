@@ -118,16 +118,20 @@ static inline struct touch_times touch_times(uint64_t *ns, size_t n)
 }
 
 /*
- * One word of a random page in each of `n` chunks, in the order given, with a pause before each; ns[] takes the times.
- * Returns how many of the words were not what belongs there.
+ * One word of a random page in each of `n` chunks, in the order given, with a pause before each, and before that whatever
+ * settle() waits for when i chunks have been touched, if there is one; ns[] takes the times. Returns how many of the words were
+ * not what belongs there.
  */
 static inline uint64_t touch_chunks(const char *p, const uint32_t *order, size_t n, uint64_t chunk, uint64_t pause,
-				    uint64_t seed, uint64_t *ns, uint64_t (*word)(uint64_t off))
+				    uint64_t seed, uint64_t *ns, uint64_t (*word)(uint64_t off),
+				    void (*settle)(void *arg, size_t i), void *arg)
 {
 	uint64_t wrong = 0;
 
 	for (size_t i = 0; i < n; i++) {
 		uint64_t off = order[i] * chunk + touch_random(&seed) % (chunk / TOUCH_PAGE) * TOUCH_PAGE;
+		if (settle)
+			settle(arg, i);
 		touch_pause(pause);
 		uint64_t begin = touch_now(), got = touch_read(p + off);
 		ns[i] = touch_now() - begin;

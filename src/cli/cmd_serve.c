@@ -10,6 +10,7 @@
 #include "wire/server.h"
 
 #include <json-c/json.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -24,6 +25,8 @@ struct serve_conf {
 	int64_t max_blocked;
 	char *connections, *control, *run;
 	char *tls_cert, *tls_key, *tls_ca, *tls_psk;
+	struct far_opt_list allow;
+	char *token_file, *jwks_file, *oidc_issuer, *oidc_ca, *issuer, *audience;
 	int tls_min;
 };
 
@@ -56,6 +59,20 @@ static const struct far_opt serve_options[] = {
 	  .help = "keys shared with clients, in place of certificates: lines NAME:HEX" },
 	{ "tls-min", FAR_OPT_ENUM, offsetof(struct serve_conf, tls_min), .names = serve_versions, .value_name = "VERSION",
 	  .help = "oldest version of TLS that will do: 1.2 or 1.3", .def = "1.3" },
+	{ "allow", FAR_OPT_LIST, offsetof(struct serve_conf, allow), .value_name = "NAME=ro|rw[:EXPORT]",
+	  .help = "give rights to a name of a client's certificate, shared key or token; all others have none; may be repeated" },
+	{ "token-file", FAR_OPT_STRING, offsetof(struct serve_conf, token_file), .value_name = "FILE",
+	  .help = "gRPC calls must bring one of these tokens: lines NAME:TOKEN" },
+	{ "jwks-file", FAR_OPT_STRING, offsetof(struct serve_conf, jwks_file), .value_name = "FILE",
+	  .help = "gRPC calls must bring a JSON Web Token that one of these keys has signed" },
+	{ "oidc-issuer", FAR_OPT_STRING, offsetof(struct serve_conf, oidc_issuer), .value_name = "URL",
+	  .help = "the same with the keys of this OpenID Connect issuer" },
+	{ "oidc-ca", FAR_OPT_STRING, offsetof(struct serve_conf, oidc_ca), .value_name = "FILE",
+	  .help = "authorities that may sign the issuer's own certificate (PEM)", .def = "the system's" },
+	{ "issuer", FAR_OPT_STRING, offsetof(struct serve_conf, issuer), .value_name = "ISS",
+	  .help = "issuer that the tokens of --jwks-file must name" },
+	{ "audience", FAR_OPT_STRING, offsetof(struct serve_conf, audience), .value_name = "AUD",
+	  .help = "audience that signed tokens must be for" },
 	{ "run", FAR_OPT_STRING, offsetof(struct serve_conf, run), .value_name = "CMD",
 	  .help = "run a shell command with $FARPAGE_URI set to the first listener, then end; its exit code is returned" },
 	{ "control", FAR_OPT_STRING, offsetof(struct serve_conf, control), .value_name = "PATH",
@@ -72,6 +89,7 @@ struct serve {
 	struct serve_export *exports;
 	size_t n;
 	struct far_server *server;
+	bool stdio;
 	int wake; /* eventfd: the control socket asks for the end */
 	char *uri, *path; /* of the first listener; path: of its unix socket, else NULL */
 	pid_t child;      /* of --run; 0: none */
@@ -132,6 +150,17 @@ static int serve_open(struct serve *s, const struct serve_conf *conf, const stru
 	opts.tls_ca = conf->tls_ca;
 	opts.tls_psk = conf->tls_psk;
 	opts.tls12 = conf->tls_min == 0;
+	opts.token_file = conf->token_file;
+	opts.jwks_file = conf->jwks_file;
+	opts.oidc_issuer = conf->oidc_issuer;
+	opts.oidc_ca = conf->oidc_ca;
+	opts.issuer = conf->issuer;
+	opts.audience = conf->audience;
+	FAR_CLEANUP(far_free_cleanup) const char **allow = calloc(conf->allow.n + 1, sizeof *allow);
+	FAR_ASSERT(allow);
+	for (size_t i = 0; i < conf->allow.n; i++)
+		allow[i] = conf->allow.v[i];
+	opts.allow = allow;
 	if (far_server_new(&opts, &s->server, &err) < 0)
 		return cli_fail("cannot serve", &err);
 	for (size_t i = 0; i < s->n; i++)
@@ -174,9 +203,35 @@ static void serve_print(const struct serve *s, const char *bound)
 	if (slash)
 		printf("listening %.*s/%s%s size=%" PRIu64 "\n", (int)base, bound, s->exports[0].name, query,
 		       far_size(s->exports[0].b));
-	else if (strncmp(bound, "stdio", 5) != 0) /* standard output belongs to the peer then */
+	else
 		printf("listening %s size=%" PRIu64 "\n", bound, far_size(s->exports[0].b));
 	fflush(stdout);
+}
+
+static bool serve_is_stdio(const char *uri)
+{
+	return !strcmp(uri, "stdio:") || !strcmp(uri, "nbd+stdio:");
+}
+
+/* The peer is at standard input and output; they belong to it from here on, and the server ends when it has gone. What
+ * this process would say there it says on standard error. */
+static int serve_stdio(struct serve *s, bool nbd)
+{
+	struct far_error err = { 0 };
+	int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+	int in = fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3), out = fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3);
+
+	if (s->stdio || null < 0 || in < 0 || out < 0 || dup2(null, STDIN_FILENO) < 0 ||
+	    dup2(STDERR_FILENO, STDOUT_FILENO) < 0) {
+		cli_say("cannot serve standard input and output: %s", s->stdio ? "they are served already" : far_strerror(errno));
+		far_fd_close(&in);
+		far_fd_close(&out);
+		far_fd_close(&null);
+		return CLI_FAILED;
+	}
+	far_fd_close(&null);
+	s->stdio = true;
+	return far_server_serve_pair(s->server, in, out, nbd, s->wake, &err) < 0 ? cli_fail("cannot serve", &err) : CLI_GO;
 }
 
 static int serve_listen(struct serve *s, const struct serve_conf *conf)
@@ -184,7 +239,14 @@ static int serve_listen(struct serve *s, const struct serve_conf *conf)
 	struct far_error err = { 0 };
 
 	for (size_t i = 0; i < conf->listen.n; i++) {
+		int code = serve_is_stdio(conf->listen.v[i]) ? serve_stdio(s, conf->listen.v[i][0] == 'n') : CLI_GO;
+		if (code != CLI_GO)
+			return code;
+	}
+	for (size_t i = 0; i < conf->listen.n; i++) {
 		char *bound = NULL;
+		if (serve_is_stdio(conf->listen.v[i]))
+			continue;
 		if (far_server_listen(s->server, conf->listen.v[i], &bound, &err) < 0)
 			return cli_fail("cannot serve", &err);
 		serve_print(s, bound ? bound : conf->listen.v[i]);
@@ -294,7 +356,7 @@ static void serve_reload(struct serve *s)
 	if (far_server_reload(s->server, &err) < 0)
 		cli_say("nothing was read again, everything stays as it was: %s", err.text);
 	else
-		cli_say("certificates and keys were read again");
+		cli_say("certificates, keys and tokens were read again");
 }
 
 /* A signal; true: it means the end. --run's command gets it first, and its own end is ours. */
@@ -306,7 +368,7 @@ static bool serve_signal(struct serve *s, const struct serve_conf *conf, int sig
 		s->child = 0;
 		return true;
 	}
-	if (sig == SIGHUP && (conf->tls_cert || conf->tls_psk)) {
+	if (sig == SIGHUP && (conf->tls_cert || conf->tls_psk || conf->token_file || conf->jwks_file)) {
 		serve_reload(s);
 		return false;
 	}

@@ -685,6 +685,7 @@ void far_mem_track_open(struct far_memory *m)
 		.arm = track_arm,
 		.there = track_there,
 		.pushed = track_pushed,
+		.wants_whole = m->hash || m->zero,
 		.came = track_came,
 		.stage = m->ours && (m->c.mechanism == FAR_MECH_MOVE ||
 				     (m->c.mechanism == FAR_MECH_CONTINUE && m->c.tracking == FAR_TRACK_NONE)) ? far_mem_stage : NULL,

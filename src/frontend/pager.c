@@ -31,6 +31,7 @@
 
 #define PAGER_AGAIN (100 * FAR_MSEC) /* between tries that wait for ever */
 #define PAGER_GRANULE (64 * FAR_KIB) /* stores that one fault allows */
+#define PAGER_GRANULES 4           /* ... to who stores page after page: so many of these */
 
 /* One fault or event on its way. */
 struct pager_work {
@@ -199,31 +200,46 @@ static void pager_allow_cb(void *opaque, uint64_t off, uint64_t len)
 	}
 }
 
+/* What a store into w->off, in a chunk that is held, allows: [*off, *off + what is returned), one granule, or several to who
+ * goes on where the last ended. All of its chunks are held. */
+static uint64_t pager_store_hold(struct pager_work *w, uint64_t bytes, uint64_t *off)
+{
+	struct far_member *x = w->x;
+	uint64_t chunk = far_region_chunk(x->c.region), n = far_min(PAGER_GRANULE, far_max(chunk, PAGER_PAGE)), len = n;
+
+	*off = w->off / n * n;
+	if (atomic_load_explicit(&x->store_next, memory_order_relaxed) == *off)
+		while (len < PAGER_GRANULES * n && *off + len < bytes &&
+		       ((*off + len) % chunk || far_region_hold(x->c.region, *off + len)))
+			len += n;
+	atomic_store_explicit(&x->store_next, *off + len, memory_order_relaxed);
+	return len;
+}
+
+static void pager_store_release(struct far_member *x, uint64_t off, uint64_t len)
+{
+	uint64_t chunk = far_region_chunk(x->c.region), end = off + len;
+
+	for (; off < end; off = (off / chunk + 1) * chunk)
+		far_region_release(x->c.region, off);
+}
+
 /* A store into a protected page. Where the chunk is local it is told for those around it, too. */
 static int pager_store(struct pager_work *w)
 {
 	struct far_member *x = w->x;
-	uint64_t bytes = far_size(far_region_backend(x->c.region)), off = w->off, len = PAGER_PAGE;
+	uint64_t bytes = far_size(far_region_backend(x->c.region)), off = w->off, len = PAGER_PAGE, held = 0;
 	int err;
 
 	if (off >= bytes) {
 		pager_allow_cb(x, off, len);
 		return far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
 	}
-	bool held = far_region_hold(x->c.region, off);
-	if (held) {
-		off = off / PAGER_GRANULE * PAGER_GRANULE;
-		len = PAGER_GRANULE;
-		/* Chunks may be smaller. */
-		while (len > PAGER_PAGE && far_region_chunk(x->c.region) < len) {
-			off = w->off / (len / 2) * (len / 2);
-			len /= 2;
-		}
-	}
+	if (far_region_hold(x->c.region, off))
+		held = len = pager_store_hold(w, bytes, &off);
 	len = far_min(len, bytes - off);
 	err = far_region_stored(x->c.region, off, len, w->seat ? FAR_NOWAIT : 0, pager_allow_cb, x);
-	if (held)
-		far_region_release(x->c.region, w->off);
+	pager_store_release(x, off, held);
 	if (err == -EAGAIN && pager_may_block(w))
 		err = far_region_stored(x->c.region, w->off, far_min(PAGER_PAGE, bytes - w->off), 0, pager_allow_cb, x);
 	return err ? err : far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);

@@ -53,6 +53,7 @@ struct far_member {
 	struct far_member_conf c;
 	_Atomic bool stopped;
 	_Atomic uint64_t faults;
+	_Atomic uint64_t store_next; /* where the last stores that were allowed end */
 	_Atomic unsigned n_removing, n_blocked;
 	struct {
 		_Atomic uint64_t off1, since; /* offset and one; 0: free */

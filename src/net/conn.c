@@ -259,6 +259,8 @@ int far_conn_connect(struct far_conn *c, const struct far_net_addr *a, uint64_t 
 {
 	int fd = -1, r = -EHOSTUNREACH;
 
+	if (a->command)
+		return far_conn_command(c, a->command, err);
 	if (a->path) {
 		struct sockaddr_un sun;
 		r = conn_unix_addr(&sun, a->path, err);

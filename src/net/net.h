@@ -70,6 +70,7 @@ struct far_net_addr {
 	const char *host; /* TCP */
 	int port;
 	const char *path; /* of a unix socket; NULL: TCP */
+	const char *command; /* connect only: run it and speak to its standard input and output; NULL: not so */
 };
 
 /* Take over a connected stream socket: non-blocking, no delay, keep-alive, a limit for unanswered bytes. -ENOTSOCK. */
@@ -81,6 +82,13 @@ int far_conn_connect(struct far_conn *c, const struct far_net_addr *a, uint64_t 
 /* What goes over it now and then is waited for: it leaves at once. A control that paces (bbr) would spread 64 KiB over half
  * a round trip, and every ten seconds over many, because so little tells it nothing of the link. */
 void far_conn_brisk(struct far_conn *c);
+/* Take over two descriptors, of pipes, sockets or a terminal: read from one, write to the other. */
+int far_conn_pair(struct far_conn *c, int in, int out);
+/* Run a command by the shell and speak to its standard input and output. It lives as long as the connection. */
+int far_conn_command(struct far_conn *c, const char *command, struct far_error *err);
+/* Use a user's connection; -EINVAL: a function is missing. far_conn_given_back(): forget it, `self` stays the user's. */
+int far_conn_given(struct far_conn *c, const struct far_stream_ops *ops, void *self);
+void far_conn_given_back(struct far_conn *c);
 void far_conn_close(struct far_conn *c); /* what is not open is left alone */
 /* As the operations say; nothing where the kind has none. */
 int far_conn_peer(struct far_conn *c, struct far_peer *p);

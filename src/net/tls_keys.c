@@ -33,10 +33,10 @@ struct far_tls {
 	struct far_tls_keys *cur FAR_GUARDED_BY(lock);
 };
 
-/* The newest error of OpenSSL's list as text, without its codes; the list is empty afterwards. */
+/* The first error of OpenSSL's list as text, without its codes; the list is empty afterwards. */
 static const char *keys_reason(char *buf, size_t n)
 {
-	unsigned long e = ERR_peek_last_error();
+	unsigned long e = ERR_peek_error();
 	const char *text = e ? ERR_reason_error_string(e) : NULL;
 
 	if (e && ERR_SYSTEM_ERROR(e))
@@ -259,10 +259,12 @@ static void keys_alpn(struct far_tls *t, struct far_tls_keys *k)
 static int keys_shape(struct far_tls *t, SSL_CTX *ctx)
 {
 	SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_NO_TICKET |
-				 SSL_OP_SINGLE_ECDH_USE | SSL_OP_SINGLE_DH_USE);
+				 SSL_OP_CIPHER_SERVER_PREFERENCE);
 	SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
 	SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
 	SSL_CTX_set_num_tickets(ctx, 0);
+	/* Without it a shared key is refused where certificates are asked for. */
+	(void)SSL_CTX_set_session_id_context(ctx, (const unsigned char *)"farpage", 7);
 	SSL_CTX_set_security_level(ctx, 2);
 	if (!SSL_CTX_set_min_proto_version(ctx, t->tls12 ? TLS1_2_VERSION : TLS1_3_VERSION))
 		return -EINVAL;

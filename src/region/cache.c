@@ -233,20 +233,27 @@ int far_cache_fetch(struct far_region *r, struct far_fetch *f, uint64_t first, u
 
 int far_cache_fill_near(struct far_region *r, struct far_fetch *f, uint64_t i, struct far_partial *e, int err)
 {
-	uint64_t off = i << r->shift, len = far_chunkmap_len(r->map, i);
-	char *buf = far_buf_get((size_t)len);
+	uint64_t off = i << r->shift, len = far_chunkmap_len(r->map, i), piece = len;
 
-	if (!err)
-		err = buf ? far_read(r->remote, off, buf, (size_t)len, 0) : -ENOMEM;
-	if (err)
-		far_region_remote_failed(r, err);
-	else
-		atomic_fetch_add_explicit(&r->pulled, len, memory_order_relaxed);
-	if (!err)
-		err = cache_put(r, e, off, buf, len, UINT64_MAX, FAR_FILL);
+	/* What stays in the cache on its way leaves there what the program has at hand, too. */
+	if (!e && !r->persist && !r->memory.wants_whole)
+		piece = far_min(len, CACHE_PIECE);
+	char *buf = far_buf_get((size_t)piece);
+	if (!err && !buf)
+		err = -ENOMEM;
+	for (uint64_t at = 0, n; at < len && !err; at += n) {
+		n = far_min(piece, len - at);
+		err = far_read(r->remote, off + at, buf, (size_t)n, 0);
+		if (!err)
+			atomic_fetch_add_explicit(&r->pulled, n, memory_order_relaxed);
+		else
+			far_region_remote_failed(r, err);
+		if (!err)
+			err = cache_put(r, e, off + at, buf, n, UINT64_MAX, FAR_FILL);
+	}
 	cache_filled(r, e, i, buf, err);
 	far_chunkmap_fetch_end(r->map, f, err);
-	far_buf_put(buf, (size_t)len);
+	far_buf_put(buf, (size_t)piece);
 	far_cache_arrived(r);
 	return err;
 }

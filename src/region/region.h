@@ -29,7 +29,8 @@ struct far_region_memory {
 	bool (*there)(void *self, uint64_t off, uint64_t len);
 	/* These bytes were read for that push. */
 	void (*pushed)(void *self, uint64_t off, const void *buf, uint64_t len);
-	/* These bytes, whole chunks, are what the remote has, and are about to be filled in. */
+	/* These bytes are what the remote has, and are about to be filled in: whole chunks, or with wants_whole false any part. */
+	bool wants_whole;
 	void (*came)(void *self, uint64_t off, const void *buf, uint64_t len);
 	/* A buffer from which a fill of whole huge pages costs no copy, for a claimed range of whole aligned FAR_STAGE; NULL:
 	 * take any. It may be the place itself, which after a read that failed is not zero any more. */

@@ -79,10 +79,17 @@ static uint64_t stored_extent(struct far_region *r, uint64_t i)
 	return far_max(1, far_min((uint64_t)1 << run, most));
 }
 
+static void stored_count(struct far_region *r, uint64_t i, uint64_t n, uint64_t len)
+{
+	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
+	far_pull_demand_begin(r, len);
+	far_pull_fault(r, i, n);
+}
+
 /*
  * Chunk i is claimed, and the remote has it at hand: the page that is waited for first, then this CPU for who waits for it,
- * then the rest; from the seat if that is little. The page appears when the chunk is FILLING already: a discard of it waits
- * for the whole, so nothing older can come over it. 1: the page is there.
+ * then all bookkeeping and the rest; from the seat if that is little. The page appears when the chunk is FILLING already: a
+ * discard of it waits for the whole, so nothing older can come over it. 1: the page is there.
  */
 static int stored_fetch_page(struct far_region *r, struct far_fetch *f, uint64_t off, const char *page,
 			     bool (*may_block)(void *opaque), void *opaque)
@@ -96,9 +103,11 @@ static int stored_fetch_page(struct far_region *r, struct far_fetch *f, uint64_t
 	bool shown = !e && !err;
 	if (shown)
 		far_thread_yield();
+	stored_count(r, i, 1, len);
 	if (len > STORED_AT_ONCE)
 		may_block(opaque); /* if it may not, the seat waits for some copying */
 	err = far_cache_fill_near(r, f, i, e, err);
+	far_pull_demand_end(r, len, err);
 	return shown ? 1 : err; /* if the rest did not come, whoever touches it asks again */
 }
 
@@ -108,10 +117,10 @@ static int stored_carry_out(struct far_region *r, struct far_fetch *f, uint64_t 
 {
 	uint64_t i = off >> r->shift, len = far_min(n << r->shift, r->bytes - (i << r->shift));
 
-	atomic_fetch_add_explicit(&r->demand_reads, 1, memory_order_relaxed);
-	far_pull_demand_begin(r, len);
-	far_pull_fault(r, i, n);
-	int err = page && n == 1 ? stored_fetch_page(r, f, off, page, may_block, opaque) : far_cache_fetch(r, f, i, n, off, 0);
+	if (page && n == 1)
+		return stored_fetch_page(r, f, off, page, may_block, opaque);
+	stored_count(r, i, n, len);
+	int err = far_cache_fetch(r, f, i, n, off, 0);
 	far_pull_demand_end(r, len, err < 0 ? err : 0);
 	return err;
 }

@@ -65,6 +65,7 @@ struct server_conn {
 		struct far_nbd_conn *nbd;
 		struct far_conn conn; /* while it is not known what the peer speaks */
 	};
+	int told; /* eventfd of somebody who wants to know of its end; -1: nobody */
 	struct server_conn *next, **prev;
 };
 
@@ -103,6 +104,13 @@ const struct far_export *far_server_find(const struct far_server_env *env, const
 	return NULL;
 }
 
+enum far_right far_server_right(const struct far_server_env *env, const struct far_caller *who, const struct far_export *e)
+{
+	if (!env->access)
+		return FAR_RIGHT_WRITE;
+	return who ? far_access_right(env->access, who, e->name, e == env->exports) : FAR_RIGHT_NONE;
+}
+
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall)
 {
 	s->env.handshake = handshake;
@@ -117,6 +125,25 @@ void far_server_plain(struct far_server *s)
 static int server_starttls(void *tls, struct far_conn *conn)
 {
 	return far_tls_server(tls, conn);
+}
+
+/* Certificates, and who may do what. */
+static int server_guard(struct far_server *s, const struct far_server_opts *o, struct far_error *err)
+{
+	struct far_tls_opts tls = { .cert = o->tls_cert, .key = o->tls_key, .ca = o->tls_ca, .psk = o->tls_psk, .alpn = "h2",
+				    .tls12 = o->tls12 };
+	struct far_access_opts access = { .allow = o->allow, .token_file = o->token_file, .jwks_file = o->jwks_file,
+					  .oidc_issuer = o->oidc_issuer, .oidc_ca = o->oidc_ca, .issuer = o->issuer,
+					  .audience = o->audience, .named = o->tls_ca || o->tls_psk };
+
+	if (!o->tls_cert && !o->tls_psk && (o->tls_key || o->tls_ca))
+		return far_error_set(err, EINVAL, "TLS needs a certificate, too: give tls-cert");
+	int r = o->tls_cert || o->tls_psk ? far_tls_new_server(&tls, &s->tls, err) : 0;
+	if (s->tls) {
+		s->env.starttls = server_starttls;
+		s->env.tls = s->tls;
+	}
+	return r ? r : far_access_new(&access, &s->env.access, err);
 }
 
 int far_server_new(const struct far_server_opts *opts, struct far_server **out, struct far_error *err)
@@ -140,24 +167,20 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
 	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int r = s->cancel < 0 ? -errno : 0;
-	if (r == 0 && (o.tls_cert || o.tls_psk)) {
-		struct far_tls_opts tls = { .cert = o.tls_cert, .key = o.tls_key, .ca = o.tls_ca, .psk = o.tls_psk, .alpn = "h2",
-					    .tls12 = o.tls12 };
-		r = far_tls_new_server(&tls, &s->tls, err);
+	if (r == 0) {
+		r = server_guard(s, &o, err);
 		if (r) {
+			far_tls_put(s->tls);
 			far_fd_close(&s->cancel);
 			far_mutex_fini(&s->lock);
 			free(s);
 			return r;
 		}
 	}
-	if (s->tls) {
-		s->env.starttls = server_starttls;
-		s->env.tls = s->tls;
-	}
 	if (r == 0)
 		r = far_crew_open(&s->crew, "far-serve", SERVER_CONNECTIONS + (o.max_threads ? o.max_threads : SERVER_THREADS));
 	if (r) {
+		far_access_free(s->env.access);
 		far_tls_put(s->tls);
 		far_fd_close(&s->cancel);
 		far_mutex_fini(&s->lock);
@@ -237,6 +260,8 @@ static void server_ended(void *opaque)
 		sc->next->prev = sc->prev;
 	s->conns_n--;
 	far_mutex_unlock(&s->lock);
+	if (sc->told >= 0)
+		(void)eventfd_write(sc->told, 1);
 	free(sc);
 }
 
@@ -257,7 +282,7 @@ static int server_start(struct far_server *s, struct server_conn *sc, struct far
 }
 
 /* *conn becomes the server's on success. NBD: with `tls` nothing else is answered before STARTTLS. */
-static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn, bool tls)
+static int server_add(struct far_server *s, enum server_wire wire, struct far_conn *conn, bool tls, int told)
 {
 	struct server_conn *sc = calloc(1, sizeof *sc);
 	int r = sc ? 0 : -ENOMEM;
@@ -266,6 +291,7 @@ static int server_add(struct far_server *s, enum server_wire wire, struct far_co
 		return r;
 	sc->server = s;
 	sc->wire = wire;
+	sc->told = told;
 	/* Under the lock from start to list: it may end at once, and then waits here to leave the list. */
 	far_mutex_lock(&s->lock);
 	s->busy = true;
@@ -336,7 +362,7 @@ int far_server_serve(struct far_server *s, int fd, struct far_error *err)
 	int r = far_conn_socket(&conn, fd);
 
 	if (r == 0)
-		r = server_add(s, SERVER_GRPC, &conn, false); /* fd stays the caller's if this fails */
+		r = server_add(s, SERVER_GRPC, &conn, false, -1); /* fd stays the caller's if this fails */
 	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
 }
 
@@ -352,7 +378,7 @@ static int server_accepted(struct far_server *s, const struct server_listener *l
 	if (r == 0 && as->tls && as->wire == SERVER_GRPC)
 		r = far_tls_server(s->tls, &conn);
 	if (r == 0)
-		r = server_add(s, as->wire, &conn, as->tls);
+		r = server_add(s, as->wire, &conn, as->tls, -1);
 	if (r)
 		far_conn_close(&conn);
 	return r;
@@ -464,6 +490,23 @@ static int server_nbd_blocks(const struct far_server *s, struct far_error *err)
 	return 0;
 }
 
+/* Whether this kind of listener can offer every export, and ask for what is asked of callers. */
+static int server_may_listen(const struct far_server *s, const struct server_scheme *scheme, struct far_error *err)
+{
+	if (scheme->wire == SERVER_GRPC)
+		return 0;
+	if (s->env.access && far_access_wants_token(s->env.access))
+		return far_error_set(err, EINVAL, "cannot listen on %s://: NBD has no tokens, and this server asks for one; serve it "
+				     "from a process of its own, with certificates", scheme->name);
+	return server_nbd_blocks(s, err);
+}
+
+/* Whether a listener may be beyond this host. Tokens never go there in the clear, whatever else may. */
+static bool server_may_be_far(const struct far_server *s, const struct server_scheme *scheme)
+{
+	return scheme->tls || (s->insecure && !(s->env.access && far_access_wants_token(s->env.access)));
+}
+
 /* Begin to accept on fd, which becomes the server's, as `path` does. */
 static int server_listener_start(struct far_server *s, const struct server_scheme *scheme, int fd, char *path)
 {
@@ -493,10 +536,10 @@ static int server_listen_on(struct far_server *s, const struct server_address *t
 {
 	const struct far_net_addr *a = &to->net;
 	int fd, port;
-	int r = to->scheme->wire != SERVER_GRPC ? server_nbd_blocks(s, err) : 0;
+	int r = server_may_listen(s, to->scheme, err);
 
 	if (r == 0)
-		r = far_net_listen(a, s->insecure || to->scheme->tls, &fd, &port, err);
+		r = far_net_listen(a, server_may_be_far(s, to->scheme), &fd, &port, err);
 	if (r)
 		return r;
 	char *path = a->path ? strdup(a->path) : NULL;
@@ -517,9 +560,43 @@ static int server_listen_on(struct far_server *s, const struct server_address *t
 	return 0;
 }
 
+int far_server_serve_stream(struct far_server *s, const struct far_stream_ops *ops, void *self, struct far_error *err)
+{
+	struct far_conn conn = { 0 };
+	int r = far_conn_given(&conn, ops, self);
+
+	if (r == 0) {
+		r = server_add(s, SERVER_GRPC, &conn, false, -1);
+		if (r)
+			far_conn_given_back(&conn);
+	}
+	return r ? far_error_set(err, -r, "cannot serve the connection: %s", far_strerror(r)) : 0;
+}
+
+int far_server_serve_pair(struct far_server *s, int in, int out, bool nbd, int ended, struct far_error *err)
+{
+	struct far_conn conn = { 0 };
+
+	if (nbd) {
+		int r = server_may_listen(s, server_scheme("nbd"), err);
+		if (r)
+			return r;
+	}
+	int r = far_conn_pair(&conn, in, out);
+	if (r == 0) {
+		r = server_add(s, nbd ? SERVER_NBD : SERVER_GRPC, &conn, false, ended);
+		if (r)
+			far_conn_close(&conn);
+	}
+	return r ? far_error_set(err, -r, "cannot serve standard input and output: %s%s", far_strerror(r),
+				 r == -EINVAL ? "; they must be pipes, sockets or a terminal" : "") : 0;
+}
+
 int far_server_reload(struct far_server *s, struct far_error *err)
 {
-	return s->tls ? far_tls_reload(s->tls, err) : 0;
+	int r = s->tls ? far_tls_reload(s->tls, err) : 0;
+
+	return r || !s->env.access ? r : far_access_reload(s->env.access, err);
 }
 
 int far_server_listen(struct far_server *s, const char *uri, char **bound, struct far_error *err)
@@ -559,10 +636,10 @@ int far_server_adopt(struct far_server *s, const char *scheme, int fd, char **bo
 		r = far_error_set(err, EINVAL, "a socket cannot be taken over for '%s': use grpc, nbd, any, grpcs or nbds", scheme);
 	else if (to.scheme->tls && !s->tls)
 		r = far_error_set(err, EINVAL, "a socket cannot be taken over for '%s': TLS needs a certificate and its key", scheme);
-	else if (to.scheme->wire != SERVER_GRPC)
-		r = server_nbd_blocks(s, err);
+	else
+		r = server_may_listen(s, to.scheme, err);
 	if (r == 0)
-		r = far_net_adopt(fd, s->insecure || to.scheme->tls, &name, err);
+		r = far_net_adopt(fd, server_may_be_far(s, to.scheme), &name, err);
 	if (r) {
 		far_fd_close(&fd);
 		return r;
@@ -639,6 +716,7 @@ void far_server_free(struct far_server *s)
 	}
 	free(s->env.exports);
 	far_tls_put(s->tls);
+	far_access_free(s->env.access);
 	far_fd_close(&s->cancel);
 	far_mutex_fini(&s->lock);
 	free(s);

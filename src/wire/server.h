@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/crew.h"
+#include "net/access.h"
 #include "net/tls.h"
 
 #include <stdatomic.h>
@@ -37,14 +38,21 @@ struct far_server_env {
 	/* Put TLS over a connection in the clear; NULL: there is no certificate. Nothing is read ahead. 0 or -errno. */
 	int (*starttls)(void *tls, struct far_conn *conn);
 	void *tls;
+	struct far_access *access; /* who may do what; NULL: nothing is asked of anybody */
 	bool plain; /* only the Backend service, as the Go servers of the r3map family */
 	/* atomic: bytes of requests and replies that are held for peers. A connection whose peer makes it hold much is
 	 * made to wait once all together hold memory_max. */
 	_Atomic uint64_t memory;
 };
 
+/* What a caller may do with an export of env's. */
+enum far_right far_server_right(const struct far_server_env *env, const struct far_caller *who, const struct far_export *e);
 /* The export of that name; "" and "default": the first. NULL: there is none. */
 const struct far_export *far_server_find(const struct far_server_env *env, const char *name, size_t len);
+
+/* Serve what is read from `in` and written to `out`, which are the server's from now on; `ended`: an eventfd that is written
+ * to when that connection has gone. */
+int far_server_serve_pair(struct far_server *s, int in, int out, bool nbd, int ended, struct far_error *err);
 
 /* For tests: shorter patience; the plain service only. Before the first connection. */
 void far_server_patience(struct far_server *s, uint64_t handshake, uint64_t stall);

@@ -293,6 +293,174 @@ def direct_mount(w):
     equal(m.end(), 0, m.err())
 
 
+def certificates(w, ca, host='localhost', days=2):
+    """A CA in directory `ca`, and a server's certificate by it for `host`."""
+    need('openssl')
+    d = w.path(ca)
+    os.makedirs(d)
+
+    def openssl(*args):
+        subprocess.run(['openssl', *args], cwd=d, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    openssl('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-keyout', 'ca-key.pem', '-out', 'ca-cert.pem', '-days', '2',
+            '-subj', '/CN=' + ca)
+    for name in ('server', 'client'):
+        openssl('req', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-keyout', name + '-key.pem', '-out', name + '.csr', '-subj',
+                '/CN=' + host)
+        with open(os.path.join(d, 'ext'), 'w') as f:
+            f.write('subjectAltName=DNS:%s\n' % host)
+        openssl('x509', '-req', '-in', name + '.csr', '-CA', 'ca-cert.pem', '-CAkey', 'ca-key.pem', '-CAcreateserial',
+                '-out', name + '-cert.pem', '-days', str(days), '-extfile', 'ext')
+    return d
+
+
+def refused(w, uri, *words):
+    r = w.run('info', uri, '--deadline', '5s')
+    true(r.returncode in (1, 2), 'exit %d of %s: %s' % (r.returncode, uri, r.err))
+    message(r.err)
+    has(r.err, *words)
+
+
+def tls_by_certificates(w):
+    good, other = certificates(w, 'good'), certificates(w, 'other')
+    named, old = certificates(w, 'named', host='else.where'), certificates(w, 'old', days=-1)
+
+    def server(d, *args, tls='require'):
+        s, uri = nbdkit(w, *args, 'memory', '3M', tls=['--tls=' + tls, '--tls-certificates=' + d])
+        return uri.replace('nbd://127.0.0.1', 'nbds://localhost')
+    uri = server(good, '--tls-verify-peer')
+    there_and_back(w, uri + '?tls-certificates=' + good, 3 * MIB)
+    refused(w, uri + '?tls-certificates=' + other)          # another CA, on both sides
+    refused(w, uri)                                         # the system's
+    refused(w, uri.replace('nbds', 'nbd'))                  # in the clear
+    refused(w, uri + '?tls-certificates=' + w.path('none'), 'ca-cert.pem')
+    refused(w, server(good) + '?tls-certificates=' + other)
+    refused(w, server(named) + '?tls-certificates=' + named)  # another name
+    refused(w, server(old) + '?tls-certificates=' + old)      # expired
+    w.run('info', server(named) + '?tls-verify=0&tls-certificates=' + named, code=0)
+    refused(w, server(good, tls='off') + '?tls-certificates=' + good)  # no TLS there: no fall-back
+    w.run('info', server(good, tls='on') + '?tls-certificates=' + good, code=0)
+
+
+def tls_by_psk(w):
+    with open(w.path('keys'), 'w') as f:
+        f.write('alice:%s\nbob:%s\n' % ('11' * 32, '22' * 32))
+    with open(w.path('wrong'), 'w') as f:
+        f.write('alice:%s\n' % ('33' * 32))
+    s, uri = nbdkit(w, 'memory', '3M', tls=['--tls=require', '--tls-psk=' + w.path('keys')])
+    uri = uri.replace('nbd://', 'nbds://alice@')
+    there_and_back(w, uri + '?tls-psk-file=' + w.path('keys'), 3 * MIB)
+    refused(w, uri + '?tls-psk-file=' + w.path('wrong'))
+    refused(w, uri.replace('alice', 'carol') + '?tls-psk-file=' + w.path('keys'))
+    refused(w, uri + '?tls-psk-file=/none', '/none')
+
+
+class Cut:
+    """Between client and server: lets through so many bytes each way, then ends the connection; once."""
+
+    def __init__(self, port, up, down):
+        self.port, self.left = port, [up, down]
+        self.cut = False
+        self.s = socket.socket()
+        self.s.bind(('127.0.0.1', 0))
+        self.s.listen(16)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def uri(self):
+        return 'nbd://127.0.0.1:%d' % self.s.getsockname()[1]
+
+    def accept(self):
+        while True:
+            try:
+                a, _ = self.s.accept()
+            except OSError:
+                return
+            b = socket.create_connection(('127.0.0.1', self.port))
+            for i, (x, y) in enumerate(((a, b), (b, a))):
+                threading.Thread(target=self.pipe, args=(x, y, i), daemon=True).start()
+
+    def pipe(self, x, y, i):
+        try:
+            while True:
+                data = x.recv(65536)
+                if not data:
+                    break
+                n = len(data) if self.cut else min(len(data), self.left[i])
+                y.sendall(data[:n])
+                if not self.cut:
+                    self.left[i] -= n
+                    if not self.left[i]:
+                        self.cut = True
+                        break
+        except OSError:
+            pass
+        for s in (x, y):
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+def cut_at(w, port, data, up, down):
+    """The link is cut once: copying with retries still brings every byte, or opening fails with a message."""
+    c = Cut(port, up, down)
+    try:
+        r = w.run('copy', c.uri() + '?connections=1&max-request=4K&timeout=2s', 'file:b', '--workers', '4', '--layer',
+                  'retry:backoff=1ms,max-backoff=2ms')
+        if r.returncode:
+            true(c.cut, 'a failure without a cut: ' + r.err)
+            message(r.err)
+        else:
+            equal(w.read('b'), data, 'cut after %d up, %d down' % (up, down))
+        return r.returncode == 0 and c.cut
+    finally:
+        c.s.close()
+        if os.path.exists(w.path('b')):
+            os.unlink(w.path('b'))
+
+
+def cuts(w, step):
+    data = w.file('a', 64 << 10)
+    s, uri = nbdkit(w, 'file', w.path('a'))
+    port = int(uri.rsplit(':', 1)[1])
+    mended = 0
+    far = 1 << 30
+    for n in range(1, 600, step):
+        mended += cut_at(w, port, data, n, far)
+    for n in list(range(1, 400, step)) + [4000, 5000, 20000]:
+        mended += cut_at(w, port, data, far, n)
+    true(mended > 3, 'no cut hit what could be mended')
+
+
+def link_cut_here_and_there(w):
+    cuts(w, 61)
+
+
+def link_cut_everywhere(w):
+    """Before, inside and after every message of greeting, options, requests and replies."""
+    cuts(w, 1)
+
+
+def matrix(w):
+    """Every server, by every number of connections and size of requests, whole and in pieces."""
+    n = 0
+    for server in ([], ['--no-sr'], ['--filter=noparallel'], ['--filter=multi-conn', 'multi-conn-mode=emulate'],
+                   ['--filter=multi-conn', 'multi-conn-mode=disable'], ['--filter=delay', 'rdelay=1ms', 'wdelay=2ms'],
+                   ['--filter=rate', 'rate=200M'], ['--filter=blocksize', 'maxdata=64K', 'minblock=4K'],
+                   ['--filter=error', 'error-pread=EIO', 'error-pread-rate=5%']):
+        filters = [x for x in server if x.startswith('--')]
+        s, uri = nbdkit(w, *filters, 'memory', '16M', *[x for x in server if not x.startswith('--')])
+        data = w.file('a', 16 * MIB, holes=[(5 * MIB, 9 * MIB)])
+        for q in ('?connections=1', '?connections=16', '?max-request=512', '?max-request=32M'):
+            if q == '?max-request=512' and 'delay' in ''.join(server):
+                continue
+            w.run('copy', 'file:a', uri + q, code=0)
+            w.run('copy', uri + q, 'file:b', '--layer', 'retry:backoff=1ms', code=0)
+            equal(w.read('b'), data, ' '.join(server) + q)
+            n += 1
+        s.kill()
+    print('# %d combinations' % n)
+
+
 def refused_uris(w):
     for uri, words in (('nbd:///x', ['host']), ('nbd+unix:///x', ['socket']), ('nbd://h?socket=/x', ['socket']),
                        ('nbd://h?tls-psk-file=/x', ['nbds']), ('nbd://h?nonsense=1', ['nonsense', 'connections']),
@@ -414,9 +582,9 @@ def named(name, fn):
 
 QUICK = [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, qemu_nbd,
          qemu_nbd_qcow2, qemu_storage_daemon, nbd_server, errors_are_told, errors_now_and_then, slow_ones_are_given_up,
-         stopped_server, lost_and_found, another_export_is_refused, direct_mount, refused_uris]
+         stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, direct_mount, refused_uris]
 QUICK += [named(k, hostile(f)) for k, f in HOSTILE.items()]
 QUICK += [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()]
 
 if __name__ == '__main__':
-    main(QUICK)
+    main([matrix, link_cut_everywhere] if sys.argv[2:] == ['long'] and sys.argv.pop() else QUICK)

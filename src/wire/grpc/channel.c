@@ -40,7 +40,7 @@
 struct far_channel {
 	/* fixed */
 	struct far_conn conn;
-	char *authority;
+	char *authority, *authorization;
 	bool tls;
 	/* atomic */
 	_Atomic unsigned refs;
@@ -336,8 +336,9 @@ static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t
 		FAR_H2_NV("user-agent", "farpage/0.1"),
 	};
 	static const nghttp2_nv https = FAR_H2_NV(":scheme", "https");
-	nghttp2_nv nv[9] = { fixed[0], c->tls ? https : fixed[1] };
+	nghttp2_nv nv[10] = { fixed[0], c->tls ? https : fixed[1] };
 	nghttp2_nv path = FAR_H2_NV(":path", ""), authority = FAR_H2_NV(":authority", "");
+	nghttp2_nv authorization = FAR_H2_NV("authorization", "");
 	nghttp2_nv export = FAR_H2_NV("farpage-export", ""), timeout = FAR_H2_NV("grpc-timeout", "");
 	char seconds[16];
 	size_t n = 2;
@@ -357,6 +358,11 @@ static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t
 	nv[n++] = fixed[2];
 	nv[n++] = fixed[3];
 	nv[n++] = fixed[4];
+	if (c->authorization) {
+		authorization.value = (uint8_t *)c->authorization;
+		authorization.valuelen = strlen(c->authorization);
+		nv[n++] = authorization;
+	}
 	if (call->export_header) {
 		/* The caller may be gone before the headers are made: let nghttp2 copy this one. */
 		export.value = (uint8_t *)call->export_header;
@@ -666,8 +672,14 @@ void far_channel_put(struct far_channel *c) FAR_NO_TSA
 	far_conn_close(&c->conn);
 	far_mutex_fini(&c->lock);
 	free(c->authority);
+	free(c->authorization);
 	free(c->spare);
 	free(c);
+}
+
+void far_channel_authorize(struct far_channel *c, char *value)
+{
+	c->authorization = value;
 }
 
 int far_channel_submit(struct far_channel *c, struct far_call *call)

@@ -57,6 +57,8 @@ void far_call_done(struct far_call *call, int result);
 
 /* Wrap a connection; conn is taken over on success. authority is copied. */
 int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out);
+/* Before the first call: the value of "authorization" that goes with each; taken over. */
+void far_channel_authorize(struct far_channel *c, char *value);
 /* References: whoever makes calls holds one. The last one closes the connection. */
 void far_channel_get(struct far_channel *c);
 void far_channel_put(struct far_channel *c);

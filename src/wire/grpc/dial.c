@@ -189,7 +189,7 @@ static int dial_start(struct far_client *c, const struct far_open_opts *opts, co
 struct dial_conf {
 	uint64_t size, timeout, max_io, silence;
 	char *socket;
-	char *tls_ca, *tls_cert, *tls_key, *tls_name;
+	char *token_file, *tls_ca, *tls_cert, *tls_key, *tls_name;
 	int tls_min;
 	bool sums;
 };
@@ -208,6 +208,8 @@ static const struct far_opt dial_options[] = {
 	{ "sums", FAR_OPT_BOOL, offsetof(struct dial_conf, sums), .help = "checksums of the bytes that travel", .def = "1" },
 	{ "socket", FAR_OPT_STRING, offsetof(struct dial_conf, socket), .value_name = "PATH",
 	  .help = "unix socket (grpc+unix, grpcs+unix)" },
+	{ "token-file", FAR_OPT_STRING, offsetof(struct dial_conf, token_file), .value_name = "FILE",
+	  .help = "file whose first line is a token to show to the server; over TLS, or within this host" },
 	{ "tls-ca", FAR_OPT_STRING, offsetof(struct dial_conf, tls_ca), .value_name = "FILE",
 	  .help = "authorities that may sign the server's certificate (PEM)", .def = "the system's" },
 	{ "tls-cert", FAR_OPT_STRING, offsetof(struct dial_conf, tls_cert), .value_name = "FILE",
@@ -245,12 +247,15 @@ static int dial_address(struct far_client *c, const struct far_uri *u, const str
 	return l->authority && (l->path || l->host) ? 0 : far_error_set(err, ENOMEM, "out of memory");
 }
 
-/* grpcs: what TLS needs. Options of it without it are a mistake: nothing falls back to clear text silently. */
+/* The token, and for grpcs what TLS needs. Options of it without it are a mistake: nothing falls back to clear text silently. */
 static int dial_tls(struct far_client *c, const struct far_uri *u, const struct dial_conf *conf, struct far_error *err)
 {
 	struct far_tls_opts o = { .cert = conf->tls_cert, .key = conf->tls_key, .ca = conf->tls_ca, .alpn = "h2",
 				  .tls12 = conf->tls_min == 0 };
 
+	c->lanes.token_file = conf->token_file ? strdup(conf->token_file) : NULL;
+	if (conf->token_file && !c->lanes.token_file)
+		return far_error_set(err, ENOMEM, "out of memory");
 	if (strcmp(u->scheme, "grpcs")) {
 		if (conf->tls_ca || conf->tls_cert || conf->tls_key || conf->tls_name || conf->tls_min != 1)
 			return far_error_set(err, EINVAL, "%s: options of TLS go with grpcs:// only; %s:// is in the clear", c->where,
@@ -298,26 +303,42 @@ int far_grpc_open(const struct far_uri *u, const struct far_open_opts *opts, str
 	return r;
 }
 
-int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts, struct far_backend **out,
+int far_exec_open(const struct far_uri *u, const struct far_open_opts *opts, struct far_backend **out, struct far_error *err)
+{
+	struct dial_want want = { .sized = opts->bytes != 0, .bytes = opts->bytes, .max_io = DIAL_MAX_IO };
+	struct far_open_opts one = *opts;
+
+	if (!u->path[0])
+		return far_error_set(err, EINVAL, "%s: the command is missing: exec:COMMAND", u->text);
+	one.demand_connections = one.bulk_connections = 1;
+	struct far_client *c = dial_new(u->text, opts->export_name ? opts->export_name : "", &one);
+	if (c) {
+		/* What is behind a second command would be another server, which may not have the content open as well. */
+		c->lanes.single = true;
+		c->lanes.n[FAR_LANE_BULK] = 0;
+		c->lanes.command = strdup(u->path);
+		c->lanes.authority = strdup("localhost");
+	}
+	if (!c || !c->lanes.command || !c->lanes.authority) {
+		if (c)
+			far_client_free(c);
+		return far_error_set(err, ENOMEM, "out of memory");
+	}
+	return dial_start(c, &one, &want, out, err);
+}
+
+/* The client half over a connection that is there. It is taken over on success only. */
+static int dial_over(struct far_conn *conn, const char *where, const struct far_open_opts *opts, struct far_backend **out,
 		     struct far_error *err)
 {
-	static const struct far_open_opts none = FAR_OPEN_OPTS_INIT;
-	struct far_open_opts one = opts ? *opts : none;
-	struct far_conn conn = { 0 };
+	struct dial_want want = { .sized = opts->bytes != 0, .bytes = opts->bytes, .max_io = DIAL_MAX_IO };
+	struct far_open_opts one = *opts;
+	struct far_channel *channel = NULL;
 
 	one.demand_connections = one.bulk_connections = 1;
-	struct far_client *c = dial_new(where, "", &one);
-	int r = c ? 0 : -ENOMEM;
-	int own = dup(fd); /* the caller keeps fd if this fails later */
-	if (r == 0)
-		r = far_conn_socket(&conn, own);
-	if (r)
-		far_fd_close(&own);
-	struct far_channel *channel = NULL;
-	if (r == 0)
-		r = far_channel_new(&conn, "localhost", &channel);
+	struct far_client *c = dial_new(where, opts->export_name ? opts->export_name : "", &one);
+	int r = c ? far_channel_new(conn, "localhost", &channel) : -ENOMEM;
 	if (r) {
-		far_conn_close(&conn);
 		if (c)
 			far_client_free(c);
 		return far_error_set(err, -r, "cannot use the connection to %s: %s", where, far_strerror(r));
@@ -325,9 +346,103 @@ int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts
 	/* There is no second connection to turn to, so a slow peer is waited for; the thread's deadline still holds. */
 	c->timeout = FAR_NEVER;
 	far_lanes_adopt(&c->lanes, channel);
-	struct dial_want want = { .sized = one.bytes != 0, .bytes = one.bytes, .max_io = DIAL_MAX_IO };
-	r = dial_start(c, &one, &want, out, err);
+	return dial_start(c, &one, &want, out, err);
+}
+
+/* What a failed opening closes is not the user's own. */
+struct dial_stream {
+	struct far_stream_ops ops;
+	void *self;
+	bool open;
+};
+
+static ssize_t dial_stream_readv(void *self, const struct iovec *iov, int n)
+{
+	struct dial_stream *d = self;
+
+	return d->ops.readv(d->self, iov, n);
+}
+
+static ssize_t dial_stream_writev(void *self, const struct iovec *iov, int n)
+{
+	struct dial_stream *d = self;
+
+	return d->ops.writev(d->self, iov, n);
+}
+
+static int dial_stream_wait(void *self, bool in, bool out, int timeout_ms)
+{
+	struct dial_stream *d = self;
+
+	return d->ops.wait(d->self, in, out, timeout_ms);
+}
+
+static void dial_stream_shutdown(void *self)
+{
+	struct dial_stream *d = self;
+
+	d->ops.shutdown(d->self);
+}
+
+static void dial_stream_close(void *self)
+{
+	struct dial_stream *d = self;
+
+	if (d->open && d->ops.close)
+		d->ops.close(d->self);
+	free(d);
+}
+
+int far_open_stream(const struct far_stream_ops *ops, void *self, const char *where, const struct far_open_opts *opts,
+		    struct far_backend **out, struct far_error *err)
+{
+	static const struct far_stream_ops mine = { FAR_STREAM_OPS_INIT, .readv = dial_stream_readv,
+						    .writev = dial_stream_writev, .wait = dial_stream_wait,
+						    .shutdown = dial_stream_shutdown, .close = dial_stream_close };
+	struct far_open_opts o = FAR_OPEN_OPTS_INIT;
+	struct dial_stream *d = calloc(1, sizeof *d);
+	struct far_conn conn = { 0 };
+
+	if (opts)
+		memcpy(&o, opts, far_min(opts->size, sizeof o));
+	o.size = sizeof o;
+	int r = d ? 0 : -ENOMEM;
+	if (r == 0) {
+		memcpy(&d->ops, ops, far_min(ops->size, sizeof d->ops));
+		d->self = self;
+		if (!d->ops.readv || !d->ops.writev || !d->ops.wait || !d->ops.shutdown)
+			r = -EINVAL;
+	}
 	if (r == 0)
+		r = far_conn_given(&conn, &mine, d);
+	if (r) {
+		free(d);
+		return far_error_set(err, -r, "cannot use the connection to %s: %s", where, far_strerror(r));
+	}
+	r = dial_over(&conn, where, &o, out, err);
+	if (r == 0)
+		d->open = true;
+	else
+		far_conn_close(&conn); /* if it is still there; it frees d */
+	return r;
+}
+
+int far_grpc_open_fd(int fd, const char *where, const struct far_open_opts *opts, struct far_backend **out,
+		     struct far_error *err)
+{
+	static const struct far_open_opts none = FAR_OPEN_OPTS_INIT;
+	struct far_conn conn = { 0 };
+	int own = dup(fd); /* the caller keeps fd if this fails later */
+	int r = own < 0 ? -errno : far_conn_socket(&conn, own);
+
+	if (r) {
+		far_fd_close(&own);
+		return far_error_set(err, -r, "cannot use the connection to %s: %s", where, far_strerror(r));
+	}
+	r = dial_over(&conn, where, opts ? opts : &none, out, err);
+	if (r)
+		far_conn_close(&conn);
+	else
 		close(fd);
 	return r;
 }

@@ -317,6 +317,9 @@ static int exchange_ended(struct far_client *c, struct far_exchange *op, struct 
 	op->fate = exchange_fate(c, op, channel, &k->call, r);
 	bool patient = r == -ETIMEDOUT && took >= far_min(c->timeout, c->lanes.quiet + c->lanes.patience);
 	exchange_judge(c, op, channel, r, patient);
+	/* The token may have been renewed meanwhile: another connection reads it again. */
+	if (k->call.grpc_status == FAR_GRPC_UNAUTHENTICATED && c->lanes.token_file && !c->lanes.once)
+		far_channel_retire(channel);
 	if (r && k->call.grpc_status && k->call.grpc_status != FAR_CALL_NO_STATUS)
 		far_log(FAR_LOG_DEBUG, "%s: %s: status %u: %s", c->where, k->call.path, k->call.grpc_status, k->call.text);
 	return r;

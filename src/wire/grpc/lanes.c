@@ -17,6 +17,9 @@
  */
 #include "wire/grpc/lanes.h"
 
+#include "net/access.h"
+
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -46,10 +49,30 @@ static int lanes_greet(struct far_lanes *l, struct far_lanes_slot *s, struct far
 	return r;
 }
 
+/* The token for a connection, as metadata. It never goes beyond this host in the clear. */
+static int lanes_token(struct far_lanes *l, const struct far_conn *conn, char **out, struct far_error *err)
+{
+	char *token;
+
+	if (!l->token_file)
+		return 0;
+	if (!l->tls && !far_conn_is_local(conn))
+		return far_error_set(err, EPERM, "cannot open %s: its token would travel in the clear; use grpcs://", l->where);
+	int r = far_token_read(l->token_file, &token, err);
+	if (r)
+		return far_error_prefix(err, "cannot open %s", l->where);
+	size_t n = strlen(token) + sizeof "Bearer ";
+	*out = malloc(n);
+	if (*out)
+		snprintf(*out, n, "Bearer %s", token);
+	free(token);
+	return *out ? 0 : far_error_set(err, ENOMEM, "out of memory");
+}
+
 static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t deadline, struct far_channel **out,
 		      struct far_error *err)
 {
-	struct far_net_addr a = { .host = l->host, .port = l->port, .path = l->path };
+	struct far_net_addr a = { .host = l->host, .port = l->port, .path = l->path, .command = l->command };
 	struct far_conn conn = { 0 };
 	int r = far_conn_connect(&conn, &a, deadline, l->cancel, err);
 
@@ -66,8 +89,18 @@ static int lanes_dial(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 			return r;
 		}
 	}
+	char *authorization = NULL;
+	r = lanes_token(l, &conn, &authorization, err);
+	if (r) {
+		far_conn_close(&conn);
+		return r;
+	}
 	r = far_channel_new(&conn, l->authority, out);
 	far_conn_close(&conn);
+	if (r)
+		free(authorization);
+	else
+		far_channel_authorize(*out, authorization);
 	if (r)
 		return far_error_set(err, -r, "cannot use the connection to %s: %s", l->where, far_strerror(r));
 	far_channel_keep_alive(*out, l->quiet, l->patience, LANES_PINGS);
@@ -88,9 +121,26 @@ static void lanes_sweep(struct far_lanes *l, struct far_lanes_slot *s) FAR_REQUI
 {
 	if (!s->channel || far_channel_usable(s->channel) || s->dialling || l->once)
 		return;
-	far_channel_put(s->channel);
+	FAR_ASSERT(l->dead_n < FAR_ARRAY_LEN(l->dead));
+	l->dead[l->dead_n++] = s->channel;
 	s->channel = NULL;
 	l->lost++;
+}
+
+/* Let go of those: the last reference closes the connection, which takes its time where a command is behind it. */
+static void lanes_bury(struct far_lanes *l) FAR_REQUIRES(l->lock)
+{
+	struct far_channel *dead[FAR_ARRAY_LEN(l->dead)];
+	size_t n = l->dead_n;
+
+	if (!n)
+		return;
+	memcpy(dead, l->dead, n * sizeof dead[0]);
+	l->dead_n = 0;
+	far_mutex_unlock(&l->lock);
+	for (size_t i = 0; i < n; i++)
+		far_channel_put(dead[i]);
+	far_mutex_lock(&l->lock);
 }
 
 /* The best channel of a lane, NULL if none is up. *free gets a slot that could be dialled. */
@@ -147,6 +197,7 @@ static int lanes_fill(struct far_lanes *l, struct far_lanes_slot *s, uint64_t de
 
 	s->dialling = true;
 	l->dialling++;
+	lanes_bury(l); /* a command that has the content open must be gone before the next one is run */
 	far_mutex_unlock(&l->lock);
 	int r = lanes_dial(l, s, deadline, &channel, err);
 	far_mutex_lock(&l->lock);
@@ -189,6 +240,8 @@ int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_
 	int r = 0;
 
 	far_mutex_lock(&l->lock);
+	if (l->single)
+		lane = FAR_LANE_DEMAND;
 	uint64_t round = l->round;
 	for (;;) {
 		struct far_lanes_slot *free_slot;
@@ -227,6 +280,7 @@ int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_
 			break;
 		}
 	}
+	lanes_bury(l);
 	far_mutex_unlock(&l->lock);
 	if (r && err && text.code)
 		*err = text;
@@ -247,6 +301,7 @@ size_t far_lanes_up(struct far_lanes *l, struct far_channel **out, size_t max)
 			far_channel_get(out[n++]);
 		}
 	}
+	lanes_bury(l);
 	far_mutex_unlock(&l->lock);
 	return n;
 }
@@ -343,13 +398,17 @@ void far_lanes_fini(struct far_lanes *l) FAR_NO_TSA
 	for (int lane = 0; lane < FAR_LANES; lane++)
 		for (unsigned i = 0; i < FAR_LANES_MAX; i++)
 			far_channel_put(l->slots[lane][i].channel);
+	for (size_t i = 0; i < l->dead_n; i++)
+		far_channel_put(l->dead[i]);
 	far_fd_close(&l->cancel);
 	far_mutex_fini(&l->lock);
 	far_cond_fini(&l->cond);
 	free(l->where);
 	free(l->host);
 	free(l->path);
+	free(l->command);
 	free(l->authority);
 	far_tls_put(l->tls);
 	free(l->tls_name);
+	free(l->token_file);
 }

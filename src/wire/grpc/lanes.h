@@ -20,12 +20,14 @@ struct far_lanes_slot {
 struct far_lanes {
 	/* fixed after init; the caller fills in the address and `greet` */
 	char *where;            /* for messages */
-	char *host, *path;      /* one of them; owned from here on, as authority is */
+	char *host, *path, *command; /* one of them; owned from here on, as authority is */
 	char *authority;
 	struct far_tls *tls;    /* owned; NULL: in clear text */
 	char *tls_name;         /* whom the server's certificate must name; owned */
+	char *token_file;       /* its token goes with each call; read for each connection; owned, NULL: none */
 	int port;
 	bool once;              /* only the connection that was adopted */
+	bool single;            /* one connection for both lanes, made anew when it is lost */
 	unsigned n[FAR_LANES];
 	int cancel;             /* eventfd, readable once stopped */
 	uint64_t quiet, patience; /* signs of life, see far_channel_keep_alive() */
@@ -38,6 +40,8 @@ struct far_lanes {
 	struct far_cond cond;
 	struct far_lanes_slot slots[FAR_LANES][FAR_LANES_MAX];
 	bool stopped;
+	struct far_channel *dead[2 * FAR_LANES * FAR_LANES_MAX]; /* taken out of their slots, to be put without the lock */
+	size_t dead_n;
 	/* after failed dials */
 	bool failing;
 	unsigned dialling;      /* how many are */

@@ -40,6 +40,12 @@ void far_grpc_sum_data(uint8_t out[FAR_GRPC_SUM], const char *export, size_t exp
 	far_hash128(out, data, len, proto_seed(export, export_n, off));
 }
 
+void far_grpc_sum_cold(uint8_t out[FAR_GRPC_SUM], const char *export, size_t export_n, uint64_t off, const void *data,
+		       size_t len)
+{
+	far_hash128_cold(out, data, len, proto_seed(export, export_n, off));
+}
+
 void far_grpc_sum_span(uint8_t out[FAR_GRPC_SUM], const char *export, size_t export_n, uint64_t off, uint64_t len)
 {
 	uint8_t bytes[8];

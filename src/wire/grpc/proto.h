@@ -72,6 +72,9 @@ void far_grpc_encode_request(struct far_pb_out *o, enum far_grpc_method m, const
 /* The checksums of farpage.proto's head comment: of bytes, and of a length where no bytes travel. */
 void far_grpc_sum_data(uint8_t out[FAR_GRPC_SUM], const char *export, size_t export_n, uint64_t off, const void *data,
 		       size_t len);
+/* The same of bytes that have not been looked at for long. */
+void far_grpc_sum_cold(uint8_t out[FAR_GRPC_SUM], const char *export, size_t export_n, uint64_t off, const void *data,
+		       size_t len);
 void far_grpc_sum_span(uint8_t out[FAR_GRPC_SUM], const char *export, size_t export_n, uint64_t off, uint64_t len);
 /* Add the field `check` over the message that o holds from its beginning; nothing follows it. */
 void far_grpc_put_check(struct far_pb_out *o);

@@ -217,6 +217,21 @@ static bool server_carry_out(struct far_grpc_conn *c, struct far_seat *seat, str
 	return true;
 }
 
+/* Before the first request runs: who the connection's peer is. */
+static void server_meet(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
+{
+	struct far_peer peer;
+	int r;
+
+	if (!c->env->access || c->s.who || !c->s.queue)
+		return;
+	r = far_conn_peer(&c->conn, &peer);
+	if (r == 0)
+		r = far_access_peer(c->env->access, &peer, &c->s.who);
+	if (r)
+		server_die(c);
+}
+
 static bool server_run(void *opaque, struct far_seat *seat)
 {
 	struct far_grpc_conn *c = opaque;
@@ -226,6 +241,7 @@ static bool server_run(void *opaque, struct far_seat *seat)
 	far_mutex_lock(&c->lock);
 	if (c->s.replies >= CONN_BATCH || !far_session_ready(&c->s))
 		room = server_send(c);
+	server_meet(c);
 	if (!c->dead && room)
 		r = far_session_next(&c->s);
 	if (!r && !c->dead)

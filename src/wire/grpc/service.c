@@ -46,6 +46,49 @@ static bool service_refused(struct far_request *r, int err)
 	return service_error(r, err, "refused");
 }
 
+/* Who asks. False: refused, or with FAR_NOWAIT to be done anew; *done says which. */
+static bool service_who(struct far_request *r, unsigned flags, bool *done)
+{
+	struct far_access *a = r->session->env->access;
+	struct far_error err = { .text = "out of memory" };
+
+	*done = true;
+	if (!a || r->who || !far_access_wants_token(a))
+		return true;
+	if (!r->auth) {
+		r->errno_name = far_grpc_errno_name(-EACCES);
+		return !far_request_fail(r, FAR_GRPC_UNAUTHENTICATED, "a token is needed: metadata 'authorization: Bearer TOKEN'; farpage "
+					 "takes it from token-file=");
+	}
+	int e = far_access_token(a, r->auth, !(flags & FAR_NOWAIT), &r->who, &err);
+	*done = e != -EAGAIN;
+	if (!e || !*done)
+		return !e;
+	if (e != -EACCES)
+		return !far_request_fail(r, FAR_GRPC_UNAVAILABLE, "the token cannot be looked at now: %s", err.text);
+	r->errno_name = far_grpc_errno_name(-EACCES);
+	return !far_request_fail(r, FAR_GRPC_UNAUTHENTICATED, "%s", err.text);
+}
+
+static enum far_right service_right(struct far_request *r, const struct far_export *e)
+{
+	return far_server_right(r->session->env, r->who ? r->who : r->session->who, e);
+}
+
+/* Whether the caller may do this with the export. */
+static bool service_allowed(struct far_request *r, const struct far_export *e)
+{
+	bool change = r->method == FAR_M_WRITE_AT || r->method == FAR_M_WRITE || r->method == FAR_M_ZERO ||
+		      r->method == FAR_M_DISCARD;
+	enum far_right right = service_right(r, e);
+
+	if (right == FAR_RIGHT_WRITE || (right == FAR_RIGHT_READ && !change))
+		return true;
+	r->errno_name = far_grpc_errno_name(-EACCES);
+	return !far_request_fail(r, FAR_GRPC_PERMISSION_DENIED, right == FAR_RIGHT_READ ? "you may read export '%s', not change it" :
+				 "you may not use export '%s'", e->name);
+}
+
 /* Begin a change. False: refused or, with FAR_NOWAIT, to be done anew; then *done says which. */
 static bool service_begin(struct far_request *r, const struct far_export *e, uint64_t off, uint64_t len, unsigned flags,
 			  bool *done)
@@ -215,7 +258,7 @@ static void service_describe(struct far_request *r, const struct far_export *e, 
 	x->size = f->bytes;
 	x->chunk = f->chunk;
 	x->max_request = r->session->env->max_request;
-	x->read_only = !(f->caps & FAR_CAP_WRITE);
+	x->read_only = !(f->caps & FAR_CAP_WRITE) || service_right(r, e) != FAR_RIGHT_WRITE;
 	x->durable = (f->caps & FAR_CAP_DURABLE) != 0;
 	memcpy(x->identity, now->identity, sizeof x->identity - 1);
 	if (now->version)
@@ -267,6 +310,8 @@ static bool service_exports(struct far_request *r)
 		uint8_t one[512];
 		struct far_pb_out x = { one, 0, sizeof one };
 		struct far_grpc_export e;
+		if (service_right(r, &env->exports[i]) == FAR_RIGHT_NONE)
+			continue;
 		service_describe(r, &env->exports[i], NULL, &e);
 		far_grpc_encode_export(&x, &e);
 		far_pb_put_bytes(&body, 1, one, x.n);
@@ -342,7 +387,7 @@ static bool service_read_lent(struct far_request *r, const struct far_export *e)
 	reply->cap = len;
 	r->reply = reply;
 	if (m->sums)
-		far_grpc_sum_data(sum, m->export, m->export_n, off, p, len);
+		far_grpc_sum_cold(sum, m->export, m->export_n, off, p, len);
 	service_read_frame(r, reply, 0, NULL, m->sums ? sum : NULL, len);
 	reply->m.body = p;
 	return true;
@@ -567,7 +612,7 @@ static bool service_lease(struct far_request *r, const struct far_export *e, uns
 	l.version = m->revision;
 	l.take_over = m->take_over;
 	l.release = m->release;
-	int err = far_owner_lease(e->owner, m->session, m->generation, &l);
+	int err = service_right(r, e) == FAR_RIGHT_WRITE ? far_owner_lease(e->owner, m->session, m->generation, &l) : -EROFS;
 	struct far_grpc_lease out = { .ttl_ms = l.ttl_ms, .left_ms = l.left_ms, .gone = l.gone };
 	if (err == -EBUSY)
 		out.answer = FAR_GRPC_BUSY;
@@ -634,7 +679,10 @@ static bool service_export(struct far_request *r, const struct far_export **e)
 static bool service_run(struct far_request *r, unsigned flags)
 {
 	const struct far_export *e;
+	bool done;
 
+	if (!service_who(r, flags, &done))
+		return done;
 	if (!r->decoded) {
 		int err = far_grpc_decode_request(r->method, r->body, r->body_n, &r->msg);
 		if (err == -E2BIG)
@@ -654,7 +702,7 @@ static bool service_run(struct far_request *r, unsigned flags)
 	}
 	if (r->method == FAR_M_EXPORTS)
 		return service_exports(r);
-	if (!service_export(r, &e))
+	if (!service_export(r, &e) || !service_allowed(r, e))
 		return true;
 	switch (r->method) {
 	case FAR_M_READ_AT:

@@ -77,6 +77,8 @@ static void session_unref(struct far_request *r)
 	if (--r->refs)
 		return;
 	session_body_free(r);
+	far_caller_put(r->who);
+	free(r->auth);
 	*r->all_prev = r->all_next;
 	if (r->all_next)
 		r->all_next->all_prev = r->all_prev;
@@ -230,6 +232,13 @@ void far_session_finish(struct far_session *s, struct far_request *r)
 	r->reply = NULL;
 	r->running = false;
 	s->running--;
+	if (r->auth && r->who) {
+		free(s->token);
+		far_caller_put(s->token_who);
+		s->token = r->auth;
+		s->token_who = far_caller_get(r->who);
+		r->auth = NULL;
+	}
 	session_body_free(r);
 	if (r->gone) {
 		far_reply_free(reply);
@@ -289,6 +298,17 @@ static struct far_h2_stream *session_begin(struct far_h2 *h, int32_t id)
 	return &r->s;
 }
 
+/* Credentials: those of the last call are known already. What does not fit is found missing later. */
+static void session_auth(struct far_request *r, const char *value, size_t n)
+{
+	struct far_session *s = r->session;
+
+	if (s->token && strlen(s->token) == n && !memcmp(s->token, value, n) && far_caller_holds(s->token_who, s->env->access))
+		r->who = far_caller_get(s->token_who);
+	else if (!memchr(value, 0, n))
+		r->auth = strndup(value, n);
+}
+
 static void session_header(struct far_h2 *h, struct far_h2_stream *st, const char *name, size_t name_n, const char *value,
 			   size_t value_n)
 {
@@ -314,6 +334,8 @@ static void session_header(struct far_h2 *h, struct far_h2_stream *st, const cha
 	} else if (IS("grpc-timeout")) {
 		if (far_grpc_timeout(value, value_n, &ns) == 0)
 			r->deadline = far_now() + ns;
+	} else if (IS("authorization") && r->session->env->access && !r->auth && !r->who) {
+		session_auth(r, value, value_n);
 	} else if (IS("farpage-export")) {
 		r->has_export = value_n < sizeof r->export;
 		snprintf(r->export, sizeof r->export, "%.*s", (int)far_min(value_n, sizeof r->export - 1), value);
@@ -534,6 +556,9 @@ void far_session_fini(struct far_session *s)
 	for (unsigned i = 0; i < s->hellos; i++)
 		far_owner_connected(s->hello[i].owner, s->hello[i].session, -1);
 	far_mutex_fini(&s->hello_lock);
+	far_caller_put(s->who);
+	far_caller_put(s->token_who);
+	free(s->token);
 	far_h2_drop(&s->h2);
 	while ((r = s->all)) {
 		FAR_ASSERT(!r->gone);

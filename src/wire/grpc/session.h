@@ -52,6 +52,9 @@ struct far_request {
 	uint64_t range_at;
 	bool decoded, last;
 	bool verified;                        /* the checksum of what it carries fits */
+	/* who asks */
+	char *auth;                           /* value of "authorization" that the session does not know; NULL: none */
+	struct far_caller *who;               /* NULL: not known yet, or the connection's own */
 
 	struct far_grpc_request msg;          /* last: not cleared as a whole */
 };
@@ -73,6 +76,9 @@ struct far_session {
 	unsigned resets;
 	bool flooded;
 	/* whom the peer has said to be (Describe with a session), for each owner; more than fit are not counted */
+	/* who is at the other end: by the connection, set by the owner before the first request runs; by the last token */
+	struct far_caller *who, *token_who;
+	char *token;
 	struct far_mutex hello_lock;
 	unsigned hellos FAR_GUARDED_BY(hello_lock);
 	struct {

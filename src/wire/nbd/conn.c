@@ -246,7 +246,7 @@ static enum nbd_next conn_goodbye(struct far_nbd_conn *c)
 	while (atomic_load(&c->away) && !atomic_load(&c->dead))
 		far_cond_wait(&c->changed, &c->lock);
 	far_mutex_unlock(&c->lock);
-	if (atomic_load(&c->peer.unflushed)) {
+	if (atomic_load(&c->peer.unflushed) && !atomic_load(&c->peer.flushes)) {
 		struct far_nbd_request q = { .type = FAR_NBD_FLUSH };
 		int err = far_nbd_perform(&c->peer, &q, NULL, 0);
 		if (err)
@@ -327,11 +327,24 @@ static enum nbd_next conn_hello_out(struct far_nbd_conn *c)
 	return r ? NBD_END : NBD_MORE;
 }
 
+/* Who is at the other end, once something has come from it. */
+static int conn_meet(struct far_nbd_conn *c)
+{
+	struct far_peer peer;
+
+	if (!c->env->access || c->hello.who || c->in_at == c->in_n)
+		return 0;
+	int r = far_conn_peer(&c->conn, &peer);
+	return r ? r : far_access_peer(c->env->access, &peer, &c->hello.who);
+}
+
 static enum nbd_next conn_hello(struct far_nbd_conn *c)
 {
 	struct far_nbd_hello *h = &c->hello;
 	size_t used;
 
+	if (conn_meet(c))
+		return NBD_END;
 	if (far_nbd_hello_feed(h, c->in + c->in_at, c->in_n - c->in_at, &used))
 		return NBD_END;
 	c->in_at += used;

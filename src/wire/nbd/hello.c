@@ -81,15 +81,20 @@ uint32_t far_nbd_max_block(const struct far_server_env *env, const struct far_ex
 	return (uint32_t)far_max(max - max % min, min);
 }
 
-uint16_t far_nbd_export_flags(const struct far_export *e, enum far_nbd_form form)
+bool far_nbd_writable(const struct far_nbd_hello *h, const struct far_export *e)
+{
+	return (far_facts(e->b)->caps & FAR_CAP_WRITE) && far_server_right(h->env, h->who, e) == FAR_RIGHT_WRITE;
+}
+
+uint16_t far_nbd_export_flags(const struct far_nbd_hello *h, const struct far_export *e)
 {
 	/* One backend stands behind all connections, with no cache for each: a flush on one covers what was answered on
 	 * the others. */
 	unsigned f = FAR_NBD_HAS_FLAGS | FAR_NBD_SEND_FLUSH | FAR_NBD_SEND_FUA | FAR_NBD_SEND_CACHE | FAR_NBD_CAN_MULTI_CONN;
 
-	if (form != FAR_NBD_SIMPLE)
+	if (h->form != FAR_NBD_SIMPLE)
 		f |= FAR_NBD_SEND_DF;
-	if (!(far_facts(e->b)->caps & FAR_CAP_WRITE))
+	if (!far_nbd_writable(h, e))
 		f |= FAR_NBD_READ_ONLY;
 	else
 		f |= FAR_NBD_SEND_TRIM | FAR_NBD_SEND_WRITE_ZEROES | FAR_NBD_SEND_FAST_ZERO;
@@ -102,7 +107,7 @@ static int hello_info_export(struct far_nbd_hello *h, uint32_t option, const str
 
 	far_nbd_put16(info, FAR_NBD_INFO_EXPORT);
 	far_nbd_put64(info + 2, far_size(e->b));
-	far_nbd_put16(info + 10, far_nbd_export_flags(e, h->form));
+	far_nbd_put16(info + 10, far_nbd_export_flags(h, e));
 	return hello_reply(h, option, FAR_NBD_REP_INFO, info, sizeof info);
 }
 
@@ -136,7 +141,8 @@ static const struct far_export *hello_find(const struct far_nbd_hello *h, const 
 {
 	const struct far_export *e = n <= FAR_NBD_STRING_MAX ? far_server_find(h->env, (const char *)name, n) : NULL;
 
-	return e && far_nbd_min_block(e) ? e : NULL;
+	/* What the caller may not use is not there for it. */
+	return e && far_nbd_min_block(e) && far_server_right(h->env, h->who, e) != FAR_RIGHT_NONE ? e : NULL;
 }
 
 /* --------------------------------------------------------------------------------------------------- options */
@@ -181,7 +187,7 @@ static int hello_export_name(struct far_nbd_hello *h, const uint8_t *p, size_t n
 		return -ENOMEM;
 	memset(out, 0, len);
 	far_nbd_put64(out, far_size(e->b));
-	far_nbd_put16(out + 8, far_nbd_export_flags(e, h->form));
+	far_nbd_put16(out + 8, far_nbd_export_flags(h, e));
 	h->export = e;
 	return 0;
 }
@@ -193,7 +199,7 @@ static int hello_list(struct far_nbd_hello *h)
 	for (size_t i = 0; i < h->env->exports_n && r == 0; i++) {
 		const char *name = h->env->exports[i].name;
 		size_t n = strlen(name);
-		if (!far_nbd_min_block(&h->env->exports[i]))
+		if (!far_nbd_min_block(&h->env->exports[i]) || far_server_right(h->env, h->who, &h->env->exports[i]) == FAR_RIGHT_NONE)
 			continue;
 		uint8_t *p = hello_room(h, 24 + n);
 		if (!p)
@@ -299,6 +305,8 @@ void far_nbd_hello_encrypted(struct far_nbd_hello *h)
 {
 	h->tls = true;
 	h->starttls = false;
+	far_caller_put(h->who);
+	h->who = NULL;
 	h->form = FAR_NBD_SIMPLE;
 	h->contexts = 0;
 	h->context_for = NULL;
@@ -425,4 +433,5 @@ int far_nbd_hello_init(struct far_nbd_hello *h, const struct far_server_env *env
 void far_nbd_hello_fini(struct far_nbd_hello *h)
 {
 	free(h->out);
+	far_caller_put(h->who);
 }

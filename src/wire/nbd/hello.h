@@ -22,6 +22,7 @@ struct far_nbd_hello {
 	/* fixed after init */
 	const struct far_server_env *env;
 	bool tls, required; /* the connection is encrypted; it must be */
+	struct far_caller *who; /* set by the owner, before each feed where env->access is; freed with the rest */
 
 	bool flags_seen, no_zeroes;
 	enum far_nbd_form form;
@@ -50,7 +51,9 @@ int far_nbd_hello_feed(struct far_nbd_hello *h, const uint8_t *p, size_t n, size
 void far_nbd_hello_encrypted(struct far_nbd_hello *h);
 
 /* Of an export, in the form that was agreed on. */
-uint16_t far_nbd_export_flags(const struct far_export *e, enum far_nbd_form form);
+uint16_t far_nbd_export_flags(const struct far_nbd_hello *h, const struct far_export *e);
+/* Whether the caller may change it, and it can be changed. */
+bool far_nbd_writable(const struct far_nbd_hello *h, const struct far_export *e);
 /* Smallest unit of a request; 0: the export cannot be served. */
 uint32_t far_nbd_min_block(const struct far_export *e);
 uint32_t far_nbd_max_block(const struct far_server_env *env, const struct far_export *e);

@@ -35,6 +35,7 @@
 #include <unistd.h>
 
 #define LINK_MAX_IO ((uint32_t)32 << 20) /* where the server names no limit: what every one takes */
+#define LINK_IDLE (10 * FAR_MSEC) /* after that a connection is looked at before it is used */
 #define LINK_BYE (200 * FAR_MSEC)
 #define LINK_CONTEXT "base:allocation"
 
@@ -46,12 +47,14 @@ struct far_nbd_link {
 	_Atomic unsigned refs;
 
 	struct far_mutex lock;
-	struct far_cond quiet; /* users is 0, or closed */
+	struct far_cond quiet; /* users is 0, closed, or DYING and left by its driver */
 	struct far_nbd_op *ops FAR_GUARDED_BY(lock); /* pending, oldest first */
 	unsigned pending FAR_GUARDED_BY(lock), users FAR_GUARDED_BY(lock);
 	bool driven FAR_GUARDED_BY(lock), dying FAR_GUARDED_BY(lock), closed FAR_GUARDED_BY(lock);
 
-	struct far_spin spin; /* the driver's */
+	/* the driver's: whoever has set `driven` */
+	struct far_spin spin;
+	uint64_t turned; /* when it ended */
 };
 
 /* ------------------------------------------------------------------------------------------------ completion */
@@ -245,6 +248,19 @@ static int link_drive(struct far_nbd_link *l, struct far_nbd_op *op, uint64_t un
 	return 0;
 }
 
+/* Let go of the wheel: to somebody who waits for a reply, other than `op`. */
+static void link_yield_locked(struct far_nbd_link *l, const struct far_nbd_op *op) FAR_REQUIRES(&l->lock)
+{
+	l->driven = false;
+	l->turned = far_now();
+	if (l->ops && l->ops != op)
+		far_cond_signal(&l->ops->cond);
+	else if (l->ops && l->ops->next)
+		far_cond_signal(&l->ops->next->cond);
+	if (l->dying)
+		far_cond_broadcast(&l->quiet);
+}
+
 /* Wait for op's end. Whoever finds nobody at the wheel takes it. */
 static int link_wait(struct far_nbd_link *l, struct far_nbd_op *op, uint64_t until)
 {
@@ -258,11 +274,7 @@ static int link_wait(struct far_nbd_link *l, struct far_nbd_op *op, uint64_t unt
 			far_mutex_unlock(&l->lock);
 			r = link_drive(l, op, until);
 			far_mutex_lock(&l->lock);
-			l->driven = false;
-			if (l->ops && l->ops != op)
-				far_cond_signal(&l->ops->cond);
-			else if (l->ops && l->ops->next)
-				far_cond_signal(&l->ops->next->cond);
+			link_yield_locked(l, op);
 		} else if (!far_cond_wait_until(&op->cond, &l->lock, until)) {
 			r = -ETIMEDOUT;
 		}
@@ -375,7 +387,7 @@ bool far_nbd_link_alive(struct far_nbd_link *l)
 	struct pollfd p = { .events = POLLIN };
 
 	far_mutex_lock(&l->lock);
-	bool alive = !l->dying, look = alive && !l->pending && !l->driven && !l->users;
+	bool alive = !l->dying, look = alive && !l->pending && !l->driven && !l->users && far_now() - l->turned > LINK_IDLE;
 	l->driven = l->driven || look;
 	far_mutex_unlock(&l->lock);
 	if (!look)
@@ -390,9 +402,7 @@ bool far_nbd_link_alive(struct far_nbd_link *l)
 		}
 	}
 	far_mutex_lock(&l->lock);
-	l->driven = false;
-	if (l->ops)
-		far_cond_signal(&l->ops->cond);
+	link_yield_locked(l, NULL);
 	alive = alive && !l->dying;
 	far_mutex_unlock(&l->lock);
 	return alive;
@@ -401,12 +411,11 @@ bool far_nbd_link_alive(struct far_nbd_link *l)
 void far_nbd_link_wait_closed(struct far_nbd_link *l)
 {
 	far_mutex_lock(&l->lock);
-	bool mine = !l->closed && !l->driven && !l->ops;
-	if (mine)
-		l->driven = true;
-	else
-		while (!l->closed)
-			far_cond_wait(&l->quiet, &l->lock);
+	/* With calls pending there is, or will be, a driver that buries it. */
+	while (!l->closed && (l->driven || l->ops))
+		far_cond_wait(&l->quiet, &l->lock);
+	bool mine = !l->closed;
+	l->driven = l->driven || mine;
 	far_mutex_unlock(&l->lock);
 	if (mine)
 		link_bury(l);

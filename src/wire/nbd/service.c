@@ -20,7 +20,7 @@ void far_nbd_peer_init(struct far_nbd_peer *peer, const struct far_nbd_hello *h)
 		.env = h->env, .e = e, .form = h->form,
 		.contexts = h->context_for == e ? h->contexts : 0, /* chosen for another export: of no use here */
 		.size = far_size(e->b), .min = far_nbd_min_block(e), .max = far_nbd_max_block(h->env, e),
-		.writable = (far_facts(e->b)->caps & FAR_CAP_WRITE) != 0,
+		.writable = far_nbd_writable(h, e),
 		.fast_zero = far_backend_zeroes(e->b), .memory = far_backend_is_memory(e->b),
 	};
 }
@@ -114,6 +114,7 @@ static int service_flush(struct far_nbd_peer *peer, unsigned flags)
 		return 0;
 	if ((flags & FAR_NOWAIT) && !peer->memory)
 		return -EAGAIN;
+	atomic_store_explicit(&peer->flushes, true, memory_order_relaxed);
 	atomic_store_explicit(&peer->unflushed, false, memory_order_relaxed);
 	int r = far_owner_flush(peer->e->owner, &now);
 	if (r)

@@ -18,8 +18,8 @@ struct far_nbd_peer {
 	bool writable;
 	bool fast_zero;  /* zeros cost less than writing them */
 	bool memory;     /* no call waits for anything */
-	/* atomic: something was written since the last flush that this client asked for */
-	_Atomic bool unflushed;
+	/* atomic: something was written since the last flush that this client asked for; it has asked for one */
+	_Atomic bool unflushed, flushes;
 };
 
 void far_nbd_peer_init(struct far_nbd_peer *peer, const struct far_nbd_hello *h);
