@@ -132,8 +132,8 @@ static void pace_far(struct far_pace *p, uint64_t now)
 	if (p->wait > allowed && p->window > aim) {
 		p->window -= p->late ? far_min(queued, p->window - aim) : (p->window - aim) / 2;
 	} else if (p->late >= PACE_PATIENCE) { /* the link has got slower, the path longer, or others use it */
-		p->window -= far_min(queued / 2, p->window / 8);
-		p->top *= 0.95;
+		p->window = far_max(p->window - far_min(queued / 2, p->window / 8), holds / 2);
+		p->top = far_max(p->top * 0.95, far_pace_rate(p));
 		if (now - p->drained > PACE_DRAIN_AGAIN)
 			pace_drain(p, now);
 	} else if (p->full && !p->late) {
