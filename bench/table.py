@@ -14,7 +14,9 @@ that is read cold is dropped before each run by fdatasync and POSIX_FADV_DONTNEE
 """
 import glob
 import json
+import mmap
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,10 @@ import threading
 import time
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [os.path.join(HERE, 'tests', 'interop'), os.path.join(HERE, 'tests', 'path')]
+import gopeer  # noqa: E402
+import netpath  # noqa: E402
+
 BUILD = os.path.join(HERE, os.environ.get('BUILD', 'build'))
 FARPAGE = os.path.join(BUILD, 'farpage')
 RAWTCP = os.path.join(BUILD, 'bench', 'rawtcp')
@@ -425,58 +431,171 @@ def row_dirty(o):
     show('the longest stall meanwhile', r['longest_us'] / 1e3, 'ms', 100, 'of a 128 KiB write', None, upwards=False)
 
 
-def go_build(folder_, cgo='0'):
-    """A program of the Go family's, built where Go and its modules are at hand."""
-    source = os.path.join(HERE, 'bench', folder_)
-    binary = os.path.join(BUILD, 'bench', {'go': 'gopair'}.get(folder_, folder_))
-    if os.path.exists(binary) and os.path.getmtime(binary) > os.path.getmtime(os.path.join(source, 'main.go')):
-        return binary
-    if not shutil.which('go'):
-        raise Skip('go is not installed: nothing to hold it against')
-    env = dict(os.environ, CGO_ENABLED=cgo, GOFLAGS='-mod=readonly -buildvcs=false', TMPDIR=things.dir)
+def go_peer():
+    """The Go family's program, built where Go and its modules are at hand."""
     try:
-        out = subprocess.run(['go', 'build', '-o', binary, '.'], cwd=source, env=env, capture_output=True, text=True,
-                             timeout=120)
-    except subprocess.TimeoutExpired:
-        raise Skip('bench/%s was not built within 120 s' % folder_)
-    if out.returncode:
-        raise Skip('bench/%s does not build: %s' % (folder_, out.stderr.strip()[-200:]))
-    return binary
+        return gopeer.build(os.path.join(BUILD, 'tests', 'interop'))
+    except gopeer.Missing as e:
+        raise Skip(str(e))
 
 
-def go_pair():
-    """The Go family's server and client of the Backend service."""
-    return go_build('go')
+def go_serve(size):
+    """The address of the Go family's Backend service over memory with the pattern."""
+    server = start(go_peer(), 'grpc-serve', size, stdin=subprocess.PIPE)
+    address = server.stdout.readline().strip()
+    if not address:
+        raise Broken('gopeer: %s' % server.stderr.read().strip())
+    return address
+
+
+# What the Backend service is to do with the Go family on both ends, on one, and with farpage on both.
+GRPC_TARGETS = {(4, 1): 2, (4, 32): 3, (64, 1): 4, (64, 32): 4, (1024, 1): 4, (1024, 32): 3}
 
 
 @row('grpc')
 def row_grpc(o):
-    size, ms = 256 * MIB, 500 if o.quick else 1000
+    """Reads and writes of every combination of the two clients and the two servers, checked byte by byte."""
+    size, ms = 64 * MIB, 300 if o.quick else 700
     uri, server = serve('mem:%d' % size)
     filler, proc = mount(uri, '--mode', 'direct')
     act('fill', filler)
-    binary = go_pair()
-    other = start(binary, 'serve', size)
-    address = other.stdout.readline().strip()
-    if not address:
-        raise Broken('gopair: %s' % other.stderr.read().strip())
+    stop(filler, proc)
+    binary, backend = go_peer(), os.path.join(BUILD, 'bench', 'backend')
+    address, plain = go_serve(size), uri.split('/')[2]
 
-    def ours(block, depth):
-        r = act('random', uri, '--block', block, '--threads', depth, '--seconds', '%dms' % ms)
-        return float(r['note'].split()[0])
+    def run(client, at, *job):
+        if client == 'go':
+            argv = [binary, 'grpc-bench', address if at == 'go' else plain]
+        else:
+            argv = [backend, 'grpc://%s/?size=%d' % (address, size) if at == 'go' else uri]
+        return numbers(*argv, size, *job)
 
-    def theirs(block, depth):
-        out = subprocess.run([binary, 'read', address, str(size), str(block), str(depth), str(ms)], capture_output=True,
-                             text=True)
-        if out.returncode:
-            raise Broken(out.stderr.strip())
-        return float(out.stdout)
-    for block in (64 << 10, MIB):
-        for depth in (1, 32):
-            a, b = pairs(2, lambda: ours(block, depth), lambda: theirs(block, depth))
-            show('gRPC reads of %d KiB, depth %d' % (block >> 10, depth), a / b, 'x', 2,
-                 rates(a * block / MIB, b * block / MIB) + ', best of 2',
-                 'far_read <- gRPC <- memory against r3map\'s services on grpc-go, both ends')
+    def one(kib, depth, act_, ours, target, name):
+        a, b = both(o.pairs, lambda: run(*ours, kib << 10, depth, ms, act_), lambda: run('go', 'go', kib << 10, depth, ms, act_),
+                    key=lambda r: -r[0])
+        more = 'p50 %.0f against %.0f us (%.1f x), %s' % (a[1], b[1], b[1] / a[1], rates(a[0] * kib / 1024, b[0] * kib / 1024))
+        show('%s, %d KiB %s, depth %d' % (name, kib, act_, depth), a[0] / b[0], 'x', target, more, None)
+    print('%-44s   far_read and far_write <- gRPC <- memory, all bytes compared, against r3map\'s services on grpc-go' % 'gRPC Backend')
+    for (kib, depth), target in GRPC_TARGETS.items():
+        for act_ in ('read', 'write'):
+            one(kib, depth, act_, ('ours', 'ours'), target, 'gRPC')
+    for name, ours in (('our server, Go client', ('go', 'ours')), ('Go server, our client', ('ours', 'go'))):
+        for kib, depth in GRPC_TARGETS if not o.quick else ((64, 32),):
+            for act_ in ('read', 'write'):
+                one(kib, depth, act_, ours, 1.3, name)
+
+
+def far_path(rtt_ms, mbit, loss=0):
+    try:
+        path = netpath.Path(os.path.join(BUILD, 'tests', 'path', 'tundelay'), rtt_ms, mbit, loss)
+    except netpath.Missing as e:
+        raise Skip(str(e))
+    things.add(path.close)
+    return path
+
+
+def serve_far(path, source):
+    server = path.start('a', FARPAGE, 'serve', source, '--read-only', '--listen', 'grpc://%s:0' % netpath.SERVER, '--insecure')
+    words = server.stdout.readline().split()
+    if len(words) < 2:
+        raise Broken('farpage serve on the path')
+    return words[1]
+
+
+def mount_far(path, uri, *options):
+    where = folder()
+    things.add(unmount, where)
+    proc = path.start('b', FARPAGE, 'mount', uri, where, '--quiet', '--read-only', '--mode', 'managed', *options)
+    line = proc.stdout.readline().strip()
+    if not line:
+        raise Broken('farpage mount on the path')
+    return where, line
+
+
+def faults_on(rtt, mbit, loss, source, size, chunk, seconds):
+    """(p50 and p99 in ms, part of the link that was used) of faults at random while the pull runs from the other end."""
+    mark = len(things.undo)
+    path = far_path(rtt, mbit, loss)
+    where, region = mount_far(path, serve_far(path, source), '--chunk', chunk)
+    fd = os.open(region, os.O_RDONLY | os.O_DIRECT)
+    page, took, rnd, wrong = mmap.mmap(-1, 4096), [], random.Random(1), 0
+    begin, before = time.monotonic(), path.bytes_to_client()
+    with open(source[5:], 'rb') as f:
+        while time.monotonic() - begin < seconds:
+            off = rnd.randrange(size * 3 // 4 // 65536, size // 65536) * 65536
+            at = time.monotonic()
+            os.preadv(fd, [page], off)
+            took.append((time.monotonic() - at) * 1e3)
+            wrong += page[:] != os.pread(f.fileno(), 4096, off)
+            time.sleep(0.02)
+    used = (path.bytes_to_client() - before) * 8 / (time.monotonic() - begin) / mbit / 1e6
+    os.close(fd)
+    things.close(mark)
+    if wrong:
+        raise Broken('%d faults gave wrong bytes' % wrong)
+    took.sort()
+    return took[len(took) // 2], took[len(took) * 99 // 100], used
+
+
+def pull_over(rtt, mbit, source, size):
+    """MiB/s of a managed mount from its start until all is local."""
+    mark = len(things.undo)
+    path = far_path(rtt, mbit)
+    uri = serve_far(path, source)
+    begin = time.monotonic()
+    where, region = mount_far(path, uri)
+    out = subprocess.run([FARPAGE, 'wait', where, '--local', '100%', '--timeout', '120s'], capture_output=True, text=True)
+    rate = size / MIB / (time.monotonic() - begin)
+    if out.returncode:
+        raise Broken('farpage wait: %s' % out.stderr.strip())
+    same = subprocess.run(['cmp', source[5:], region]).returncode == 0
+    things.close(mark)
+    if not same:
+        raise Broken('the pull gave wrong bytes')
+    return rate
+
+
+def iperf_on(rtt, mbit, loss=0, seconds=5):
+    mark = len(things.undo)
+    rate = far_path(rtt, mbit, loss).iperf(seconds)
+    things.close(mark)
+    if rate is None:
+        raise Skip('iperf3 is not installed (apt-get install iperf3)')
+    return rate
+
+
+@row('path')
+def row_path(o):
+    """A real path between two network namespaces: the kernel's own TCP at both ends, a queue of 8 MiB."""
+    need_fuse()
+    size = 512 * MIB if o.quick else GIB
+    need_memory(4 * size)
+    source = '/dev/shm/farpage-bench-path.%d' % os.getpid()
+    things.add(lambda: os.path.exists(source) and os.unlink(source))
+    with open(source, 'wb') as f:
+        for _ in range(size // MIB):
+            f.write(os.urandom(MIB))
+    how = 'FUSE <- region, pulling <- gRPC <- file on tmpfs, over tundelay, 8 MiB queue, %s' % congestion()
+    for chunk in ('64K', '4K'):
+        seconds = size * 0.6 / 125e6
+        best = None
+        for _ in range(1 if o.quick else 5):
+            got = faults_on(10, 1000, 0, 'file:' + source, size, chunk, seconds)
+            best = min(best, got) if best else got
+        p50, p99, used = best
+        show('fault over 10 ms while pulling, %s: p50' % chunk, p50 - 10, 'ms', 1, 'above the round trip', how, upwards=False)
+        show('the same: p99', p99 - 10, 'ms', 5, 'above the round trip', None, upwards=False)
+        show('the link that is used meanwhile', used, 'x', 0.85, 'of 1 Gbit/s', None)
+    n = 1 if o.quick else 3
+    for rtt, against, target in ((40, 0, 0.8), (100, 100, 0.95)):
+        a, b = pairs(n, lambda: pull_over(rtt, 1000, 'file:' + source, size), lambda: iperf_on(against, 1000))
+        show('pull of %d MiB at %d ms, 1 Gbit/s' % (size // MIB, rtt), a / b, 'x', target,
+             rates(a, b) + ', best of %d' % n, 'opening counted, against iperf3 at %d ms on the same forwarder' % against)
+    for rtt, mbit, loss in ((10, 500, 0), (40, 500, 0)) + (((10, 1000, 1), (40, 1000, 1)) if not o.quick else ()):
+        b = iperf_on(rtt, mbit, loss)
+        p50, p99, used = faults_on(rtt, mbit, loss, 'file:' + source, size, '64K', 3)
+        show('%d ms, %d Mbit/s, %.1f %% lost: p50' % (rtt, mbit, loss / 10), p50 - rtt, 'ms', None,
+             'p99 %.1f ms; %.2f of the link used; iperf3 %.0f MiB/s' % (p99 - rtt, used, b), None)
 
 
 @row('tls')
@@ -611,8 +730,7 @@ def row_fsync(o):
     far = far_away(uri.split(':')[2].split('/')[0], rtt)
     above('write 4 KiB and fsync, above one round trip', 'grpc://%s' % far, 1,
           'FUSE <- region <- gRPC farpage.v1, %d ms away <- file on tmpfs' % rtt, 2)
-    other = start(go_pair(), 'serve', size)
-    far = far_away(other.stdout.readline().strip().rsplit(':', 1)[1], rtt)
+    far = far_away(go_serve(size).rsplit(':', 1)[1], rtt)
     above('the same on the Go service, above two', 'grpc://%s/?size=%d' % (far, size), 2,
           "FUSE <- region <- gRPC, r3map's services on grpc-go, %d ms away <- memory" % rtt, 2)
 
@@ -846,7 +964,7 @@ def row_pointer_absent(o):
 def row_pointer_go(o):
     size = 256 * MIB
     need_memory(4 * size)
-    binary = go_build('gouffd', '1')
+    binary = go_peer()
     best = None
     for m in ('move', 'copy'):
         try:
@@ -858,7 +976,7 @@ def row_pointer_go(o):
     if not best:
         raise Skip('userfaultfd does not work here')
     a, b = pairs(o.pairs, lambda: value(pointer('seq', best, '--mode', 'managed', '--size', size)),
-                 lambda: numbers(binary, size)[0])
+                 lambda: numbers(binary, 'uffd-bench', size)[0])
     show('first touch in order, %s, against Go' % best, a / b, 'x', 10, rates(a, b), how + ', against userfaultfd-go v0.1.2')
 
 

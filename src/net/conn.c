@@ -21,6 +21,9 @@
 /* Bytes that a peer has not acknowledged for this long mean that it is gone (half-open connections). */
 #define CONN_USER_TIMEOUT_MS 20000
 #define CONN_KEEPALIVE_S 15
+/* So many packets were sent again, and one in so many bytes: the path loses them, and bbr bears that best. */
+#define CONN_LOST_MIN 10
+#define CONN_LOST_BYTES (2000 * 1448)
 
 static ssize_t conn_readv(struct far_conn *c, const struct iovec *iov, int n)
 {
@@ -96,33 +99,53 @@ static bool conn_is_loopback(const struct sockaddr *sa)
 	return IN6_IS_ADDR_LOOPBACK(a6) || (IN6_IS_ADDR_V4MAPPED(a6) && a6->s6_addr[12] == 127);
 }
 
-/* Take another control than one that paces (bbr). */
-static void conn_unpace(int fd)
+static bool conn_paces(int fd)
 {
 	char name[16] = "";
 	socklen_t n = sizeof name - 1;
 
-	if (getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &n) == 0 && !strncmp(name, "bbr", 3) &&
-	    setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5))
-		(void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+	return getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &n) == 0 && !strncmp(name, "bbr", 3);
 }
 
-/* Pacing costs a timer for every few segments, and within a host there is no queue that it could keep short. The system's
- * own choice stays everywhere else, but see far_conn_brisk(). */
-static void conn_unpace_loopback(int fd)
+/* Take another control than one that paces (bbr). A socket that once had one goes on pacing, so this comes before it is
+ * connected, or before it listens. */
+static void conn_unpace(int fd)
 {
-	struct sockaddr_storage ss;
-	socklen_t n = sizeof ss;
-
-	if (getpeername(fd, (struct sockaddr *)&ss, &n) == 0 && (ss.ss_family == AF_INET || ss.ss_family == AF_INET6) &&
-	    conn_is_loopback((struct sockaddr *)&ss))
-		conn_unpace(fd);
+	if (conn_paces(fd) && setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "cubic", 5))
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
 }
 
 void far_conn_brisk(struct far_conn *c)
 {
-	if (c->fd >= 0)
-		conn_unpace(c->fd);
+	c->pacing = FAR_CONN_BRISK;
+}
+
+/* What the system gives to new sockets. */
+static bool conn_system_paces(void)
+{
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	bool paces = fd >= 0 && conn_paces(fd);
+
+	far_fd_close(&fd);
+	return paces;
+}
+
+void far_conn_sent(struct far_conn *c, uint64_t bytes)
+{
+	struct tcp_info info;
+	socklen_t n = sizeof info;
+
+	if (c->fd < 0 || c->pacing == FAR_CONN_BRISK || c->pacing == FAR_CONN_OWN)
+		return;
+	if (c->pacing == FAR_CONN_NEW) {
+		c->pacing = conn_system_paces() ? FAR_CONN_EASED : FAR_CONN_OWN;
+		return;
+	}
+	if (getsockopt(c->fd, IPPROTO_TCP, TCP_INFO, &info, &n) || info.tcpi_total_retrans < CONN_LOST_MIN ||
+	    (uint64_t)info.tcpi_total_retrans * CONN_LOST_BYTES < bytes)
+		return;
+	(void)setsockopt(c->fd, IPPROTO_TCP, TCP_CONGESTION, "bbr", 3);
+	c->pacing = FAR_CONN_OWN;
 }
 
 int far_conn_socket(struct far_conn *c, int fd)
@@ -143,7 +166,7 @@ int far_conn_socket(struct far_conn *c, int fd)
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPINTVL, 5);
 	conn_set(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
 	conn_set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, CONN_USER_TIMEOUT_MS);
-	conn_unpace_loopback(fd);
+	conn_unpace(fd);
 	*c = (struct far_conn){ .ops = &conn_ops, .fd = fd };
 	return 0;
 }
@@ -215,6 +238,7 @@ static int conn_try(const struct sockaddr *sa, socklen_t len, uint64_t until, in
 	int fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
 		return -errno;
+	conn_unpace(fd);
 	int r = connect(fd, sa, len) ? -errno : 0;
 	if (r == -EINPROGRESS || r == -EINTR)
 		r = conn_finish(fd, until, cancel);
@@ -330,6 +354,7 @@ static int conn_listen_tcp(const struct addrinfo *ai, int *out, int *port)
 	if (fd < 0)
 		return -errno;
 	conn_set(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+	conn_unpace(fd); /* what is accepted has it too */
 	if (bind(fd, ai->ai_addr, ai->ai_addrlen) || listen(fd, 128))
 		return -errno;
 	struct sockaddr_storage ss;

@@ -41,8 +41,11 @@ struct far_conn_ops {
 	void (*why)(struct far_conn *c, char *buf, size_t n);
 };
 
+enum far_conn_pacing { FAR_CONN_NEW, FAR_CONN_EASED, FAR_CONN_OWN, FAR_CONN_BRISK }; /* conn.c's */
+
 struct far_conn {
 	const struct far_conn_ops *ops; /* NULL: not open */
+	enum far_conn_pacing pacing;
 	int fd;      /* of a socket; -1: it has none, or none that others may use */
 	void *state; /* of kinds that are more than a socket */
 };
@@ -79,9 +82,14 @@ int far_conn_socket(struct far_conn *c, int fd);
  * The name is looked up by the system's resolver, which keeps no deadline. */
 int far_conn_connect(struct far_conn *c, const struct far_net_addr *a, uint64_t until, int cancel,
 		     struct far_error *err);
-/* What goes over it now and then is waited for: it leaves at once. A control that paces (bbr) would spread 64 KiB over half
- * a round trip, and every ten seconds over many, because so little tells it nothing of the link. */
+/* What goes over it now and then is waited for: it leaves at once, whatever far_conn_sent() would make of it. A control that
+ * paces (bbr) would spread 64 KiB over half a round trip, and every ten seconds over many, because so little tells it nothing
+ * of the link. */
 void far_conn_brisk(struct far_conn *c);
+/* Called now and then by who sends much, with the bytes so far. Who asks for bulk paces it by the wait that it causes; a
+ * control that paces too leaves part of the link unused, and within a host costs a timer for every few segments. So there
+ * is none at first; where the path loses packets and the system's own choice is bbr, it gets that back. */
+void far_conn_sent(struct far_conn *c, uint64_t bytes);
 /* Take over two descriptors, of pipes, sockets or a terminal: read from one, write to the other. */
 int far_conn_pair(struct far_conn *c, int in, int out);
 /* Run a command by the shell and speak to its standard input and output. It lives as long as the connection. */

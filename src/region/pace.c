@@ -60,10 +60,13 @@ uint64_t far_pace_window(const struct far_pace *p, uint64_t now)
 	return now < p->draining && far_pace_is_far(p) ? p->window / 2 : p->window;
 }
 
-/* The wait that is no loss to anybody: a small part of the round trip. */
+/* The wait that is no loss to anybody: a small part of the round trip, and smaller where that is short, because there a
+ * wait is felt and the window is easy to fill. */
 static uint64_t pace_allowed(const struct far_pace *p)
 {
-	return far_max(PACE_WAIT, p->base / 64);
+	uint64_t part = far_min((uint64_t)((double)p->base * (double)p->base / (640.0 * FAR_MSEC)), p->base / 20);
+
+	return far_max(PACE_WAIT, part);
 }
 
 /* For two round trips half of the window is used: what is shortest then is the path as it is now. */
@@ -129,8 +132,8 @@ static void pace_far(struct far_pace *p, uint64_t now)
 	if (p->wait > allowed && p->window > aim) {
 		p->window -= p->late ? far_min(queued, p->window - aim) : (p->window - aim) / 2;
 	} else if (p->late >= PACE_PATIENCE) { /* the link has got slower, the path longer, or others use it */
-		p->window -= far_min(queued / 2, p->window / 8);
-		p->top *= 0.95;
+		p->window = far_max(p->window - far_min(queued / 2, p->window / 8), holds / 2);
+		p->top = far_max(p->top * 0.95, far_pace_rate(p));
 		if (now - p->drained > PACE_DRAIN_AGAIN)
 			pace_drain(p, now);
 	} else if (p->full && !p->late) {

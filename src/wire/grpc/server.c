@@ -20,6 +20,7 @@
 #include <string.h>
 
 #define CONN_SPARE 32768
+#define CONN_LOOK (50 * FAR_MSEC) /* how often the connection is told how much was sent */
 #define CONN_BATCH (128 * FAR_KIB) /* this much is written before the next request is begun */
 
 struct far_grpc_conn {
@@ -37,6 +38,7 @@ struct far_grpc_conn {
 	struct far_mutex lock;
 	struct far_session s FAR_GUARDED_BY(lock);
 	bool sending FAR_GUARDED_BY(lock), dead FAR_GUARDED_BY(lock);
+	uint64_t sent FAR_GUARDED_BY(lock), looked FAR_GUARDED_BY(lock); /* bytes; when the connection was told of them */
 	bool brisk FAR_GUARDED_BY(lock); /* the connection has been told that somebody waits */
 	uint64_t moved FAR_GUARDED_BY(lock); /* when bytes moved last, either way */
 };
@@ -80,6 +82,11 @@ static bool server_send(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 			break;
 		}
 		c->moved = now;
+		c->sent += (uint64_t)k;
+		if (now - c->looked > CONN_LOOK) {
+			c->looked = now;
+			far_conn_sent(&c->conn, c->sent);
+		}
 		far_h2_wrote(h, (size_t)k);
 	}
 	atomic_store_explicit(&c->s.stuck, false, memory_order_relaxed);
