@@ -109,7 +109,7 @@ static enum nbd_next conn_away_new(struct far_nbd_conn *c, struct far_seat *seat
 		conn_fail(c, q, -ENOMEM, NULL);
 		return NBD_MORE;
 	}
-	if (data)
+	if (data && n)
 		memcpy(j->buf, data, n);
 	return conn_away(c, seat, j);
 }
