@@ -29,6 +29,8 @@ PROTOCOL, INTERNAL, FLOW, CLOSED, SIZE, COMPRESSION, CALM = (CODES.index(x) for 
 READ_AT = '/com.pojtinger.felicitas.r3map.mount.v1.Backend/ReadAt'
 BODY = b'\0\0\0\0\2\x08\x04'  # 4 bytes from 0
 MAX_FRAME = (1 << 20) + 1024
+# What is freed goes back, with sanitizers too.
+MEMORY = {'ASAN_OPTIONS': os.environ.get('ASAN_OPTIONS', '') + ':quarantine_size_mb=4'}
 GOOD = ((':method', 'POST'), (':scheme', 'http'), (':path', READ_AT), (':authority', 'x'), ('content-type', 'application/grpc'),
         ('te', 'trailers'))
 
@@ -182,7 +184,7 @@ def serve(w, tls=False, source='mem:64M', args=()):
         authority(w, 'ca')
         certificate(w, 's', 'ca', 'DNS:localhost')
         args = ['--tls-cert', 's.pem', '--tls-key', 's.key'] + list(args)
-    s = w.start('serve', source, '--listen', listen, *args)
+    s = w.start('serve', source, '--listen', listen, *args, env=MEMORY)
     s.port = int(s.line().split()[1].rsplit(':', 1)[1].split('/')[0])
     s.tls = ssl.create_default_context(cafile=w.path('ca.pem')) if tls else None
     if tls:
