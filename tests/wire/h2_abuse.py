@@ -442,7 +442,7 @@ FLOODS = [
 ]
 
 
-def flood(s, make, takes, seconds=0.8, most=5 << 20):
+def flood(s, make, takes, seconds=0.5, most=4 << 20):
     """Send until the server ends it, or for some time. Whether it was ended."""
     c, sent, i = Client(s, greet=make(0)[:1] != b'-'), 0, 0
     if make(0)[:1] == b'-':
