@@ -320,9 +320,10 @@ static int h2_begin_frame_cb(nghttp2_session *session, const nghttp2_frame_hd *h
 	struct far_h2 *h = user;
 
 	h->data_left = 0;
-	if (hd->type == NGHTTP2_HEADERS) {
+	if (hd->type == NGHTTP2_HEADERS)
 		h->header_bytes = 0;
-		/* A number that was passed over is used up (RFC 9113, 5.1.1). The last such gap is known. */
+	if (hd->type == NGHTTP2_HEADERS && h->ops->begin) {
+		/* A number that a client has passed over is used up (RFC 9113, 5.1.1). The last such gap is known. */
 		if (hd->stream_id > h->gap_from && hd->stream_id < h->gap_to)
 			far_h2_end(h, NGHTTP2_PROTOCOL_ERROR);
 		if (hd->stream_id > h->newest) {
