@@ -60,6 +60,8 @@ struct far_nbd_conn {
 	struct far_nbd_request stream;
 	uint64_t streamed;
 	int stream_err;
+	char *place;             /* its bytes are read from the socket to where they belong */
+	size_t room;             /* of `in`, to be read into: after a long write so little that the next one's bytes stay out */
 	uint64_t skip;           /* bytes of a refused write still to come */
 	struct far_spin spin;
 	unsigned crowded;        /* so many times not to spin */
