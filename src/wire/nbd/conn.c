@@ -33,9 +33,11 @@
 #define CONN_CALM 256
 #define CONN_CALM_MAX 16384
 #define CONN_LINGER (40 * FAR_USEC)     /* a sleep; the kernel adds its slack of about as much */
-#define CONN_FEW 4                      /* so many requests in one read need no sleep */
-#define CONN_MANY 8                     /* so many make one worth while */
+#define CONN_MANY 8                     /* so many requests make one worth while */
+#define CONN_DOUBTS 3                   /* so many sleeps in a row for too little end them */
+#define CONN_TRIAL 32
 
+enum { CONN_QUIET, CONN_MEASURE, CONN_OTHER }; /* far_nbd_conn.stage */
 enum nbd_next { NBD_MORE, NBD_NEED, NBD_LEFT, NBD_END };
 
 /* ---------------------------------------------------------------------------------------------------- requests */
@@ -444,7 +446,7 @@ static ssize_t conn_readv(struct far_nbd_conn *c, const struct iovec *iov, int n
 }
 
 /* Spin for a while. Where others want this CPU a yield gives it to them for longer than any wait would take: then spinning
- * is left alone for some time. */
+ * is left alone for some time, each time for longer. */
 static ssize_t conn_spin(struct far_nbd_conn *c, const struct iovec *iov, int n)
 {
 	uint64_t now = c->dry;
@@ -456,43 +458,63 @@ static ssize_t conn_spin(struct far_nbd_conn *c, const struct iovec *iov, int n)
 		k = conn_readv(c, iov, n);
 		uint64_t then = now;
 		now = far_now();
-		if (now - then > CONN_CROWD)
-			c->crowded = CONN_CALM;
+		if (now - then > CONN_CROWD) {
+			c->crowd = (unsigned)far_min(far_max(c->crowd * 2, CONN_CALM), CONN_CALM_MAX);
+			c->crowded = c->crowd;
+		}
 	} while (k == -EAGAIN && !c->crowded && now - c->dry < FAR_SPIN && placed == !!c->place);
+	if (!c->crowded)
+		c->crowd -= far_min(c->crowd, CONN_CALM / 64);
 	return k;
 }
 
 /*
  * What a client sends one by one is answered at the least cost if it is not read so: with many requests on their way nobody
  * waits for any one of them, and a short sleep makes one read and one write of them all, and spares the client waking us
- * up. Whether it pays is tried now and then: a sleep must bring many requests, and no sleep few.
+ * up. Whether it pays is tried now and then, the other way for CONN_TRIAL reads after as many of this one: sleeps must bring
+ * many requests each, and no fewer in a second.
  */
+static void conn_judge(struct far_nbd_conn *c)
+{
+	uint64_t took = c->moved - c->tried_at, rate = c->tried ? c->tried * FAR_SEC / far_max(took, 1) : 0;
+
+	if (c->stage == CONN_QUIET) {
+		c->stage = CONN_MEASURE;
+	} else if (c->stage == CONN_MEASURE) {
+		c->stage = CONN_OTHER;
+		c->rate = rate;
+	} else {
+		uint64_t sleeping = c->lingers ? c->rate : rate, awake = c->lingers ? rate : c->rate;
+		bool pays = sleeping >= awake - awake / 8;
+		c->calm = pays == c->lingers ? (unsigned)far_min(c->calm * 2, CONN_CALM_MAX) : CONN_CALM;
+		c->lingers = pays;
+		c->stage = CONN_QUIET;
+	}
+	c->trial = c->stage == CONN_QUIET ? c->calm : CONN_TRIAL;
+	c->tried = 0;
+	c->tried_at = c->moved;
+}
+
 static void conn_linger(struct far_nbd_conn *c)
 {
 	unsigned came = c->came;
-	bool slept = c->lingered;
 
 	c->came = 0;
-	c->lingered = false;
-	if (slept && came < CONN_MANY) {
-		c->calm = (unsigned)far_min(c->calm * 2, CONN_CALM_MAX);
+	c->tried += came;
+	if (c->lingered && came)
+		c->few = came < CONN_MANY ? c->few + 1 : 0;
+	if (c->few >= (c->lingers ? CONN_DOUBTS : 1)) {
+		c->calm = c->lingers ? CONN_CALM : (unsigned)far_min(c->calm * 2, CONN_CALM_MAX);
 		c->trial = c->calm;
+		c->stage = CONN_QUIET;
 		c->lingers = false;
-	} else if (slept && !c->lingers) {
-		c->calm = CONN_CALM;
-		c->trial = CONN_CALM;
-		c->lingers = true;
-	} else if (!slept && c->lingers && came >= CONN_FEW) {
-		c->trial = c->calm;
-		c->lingers = false;
+		c->few = 0;
+	} else if (--c->trial == 0) {
+		conn_judge(c);
 	}
-	bool now = c->trial-- == 0;
-	if (now)
-		c->trial = CONN_CALM;
-	if (c->lingers ? !now : now && came && came < CONN_FEW) {
+	c->lingered = came && c->lingers == (c->stage != CONN_OTHER);
+	if (c->lingered)
 		far_sleep_until(far_now() + CONN_LINGER, false);
-		c->lingered = true;
-	}
 }
 
 static ssize_t conn_read_some(struct far_nbd_conn *c, const struct iovec *iov, int n)
@@ -506,7 +528,7 @@ static ssize_t conn_read_some(struct far_nbd_conn *c, const struct iovec *iov, i
 		c->dry = far_now();
 	if (k == -EAGAIN && c->crowded)
 		c->crowded--;
-	else if (k == -EAGAIN && far_spin_wanted(&c->spin))
+	else if (k == -EAGAIN && !c->lingered && far_spin_wanted(&c->spin))
 		k = conn_spin(c, iov, n);
 	if (k > 0 && c->dry) {
 		far_spin_learn(&c->spin, far_now() - c->dry);
