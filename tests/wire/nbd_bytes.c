@@ -8,6 +8,7 @@
 
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,7 +22,8 @@
 struct peer {
 	const uint8_t *said;
 	size_t at, piece[16];
-	unsigned pieces, turn;
+	unsigned pieces;
+	_Atomic unsigned turn; /* answers are written by other threads, too */
 	unsigned fail_at; /* the turn at which a read fails with -EFAULT, if it is one to a long write's place */
 	size_t place;     /* longest part of a read that was not to be behind the first one */
 	unsigned writes[16]; /* after each piece */
@@ -62,7 +64,7 @@ static ssize_t peer_writev(struct far_conn *conn, const struct iovec *iov, int n
 	struct peer *p = conn->state;
 	size_t done = 0;
 
-	p->writes[p->turn]++;
+	p->writes[atomic_load(&p->turn)]++;
 	for (int i = 0; i < n; i++) {
 		assert_true(p->told_n + iov[i].iov_len <= BYTES_MAX);
 		memcpy(p->told + p->told_n, iov[i].iov_base, iov[i].iov_len);

