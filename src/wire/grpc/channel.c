@@ -11,6 +11,8 @@
  *                                                                   |
  *                                  pass both tokens on: wake one waiting caller, who takes them
  *
+ * Who finds the lock taken leaves its call in the inbox and sleeps: whoever lets go of the lock takes it in.
+ *
  * Invariants:
  *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
  *     token back wakes one waiting caller (channel_pass). A caller who has begun calls and not finished them is awake.
@@ -36,6 +38,7 @@
 #define CHANNEL_SPARE 16384
 #define CHANNEL_SLICE (10 * FAR_MSEC)
 #define CHANNEL_WAKE 64
+#define CHANNEL_SMALL 16384 /* a longer body is sent by its own caller: the reader has to read */
 #define CHANNEL_STALE (5 * FAR_MSEC) /* after so long without a call look at what the peer said meanwhile */
 
 struct far_channel {
@@ -49,10 +52,14 @@ struct far_channel {
 	_Atomic uint64_t tag, marks;
 	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
 
+	_Atomic bool output; /* there is something to send: the reader ends its spin for it */
+	_Atomic(struct far_call *) inbox; /* calls that came while another thread had the lock, newest first */
+
 	struct far_mutex lock;
 	struct far_h2 h2 FAR_GUARDED_BY(lock);
 	struct far_call *calls FAR_GUARDED_BY(lock), *last FAR_GUARDED_BY(lock);
 	bool sending FAR_GUARDED_BY(lock), reading FAR_GUARDED_BY(lock);
+	bool asleep FAR_GUARDED_BY(lock); /* the reader, until something comes */
 	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
 	bool spoken FAR_GUARDED_BY(lock), wants_tls FAR_GUARDED_BY(lock); /* the peer has said something; what it was */
 	int error FAR_GUARDED_BY(lock);
@@ -79,22 +86,40 @@ static struct far_channel *channel_of(struct far_h2 *h)
 
 enum channel_event { CHANNEL_LOOK = 1, CHANNEL_LEFT }; /* look again; the call is done, off the list and its caller's alone */
 
+static void channel_drain(struct far_channel *c) FAR_REQUIRES(c->lock);
+static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock);
+static void channel_pass(struct far_channel *c) FAR_REQUIRES(c->lock);
+static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock);
+static bool channel_wants_sender(struct far_channel *c) FAR_REQUIRES(c->lock);
+
+/* The only way to let go of the lock: whoever does takes in what was put into the inbox meanwhile, and wakes whom it has to. */
 static void channel_unlock(struct far_channel *c) FAR_RELEASE(c->lock)
 {
 	const struct far_event *wake[CHANNEL_WAKE];
-	unsigned n = c->wake_n;
 
-	memcpy(wake, c->wake, n * sizeof *wake);
-	c->wake_n = 0;
-	far_mutex_unlock(&c->lock);
-	for (unsigned i = 0; i < n; i++)
-		far_event_kick(wake[i]);
+	for (;;) {
+		unsigned n = c->wake_n;
+		memcpy(wake, c->wake, n * sizeof *wake);
+		c->wake_n = 0;
+		far_mutex_unlock(&c->lock);
+		for (unsigned i = 0; i < n; i++)
+			far_event_kick(wake[i]);
+		atomic_thread_fence(memory_order_seq_cst); /* partner: far_channel_call(), which looks the other way round */
+		if (!atomic_load_explicit(&c->inbox, memory_order_relaxed) || !far_mutex_trylock(&c->lock))
+			return;
+		channel_drain(c);
+		if (channel_wants_sender(c))
+			channel_send(c);
+		channel_pass(c);
+	}
 }
 
 static void channel_wake(struct far_channel *c, struct far_call *call, enum channel_event what) FAR_REQUIRES(c->lock)
 {
 	const struct far_event *e = &call->event;
 
+	if (far_event_get(e) == (uint32_t)what)
+		return; /* it is on its way */
 	far_event_set(&call->event, what);
 	if (c->wake_n == CHANNEL_WAKE)
 		far_event_kick(e);
@@ -155,6 +180,12 @@ static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock)
 	return !c->dead && (far_h2_pending(&c->h2) || c->h2.dirty);
 }
 
+/* A reader that is awake sends what has gathered, before it reads again. */
+static bool channel_wants_sender(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	return !c->sending && (!c->reading || c->asleep) && channel_has_output(c);
+}
+
 /* Nobody is in the system call: give the memory of those who leave back to them. */
 static void channel_let_go(struct far_channel *c) FAR_REQUIRES(c->lock)
 {
@@ -178,6 +209,7 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 	int r = 0;
 
 	c->sending = true;
+	atomic_store_explicit(&c->output, false, memory_order_relaxed);
 	while (!c->dead && far_h2_fill(&c->h2, &r)) {
 		c->h2.writing = true;
 		const struct iovec *iov = c->h2.iov + c->h2.iov_at;
@@ -239,7 +271,8 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
 	if (k == -EAGAIN && spin && !c->dry)
 		c->dry = far_now();
-	while (k == -EAGAIN && spin && far_spin_wanted(&c->spin) && far_now() - c->dry < FAR_SPIN) {
+	while (k == -EAGAIN && spin && !atomic_load_explicit(&c->output, memory_order_relaxed) && far_spin_wanted(&c->spin) &&
+	       far_now() - c->dry < FAR_SPIN) {
 		far_thread_yield();
 		k = c->conn.ops->readv(&c->conn, iov, n);
 	}
@@ -329,9 +362,11 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 		if (!c->sending && channel_has_output(c) && room)
 			continue;
 		uint64_t until = channel_look_at(c, deadline);
+		c->asleep = true;
 		channel_unlock(c);
 		int r = c->conn.ops->wait(&c->conn, true, !room, until);
 		far_mutex_lock(&c->lock);
+		c->asleep = false;
 		if (r == -ETIMEDOUT && until == deadline)
 			break;
 		if (r == -ETIMEDOUT)
@@ -340,6 +375,8 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 			channel_die(c, r);
 	}
 	c->reading = false;
+	if (channel_wants_sender(c)) /* it was left to us */
+		channel_send(c);
 }
 
 /* ---------------------------------------------------------------------------------------------------- calls */
@@ -420,6 +457,7 @@ static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t
 		timeout.flags = NGHTTP2_NV_FLAG_NO_COPY_NAME;
 		nv[n++] = timeout;
 	}
+	atomic_store_explicit(&c->output, true, memory_order_relaxed);
 	far_h2_queue(&c->h2, &call->s, &call->req);
 	int r = far_h2_request(&c->h2, &call->s, nv, n);
 	if (r == -ESTALE) {
@@ -486,7 +524,7 @@ void far_channel_done(struct far_call *call) FAR_NO_TSA
 /* Give the tokens to somebody: wake one caller who waits. */
 static void channel_pass(struct far_channel *c) FAR_REQUIRES(c->lock)
 {
-	if (c->reading && (c->sending || !channel_has_output(c)))
+	if (c->reading && !channel_wants_sender(c))
 		return;
 	for (struct far_call *call = c->calls; call; call = call->next) {
 		if (call->waiting && !call->done) {
@@ -511,7 +549,7 @@ static bool channel_work(struct far_channel *c, struct far_call *call, uint64_t 
 				channel_send(c);
 			break;
 		}
-		if (!c->sending && channel_has_output(c)) {
+		if (channel_wants_sender(c) || (!c->sending && call->req.body_n > CHANNEL_SMALL && channel_has_output(c))) {
 			if (!channel_send(c) && c->reading && !call->done)
 				channel_wait_room(c, deadline);
 			if (c->reading)
@@ -554,22 +592,55 @@ static void channel_catch_up(struct far_channel *c) FAR_REQUIRES(c->lock)
 		channel_hear(c);
 }
 
-static void channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
+static void channel_prepare(struct far_channel *c, struct far_call *call, uint64_t deadline)
 {
-	channel_catch_up(c);
 	call->channel = c;
+	call->deadline = deadline;
 	far_event_init(&call->event);
 	call->untouched = call->linked = false;
 	call->done = call->waiting = call->got_message = call->bad_type = false;
+}
+
+static void channel_begin(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	channel_catch_up(c);
 	if (c->dead || c->draining) {
 		call->untouched = true;
 		call->result = c->dead ? c->error : -ECONNRESET;
 	} else {
-		call->result = channel_submit(c, call, deadline);
+		call->result = channel_submit(c, call, call->deadline);
 		call->linked = call->result == 0;
 	}
 	if (call->linked)
 		channel_link(c, call);
+}
+
+/* Begin what lies in the inbox, in the order in which it came. */
+static void channel_drain(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	struct far_call *call = atomic_exchange_explicit(&c->inbox, NULL, memory_order_acquire), *first = NULL, *next;
+
+	for (; call; call = next) {
+		next = call->next;
+		call->next = first;
+		first = call;
+	}
+	for (; first; first = next) {
+		next = first->next;
+		channel_begin(c, first);
+		if (!first->linked)
+			channel_wake(c, first, CHANNEL_LEFT);
+	}
+}
+
+/* A caller who slept has the lock again. */
+static void channel_awake(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	channel_drain(c);
+	call->waiting = false;
+	if (far_event_get(&call->event) == CHANNEL_LEFT)
+		call->linked = false;
+	far_event_clear(&call->event);
 }
 
 /* Ends without the lock. */
@@ -582,10 +653,7 @@ static void channel_finish(struct far_channel *c, struct far_call *call, uint64_
 		if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
 			return;
 		far_mutex_lock(&c->lock);
-		call->waiting = false;
-		if (far_event_get(&call->event) == CHANNEL_LEFT)
-			call->linked = false;
-		far_event_clear(&call->event);
+		channel_awake(c, call);
 	}
 	if (call->linked)
 		channel_leave(c, call);
@@ -595,8 +663,9 @@ static void channel_finish(struct far_channel *c, struct far_call *call, uint64_
 
 void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline)
 {
+	channel_prepare(c, call, deadline);
 	far_mutex_lock(&c->lock);
-	channel_begin(c, call, deadline);
+	channel_begin(c, call);
 	channel_unlock(c);
 }
 
@@ -609,8 +678,22 @@ int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t de
 
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 {
-	far_mutex_lock(&c->lock);
-	channel_begin(c, call, deadline);
+	channel_prepare(c, call, deadline);
+	if (far_mutex_trylock(&c->lock)) {
+		channel_begin(c, call);
+	} else {
+		/* Whoever has the lock takes it in, and what others bring with it: one batch for all. */
+		call->waiting = true;
+		call->next = atomic_load_explicit(&c->inbox, memory_order_relaxed);
+		while (!atomic_compare_exchange_weak(&c->inbox, &call->next, call))
+			;
+		if (!far_mutex_trylock(&c->lock)) {
+			if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
+				return call->result;
+			far_mutex_lock(&c->lock);
+		}
+		channel_awake(c, call);
+	}
 	channel_finish(c, call, deadline, silence);
 	return call->result;
 }
@@ -746,9 +829,9 @@ void far_channel_authorize(struct far_channel *c, char *value)
 
 int far_channel_submit(struct far_channel *c, struct far_call *call)
 {
-	far_mutex_lock(&c->lock);
 	call->channel = c;
 	far_event_init(&call->event);
+	far_mutex_lock(&c->lock);
 	int r = channel_submit(c, call, FAR_NEVER);
 	if (r == 0)
 		channel_link(c, call);

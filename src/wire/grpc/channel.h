@@ -35,6 +35,7 @@ struct far_call {
 	struct far_h2_stream s;
 	struct far_call *next, *prev;
 	struct far_channel *channel;
+	uint64_t deadline;
 	struct far_event event; /* its caller sleeps on it; set under the lock */
 	char errno_name[16];
 	unsigned http_status;
