@@ -20,11 +20,11 @@
 #include <unistd.h>
 
 #define MEM_PAGE ((uint64_t)4096)
-#define MEM_SHORT 65536                  /* what is longer the kernel copies as fast */
+#define MEM_SHORT 4194304                  /* what is longer the kernel copies as fast */
 #define MEM_MAPPED_MAX ((uint64_t)1 << 44)
 
 /*
- * Short reads and writes of pages that are there go through a mapping, which costs a third of a system call. To look at a
+ * Short reads, and writes, of pages that are there go through a mapping, which costs a third of a system call. To look at a
  * page that is not there would put one there, so it is noted which have been written. A note is no more than a hint: the
  * mapping and the file are the same bytes whatever it says.
  */
@@ -67,7 +67,7 @@ static uint64_t mem_mask(uint64_t w, uint64_t off, uint64_t len)
 
 static bool mem_is_there(const struct mem *m, uint64_t off, size_t len)
 {
-	if (!m->map || len > MEM_SHORT)
+	if (!m->map)
 		return false;
 	for (uint64_t w = off / MEM_PAGE / 64; w <= (off + len - 1) / MEM_PAGE / 64; w++) {
 		uint64_t mask = mem_mask(w, off, len);
@@ -94,7 +94,7 @@ static int mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned fl
 {
 	struct mem *m = self;
 
-	if (mem_is_there(m, off, len)) {
+	if (len <= MEM_SHORT && mem_is_there(m, off, len)) {
 		memcpy(buf, m->map + off, len);
 		return 0;
 	}
