@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 #define MEM_PAGE ((uint64_t)4096)
-#define MEM_SHORT 4194304                  /* what is longer the kernel copies as fast */
+#define MEM_SHORT 65536 /* a longer read the kernel makes as fast; a write never: it locks each page */
 #define MEM_MAPPED_MAX ((uint64_t)1 << 44)
 
 /*
