@@ -20,12 +20,12 @@
 #include <unistd.h>
 
 #define MEM_PAGE ((uint64_t)4096)
-#define MEM_SHORT 65536                  /* what is longer the kernel copies as fast */
-#define MEM_AROUND ((uint64_t)65536)     /* what the kernel maps at one fault of a read */
+#define MEM_SHORT 65536 /* a longer read the kernel makes as fast; a write never: it locks each page */
+#define MEM_AROUND ((uint64_t)65536) /* what the kernel maps at one fault of a read */
 #define MEM_MAPPED_MAX ((uint64_t)1 << 44)
 
 /*
- * Short reads and writes of pages that are there go through a mapping, which costs a third of a system call. To look at a
+ * Short reads, and writes, of pages that are there go through a mapping, which costs a third of a system call. To look at a
  * page that is not there would put one there, so it is noted which have been written. A note is no more than a hint: the
  * mapping and the file are the same bytes whatever it says.
  */
@@ -107,7 +107,7 @@ static int mem_write(void *self, uint64_t off, const void *buf, size_t len, unsi
 {
 	struct mem *m = self;
 
-	if (len <= MEM_SHORT && mem_is_there(m, off, len)) {
+	if (mem_is_there(m, off, len)) {
 		memcpy(m->map + off, buf, len);
 		return 0;
 	}
