@@ -442,7 +442,7 @@ FLOODS = [
 ]
 
 
-def flood(s, make, takes, seconds=0.5, most=4 << 20):
+def flood(s, make, takes, seconds, most):
     """Send until the server ends it, or for some time. Whether it was ended."""
     c, sent, i = Client(s, greet=make(0)[:1] != b'-'), 0, 0
     if make(0)[:1] == b'-':
@@ -487,7 +487,7 @@ def floods(w, takes):
     failed, worst = [], 0
     for name, make, ends in FLOODS:
         before = rss(s)
-        c, sent = flood(s, make, takes)
+        c, sent = flood(s, make, takes, DEADLINE if ends else 0.5, (32 if ends else 4) << 20)
         grown = rss(s) - before
         worst = max(worst, grown)
         if os.environ.get('FARPAGE_VERBOSE'):
