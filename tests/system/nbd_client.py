@@ -363,7 +363,7 @@ def tls_by_certificates(w):
     uri = server(good, '--tls-verify-peer')
     there_and_back(w, uri + '?tls-certificates=' + good, 3 * MIB)
     refused(w, uri + '?tls-certificates=' + other)          # another CA, on both sides
-    refused(w, uri)                                         # the system's
+    refused(w, server(good))                                # the system's
     refused(w, uri.replace('nbds', 'nbd'))                  # in the clear
     refused(w, uri + '?tls-certificates=' + w.path('none'), 'ca-cert.pem')
     refused(w, server(good) + '?tls-certificates=' + other)

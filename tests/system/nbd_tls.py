@@ -1,0 +1,443 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+# Copyright the farpage authors
+"""nbd_tls.py FARPAGE [long | CASE...]: NBD over TLS, every server and client that is not ours against ours, in each way of
+being right and wrong. A cell either connects and moves the right bytes, encrypted where TLS was asked for, or refuses with a
+word why. Somebody in between sees all bytes, so that a fall-back to clear text is found and not believed away."""
+import atexit
+import os
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, true, wait_for
+from tls_lib import authority, certificate
+
+SIZE = 256 << 10
+PATH = os.environ.get('PATH', '') + ':/usr/sbin:/sbin'
+OPT, REPLY = b'IHAVEOPT', struct.pack('>Q', 0x3e889045565a9)
+STARTTLS = OPT + struct.pack('>II', 5, 0)
+
+
+def need(*programs):
+    for p in programs:
+        if not shutil.which(p, path=PATH):
+            raise Skip('%s is not installed' % p)
+
+
+# ---------------------------------------------------------------------------------------------------- certificates
+
+class Place:
+    """One folder for all cases: certificates in the way that GnuTLS programs look for them, keys in ours."""
+
+    def __init__(self):
+        self.dir = tempfile.mkdtemp(prefix='farpage-tls.')
+        atexit.register(shutil.rmtree, self.dir, ignore_errors=True)
+        for name in ('ca', 'other'):
+            authority(self, name)
+        here, elsewhere = 'DNS:localhost,IP:127.0.0.1', 'DNS:elsewhere.example'
+        for name, by, names, days in (('good', 'ca', here, 2), ('old', 'ca', here, -1), ('named', 'ca', elsewhere, 2),
+                                      ('client', 'ca', 'DNS:alice.example', 2), ('gone', 'ca', 'DNS:alice.example', -1),
+                                      ('eve', 'other', 'DNS:alice.example', 2)):
+            certificate(self, name, by, names, days)
+        for name in ('good', 'old', 'named'):  # servers
+            self.folder(name, 'ca', server=name)
+        for name, ca, shown in (('alice', 'ca', 'client'), ('late', 'ca', 'gone'), ('mallory', 'ca', 'eve'), ('bare', 'ca', None),
+                                ('foreign', 'other', None)):
+            self.folder(name, ca, client=shown)
+        for name, text in (('garbage', 'no certificate\n'), ('empty', '')):
+            self.folder(name, 'ca')
+            with open(self.path('dir-%s/ca-cert.pem' % name), 'w') as f:
+                f.write(text)
+        for name, key in (('shared', '11' * 32), ('unshared', '22' * 32)):
+            os.mkdir(self.path('psk-' + name))
+            with open(self.path('psk-%s/keys.psk' % name), 'w') as f:
+                f.write('alice:%s\ncarol:%s\n' % (key, '33' * 32) if name == 'unshared' else 'alice:%s\n' % key)
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    def folder(self, name, ca, **of):
+        os.mkdir(self.path('dir-' + name))
+        shutil.copy(self.path(ca + '.pem'), self.path('dir-%s/ca-cert.pem' % name))
+        for role, whose in of.items():
+            if whose:
+                shutil.copy(self.path(whose + '.pem'), self.path('dir-%s/%s-cert.pem' % (name, role)))
+                shutil.copy(self.path(whose + '.key'), self.path('dir-%s/%s-key.pem' % (name, role)))
+
+
+def place():
+    if not hasattr(place, 'it'):
+        place.it = Place()
+    return place.it
+
+
+# ---------------------------------------------------------------------------------------------------- in between
+
+class Between:
+    """Passes bytes on and keeps them. `edit(direction, bytes)` may change them: 0 is towards the server."""
+
+    def __init__(self, port, edit=None):
+        self.to, self.seen, self.edit = port, [bytearray(), bytearray()], edit or (lambda way, data: data)
+        self.s = socket.socket()
+        self.s.bind(('127.0.0.1', 0))
+        self.s.listen(16)
+        self.port = self.s.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                a, _ = self.s.accept()
+                b = socket.create_connection(('127.0.0.1', self.to))
+            except OSError:
+                return
+            for way, x, y in ((0, a, b), (1, b, a)):
+                threading.Thread(target=self.pass_on, args=(way, x, y), daemon=True).start()
+
+    def pass_on(self, way, x, y):
+        try:
+            while True:
+                data = x.recv(65536)
+                if not data:
+                    break
+                self.seen[way] += data
+                y.sendall(self.edit(way, data))
+        except OSError:
+            pass
+        for s in (x, y):
+            try:
+                s.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+
+def free_port():
+    s = socket.socket()
+    s.bind(('127.0.0.1', 0))
+    n = s.getsockname()[1]
+    s.close()
+    return n
+
+
+def answers(port):
+    try:
+        with socket.create_connection(('127.0.0.1', port), 1) as c:
+            return c.recv(8) == b'NBDMAGIC'
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------- servers
+
+class Other:
+    def __init__(self, w, args):
+        self.log = w.path('server.log')
+        with open(self.log, 'ab') as f:
+            self.p = subprocess.Popen(args, cwd=w.dir, stdin=subprocess.DEVNULL, stdout=f, stderr=f, env=dict(os.environ, PATH=PATH))
+        w.running.append(self)
+
+    def err(self):
+        with open(self.log, errors='replace') as f:
+            return f.read()
+
+
+def foreground(w, *args):
+    need(args[0])
+    port = free_port()
+    s = Other(w, [str(a).replace('@PORT', str(port)) for a in args])
+    wait_for(lambda: answers(port) or s.p.poll() is not None, args[0])
+    true(s.p.poll() is None, s.err())
+    return port
+
+
+def nbdkit(w, mode, cert='good', verify=False, psk=False):
+    creds = ['--tls-psk=' + place().path('psk-shared/keys.psk')] if psk else ['--tls-certificates=' + place().path('dir-' + cert)]
+    tls = ['--tls=' + {'allow': 'on'}.get(mode, mode)] + (creds if mode != 'off' else []) + ['--tls-verify-peer'] * verify
+    return foreground(w, 'nbdkit', '-f', '-i', '127.0.0.1', '-p', '@PORT', *tls, 'file', w.path('disk')), ''
+
+
+def qemu_creds(mode, cert, verify, psk):
+    if mode == 'allow':
+        raise Skip('it has TLS or has none, nothing in between')
+    if mode == 'off':
+        return []
+    return ['--object', 'tls-creds-psk,id=t,endpoint=server,dir=' + place().path('psk-shared') if psk else
+            'tls-creds-x509,id=t,endpoint=server,sanity-check=off,verify-peer=%s,dir=%s' %
+            ('on' if verify else 'off', place().path('dir-' + cert))]
+
+
+def qemu_nbd(w, mode, cert='good', verify=False, psk=False):
+    creds = qemu_creds(mode, cert, verify, psk)
+    return foreground(w, 'qemu-nbd', '-t', '-f', 'raw', '-e', '8', '-b', '127.0.0.1', '-p', '@PORT', *creds,
+                      *(['--tls-creds', 't'] if creds else []), w.path('disk')), ''
+
+
+def qemu_storage_daemon(w, mode, cert='good', verify=False, psk=False):
+    creds = qemu_creds(mode, cert, verify, psk)
+    return foreground(w, 'qemu-storage-daemon', *creds, '--blockdev', 'driver=file,node-name=f,filename=' + w.path('disk'),
+                      '--nbd-server', 'addr.type=inet,addr.host=127.0.0.1,addr.port=@PORT' + (',tls-creds=t' if creds else ''),
+                      '--export', 'type=nbd,id=e,node-name=f,name=disk,writable=on'), 'disk'
+
+
+def nbd_server(w, mode, cert='good', verify=False, psk=False):
+    need('nbd-server')
+    if psk:
+        raise Skip('it knows no shared keys')
+    port, files = free_port(), ''
+    if mode != 'off':
+        d = place().path('dir-' + cert)
+        files = 'certfile = %s/server-cert.pem\nkeyfile = %s/server-key.pem\ncacertfile = %s/ca-cert.pem\nforce_tls = %s\n' % (
+            d, d, d, 'true' if mode == 'require' else 'false')
+    with open(w.path('conf'), 'w') as f:
+        f.write('[generic]\nport = %d\nlistenaddr = 127.0.0.1\nallowlist = true\n%s[disk]\nexportname = %s\nflush = true\n' % (
+            port, files, w.path('disk')))
+    # It knows no foreground in which it serves more than one connection.
+    Other(w, ['nbd-server', '-C', w.path('conf'), '-p', w.path('pid')])
+    wait_for(lambda: answers(port), 'nbd-server')
+    return port, 'disk'
+
+
+def farpage(w, mode, cert='good', verify=False, psk=False, oldest='1.3'):
+    creds = ['--tls-psk', place().path('psk-shared/keys.psk')] if psk else [
+        '--tls-cert', place().path(cert + '.pem'), '--tls-key', place().path(cert + '.key')]
+    if verify:
+        creds += ['--tls-ca', place().path('ca.pem')]
+    creds += ['--tls-min', oldest]
+    s = w.start('serve', 'disk=file:disk', '--listen', ('nbds' if mode == 'require' else 'nbd') + '://127.0.0.1:0',
+                *(creds if mode != 'off' else []))
+    return int(s.line().split()[1].split('/')[2].rsplit(':', 1)[1]), 'disk'
+
+
+def end_of_daemons(w):
+    if os.path.exists(w.path('pid')):
+        os.kill(int(w.read('pid')), signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------------------- clients
+
+class Who:
+    """What a client is told: TLS or none, the folder of its certificates (None: nothing), or a file of keys and its name."""
+
+    def __init__(self, tls=True, folder='bare', psk=None, user='alice', env=()):
+        self.tls, self.psk, self.user = tls, psk, user
+        self.env = {k: place().path(v) for k, v in dict(env).items()}
+        self.folder = folder and place().path('dir-' + folder)
+        self.keys = place().path('psk-%s/keys.psk' % psk) if psk else None
+
+    def uri(self, port, export):
+        if not self.tls:
+            return 'nbd://localhost:%d/%s' % (port, export)
+        if self.psk:
+            return 'nbds://%s@localhost:%d/%s?tls-psk-file=%s' % (self.user, port, export, self.keys)
+        return 'nbds://localhost:%d/%s%s' % (port, export, '?tls-certificates=' + self.folder if self.folder else '')
+
+
+def call(w, *args):
+    need(args[0])
+    p = subprocess.run(args, cwd=w.dir, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+                       env=dict(os.environ, PATH=PATH))
+    p.err = p.stderr.decode(errors='replace')
+    return p
+
+
+def by_farpage(w, who, port, export):
+    p = w.run('copy', who.uri(port, export), 'file:got', '--deadline', '10s', env=dict(who.env, TMPDIR=w.dir))
+    true(not [x for x in os.listdir(w.dir) if x.startswith('farpage-ca')], 'the folder of the handshake is left')
+    if p.returncode:
+        true(p.returncode in (1, 2), 'exit %d: %s' % (p.returncode, p.err))
+        message(p.err)
+        has(p.err, 'localhost:%d' % port)
+    return p.returncode == 0, p.err
+
+
+def by_nbdcopy(w, who, port, export):
+    p = call(w, 'nbdcopy', who.uri(port, export), 'got')
+    return p.returncode == 0, p.err
+
+
+def by_nbdinfo(w, who, port, export):
+    p = call(w, 'nbdinfo', '--size', who.uri(port, export))
+    if p.returncode == 0:
+        equal(p.stdout.strip(), b'%d' % SIZE, 'size')
+    return p.returncode == 0, p.err
+
+
+def by_qemu_img(w, who, port, export):
+    need('qemu-img')
+    creds = []
+    if who.tls:
+        creds = ['--object', 'tls-creds-psk,id=t,endpoint=client,username=%s,dir=%s' % (who.user, os.path.dirname(who.keys))
+                 if who.psk else 'tls-creds-x509,id=t,endpoint=client,sanity-check=off,dir=' + who.folder]
+    image = 'driver=nbd,server.type=inet,server.host=localhost,server.port=%d,export=%s%s' % (
+        port, export, ',tls-creds=t' if who.tls else '')
+    p = call(w, 'qemu-img', 'convert', *creds, '--image-opts', image, '-O', 'raw', 'got')
+    return p.returncode == 0, p.err
+
+
+def by_fio(w, who, port, export):
+    """It compares what it has written itself; what it has written is then on the disk."""
+    if who.tls:
+        raise Skip('it lets its library read no certificates and no keys')
+    if 'nbd' not in call(w, 'fio', '--enghelp').stdout.decode():
+        raise Skip('this fio has no nbd engine')
+    p = call(w, 'fio', '--name=x', '--ioengine=nbd', '--uri=' + who.uri(port, export), '--rw=write', '--bs=64k', '--iodepth=4',
+             '--size=%d' % SIZE, '--verify=crc32c', '--do_verify=1', '--verify_fatal=1')
+    good = p.returncode == 0 and b'err= 0' in p.stdout
+    return good, p.err + p.stdout.decode(errors='replace')
+
+
+def by_nbd_client(w, who, port, export):
+    """It negotiates before it asks the kernel, which here has no NBD: the size that it tells is the proof."""
+    if who.psk:
+        raise Skip('it knows no shared keys')
+    args = ['nbd-client', '-N', export, 'localhost', str(port)]
+    if who.tls:
+        args += ['-enable-tls', '-cacertfile', who.folder + '/ca-cert.pem', '-tlshostname', 'localhost']
+        if os.path.exists(who.folder + '/client-cert.pem'):
+            args += ['-certfile', who.folder + '/client-cert.pem', '-keyfile', who.folder + '/client-key.pem']
+    p = call(w, *args)
+    said = p.stdout.decode(errors='replace')
+    return 'size = 0MB' in said, p.err + said
+
+
+# ---------------------------------------------------------------------------------------------------- conditions
+
+CLEAR, SECRET, NO = 'clear', 'encrypted', 'refused'
+# name: how the server is set up, who the client is, what is to come of it
+CONDITIONS = {
+    'required': (dict(mode='require'), dict(), SECRET),
+    'required, plain client': (dict(mode='require'), dict(tls=False), NO),
+    'allowed': (dict(mode='allow'), dict(), SECRET),
+    'allowed, plain client': (dict(mode='allow'), dict(tls=False), CLEAR),
+    'off, plain client': (dict(mode='off'), dict(tls=False), CLEAR),
+    'off, TLS client': (dict(mode='off'), dict(), NO),
+    'wrong CA': (dict(mode='require'), dict(folder='foreign'), NO),
+    'allowed, wrong CA': (dict(mode='allow'), dict(folder='foreign'), NO),
+    'expired': (dict(mode='require', cert='old'), dict(), NO),
+    'wrong name': (dict(mode='require', cert='named'), dict(), NO),
+    'client certificate': (dict(mode='require', verify=True), dict(folder='alice'), SECRET),
+    'client certificate missing': (dict(mode='require', verify=True), dict(), NO),
+    'client certificate of another CA': (dict(mode='require', verify=True), dict(folder='mallory'), NO),
+    'client certificate expired': (dict(mode='require', verify=True), dict(folder='late'), NO),
+    'shared key': (dict(mode='require', psk=True), dict(psk='shared'), SECRET),
+    'shared key allowed': (dict(mode='allow', psk=True), dict(psk='shared'), SECRET),
+    'another key': (dict(mode='require', psk=True), dict(psk='unshared'), NO),
+    'unknown user': (dict(mode='require', psk=True), dict(psk='unshared', user='carol'), NO),
+    'shared key, plain client': (dict(mode='require', psk=True), dict(tls=False), NO),
+    'shared key, TLS off': (dict(mode='off'), dict(psk='shared'), NO),
+    'key at a certificate': (dict(mode='require'), dict(psk='shared'), NO),
+    'certificate at a key': (dict(mode='require', psk=True), dict(), NO),
+}
+# Where nothing is said the system's authorities are asked. libnbd by itself would then believe anybody (CVE-2024-7383), so
+# these are for our client only.
+UNSAID = {
+    'no word of an authority': (dict(mode='require'), dict(folder=None), NO),
+    'no word of an authority, TLS allowed': (dict(mode='allow'), dict(folder=None), NO),
+    'a system that knows the authority': (dict(mode='require'), dict(folder=None, env={'SSL_CERT_FILE': 'ca.pem'}), SECRET),
+    'a system that knows another': (dict(mode='require'), dict(folder=None, env={'SSL_CERT_FILE': 'other.pem'}), NO),
+    'a system without any': (dict(mode='require'), dict(folder=None, env={'SSL_CERT_FILE': 'nowhere.pem'}), NO),
+    'a system that knows it, expired': (dict(mode='require', cert='old'), dict(folder=None, env={'SSL_CERT_FILE': 'ca.pem'}), NO),
+    'a system that knows it, wrong name': (dict(mode='require', cert='named'), dict(folder=None, env={'SSL_CERT_FILE': 'ca.pem'}), NO),
+    'garbage for an authority': (dict(mode='require'), dict(folder='garbage'), NO),
+    'an empty file for an authority': (dict(mode='require'), dict(folder='empty'), NO),
+}
+
+
+def clear_options(up):
+    """The options that a client has sent in the clear."""
+    out, at = [], bytes(up).find(OPT)
+    while at >= 0 and at + 12 <= len(up):
+        out.append(struct.unpack('>I', up[at + 8:at + 12])[0])
+        at = bytes(up).find(OPT, at + 1)
+    return out
+
+
+def run_cell(w, server, client, how, who, wanted):
+    data = w.file('disk', SIZE)
+    if client is by_nbd_client:
+        how = dict(how, oldest=how.get('oldest', '1.2'))  # it speaks no 1.3
+    if server is nbd_server and who == {}:
+        who = dict(folder='alice')  # it insists on a certificate
+    if server is nbd_server and 'env' in who and wanted == SECRET:
+        raise Skip('it insists on a certificate of the client')
+    try:
+        port, export = server(w, **how)
+        b = Between(port)
+        who = Who(**who)
+        began = time.monotonic()
+        went, said = client(w, who, b.port, export)
+        true(time.monotonic() - began < 30, 'it took too long')
+        equal(went, wanted != NO, 'connected, and it said %r' % said[-1500:])
+        if wanted == NO:
+            true(said.strip(), 'no word why')
+        if client is by_fio and went:
+            data = w.read('disk')
+        elif os.path.exists(w.path('got')) and went:
+            true(w.read('got') == data, 'other bytes came')
+        pieces = [data[k:k + 32] for k in range(0, SIZE, 16384)]
+        seen = any(p in b.seen[0] or p in b.seen[1] for p in pieces)
+        if wanted == CLEAR and client not in (by_nbdinfo, by_nbd_client):
+            true(seen, 'the bytes were not seen in between: nothing was looked at')
+        if wanted != CLEAR:
+            true(not seen, 'bytes of the disk went in the clear')
+        if who.tls:
+            # STRUCTURED_REPLY before STARTTLS would be forgotten, but says nothing: no name of an export goes by.
+            true(set(clear_options(b.seen[0])) <= {5, 2}, 'options in the clear: %r' % clear_options(b.seen[0]))
+        true(answers(port), 'the server is gone')
+    finally:
+        end_of_daemons(w)
+
+
+SERVERS = {'nbdkit': nbdkit, 'qemu-nbd': qemu_nbd, 'qemu-storage-daemon': qemu_storage_daemon, 'nbd-server': nbd_server,
+           'farpage': farpage}
+CLIENTS = {'nbdcopy': by_nbdcopy, 'nbdinfo': by_nbdinfo, 'qemu-img': by_qemu_img, 'fio': by_fio, 'nbd-client': by_nbd_client}
+
+
+def too_old(w):
+    """Below --tls-min nothing goes, and nothing goes in the clear instead."""
+    run_cell(w, farpage, by_nbd_client, dict(mode='require', oldest='1.3'), dict(), NO)
+
+
+def matrix():
+    for peer, server, client, role in ([(p, s, by_farpage, 'client') for p, s in SERVERS.items()] +
+                                       [(p, farpage, c, 'server') for p, c in CLIENTS.items()]):
+        for name, (how, who, wanted) in dict(CONDITIONS, **(UNSAID if client is by_farpage else {})).items():
+            if server is nbd_server and name == 'client certificate missing':
+                how, who = dict(how), dict(folder='bare')
+            def case(w, server=server, client=client, how=how, who=who, wanted=wanted):
+                run_cell(w, server, client, how, who, wanted)
+            case.__name__ = '%s, farpage as %s: %s is %s' % (peer, role, name, wanted)
+            case.quick = peer == 'farpage' or name in QUICK.get(peer, ())
+            yield cell(peer + ' with TLS' if peer != 'farpage' else 'farpage itself with TLS', 'farpage is the ' + role)(case)
+
+
+# What `make check` has of the others; all of it is in the long one.
+QUICK = {
+    'nbdkit': ('required', 'off, TLS client', 'wrong CA', 'shared key', 'another key', 'client certificate'),
+    'qemu-nbd': ('required', 'expired', 'shared key'),
+    'qemu-storage-daemon': ('wrong name', 'client certificate'),
+    'nbd-server': ('required', 'off, TLS client', 'wrong CA'),
+    'nbdcopy': ('required', 'required, plain client', 'wrong CA', 'client certificate', 'client certificate missing', 'shared key'),
+    'nbdinfo': ('off, TLS client', 'expired', 'unknown user'),
+    'qemu-img': ('required', 'wrong name', 'shared key'),
+    'fio': ('required, plain client', 'off, plain client'),
+    'nbd-client': ('required', 'required, plain client', 'wrong CA'),
+}
+
+
+if __name__ == '__main__':
+    too_old.__name__, too_old.quick = 'nbd-client, farpage as server: TLS 1.2 where 1.3 is the oldest is refused', True
+    every = list(matrix()) + [cell('nbd-client with TLS', 'farpage is the server')(too_old)]
+    if sys.argv[2:] == ['long']:
+        del sys.argv[2:]
+        main(every)
+    quick = [c for c in every if c.quick]
+    main(quick if not sys.argv[2:] else every)
