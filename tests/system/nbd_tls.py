@@ -82,10 +82,12 @@ def place():
 # ---------------------------------------------------------------------------------------------------- in between
 
 class Between:
-    """Passes bytes on and keeps them. `edit(direction, bytes)` may change them: 0 is towards the server."""
+    """Passes bytes on and keeps them. `edit(direction, bytes)` may change them: 0 is towards the server. After `cut[way]`
+    bytes the connection ends."""
 
-    def __init__(self, port, edit=None):
+    def __init__(self, port, edit=None, cut=(1 << 40, 1 << 40)):
         self.to, self.seen, self.edit = port, [bytearray(), bytearray()], edit or (lambda way, data: data)
+        self.left = list(cut)
         self.s = socket.socket()
         self.s.bind(('127.0.0.1', 0))
         self.s.listen(16)
@@ -109,7 +111,10 @@ class Between:
                 if not data:
                     break
                 self.seen[way] += data
-                y.sendall(self.edit(way, data))
+                y.sendall(self.edit(way, data[:self.left[way]]))
+                self.left[way] -= len(data)
+                if self.left[way] <= 0:
+                    break
         except OSError:
             pass
         for s in (x, y):
@@ -248,11 +253,11 @@ def call(w, *args):
     return p
 
 
-def by_farpage(w, who, port, export):
-    p = w.run('copy', who.uri(port, export), 'file:got', '--deadline', '10s', env=dict(who.env, TMPDIR=w.dir))
+def by_farpage(w, who, port, export, deadline='10s'):
+    p = w.run('copy', who.uri(port, export), 'file:got', '--deadline', deadline, env=dict(who.env, TMPDIR=w.dir))
     true(not [x for x in os.listdir(w.dir) if x.startswith('farpage-ca')], 'the folder of the handshake is left')
     if p.returncode:
-        true(p.returncode in (1, 2), 'exit %d: %s' % (p.returncode, p.err))
+        true(p.returncode in (1, 2, 4), 'exit %d: %s' % (p.returncode, p.err))
         message(p.err)
         has(p.err, 'localhost:%d' % port)
     return p.returncode == 0, p.err
@@ -401,6 +406,174 @@ SERVERS = {'nbdkit': nbdkit, 'qemu-nbd': qemu_nbd, 'qemu-storage-daemon': qemu_s
 CLIENTS = {'nbdcopy': by_nbdcopy, 'nbdinfo': by_nbdinfo, 'qemu-img': by_qemu_img, 'fio': by_fio, 'nbd-client': by_nbd_client}
 
 
+# ------------------------------------------------------------------------------------------------ attackers' ways
+
+def reply(option, kind, data=b''):
+    return REPLY + struct.pack('>III', option, kind, len(data)) + data
+
+
+def starttls_is_stripped(w):
+    """Somebody answers for the server that it has no TLS, or does not answer at all."""
+    data = w.file('disk', SIZE)
+    port, export = farpage(w, 'allow')
+    good = reply(5, 1)
+    for bad in (reply(5, 1 << 31 | 1), reply(5, 1 << 31 | 2), reply(5, 1 << 31 | 3), reply(5, 1 << 31 | 8), reply(7, 1), reply(5, 3),
+                b'', good[:19], b'\0' * 20, good + b'\0' * 20, good + reply(8, 1), reply(5, 1, b'well')):
+        b = Between(port, lambda way, piece: piece.replace(good, bad) if way else piece)
+        went, said = by_farpage(w, Who(), b.port, export, deadline='1s')
+        true(not went, 'it connected with %r for an answer' % bad)
+        true(set(clear_options(b.seen[0])) <= {5, 2}, 'options in the clear: %r' % clear_options(b.seen[0]))
+        true(data[:32] not in b.seen[1], 'bytes of the disk went in the clear')
+
+
+def talk(w, port):
+    """Up to where options are sent, in the clear."""
+    s = socket.create_connection(('127.0.0.1', port), 30)
+    equal(got(s, 18), b'NBDMAGICIHAVEOPT\0\3', 'greeting')
+    s.sendall(struct.pack('>I', 3))
+    return s
+
+
+def got(s, n):
+    out = b''
+    while len(out) < n:
+        piece = s.recv(n - len(out))
+        true(piece, 'the end after %r' % out)
+        out += piece
+    return out
+
+
+def kind_of(s, option):
+    """The kind of the last answer to an option."""
+    while True:
+        magic, which, kind, n = struct.unpack('>QIII', got(s, 20))
+        equal((struct.pack('>Q', magic), which), (REPLY, option), 'an answer')
+        got(s, n)
+        if kind not in (2, 3, 4):
+            return kind
+
+
+def encrypt(s):
+    c = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    c.load_verify_locations(place().path('ca.pem'))
+    return c.wrap_socket(s, server_hostname='localhost')
+
+
+def ended(s):
+    try:
+        while s.recv(4096):
+            pass
+        return True
+    except ConnectionError:
+        return True
+
+
+def go(name):
+    return OPT + struct.pack('>III', 7, 6 + len(name), len(name)) + name + b'\0\0'
+
+
+def words_behind_starttls_are_not_taken(w):
+    """What somebody has put behind STARTTLS in the clear is not done after it as if it had come encrypted."""
+    w.file('disk', SIZE)
+    for mode in ('require', 'allow'):
+        port, export = farpage(w, mode)
+        for behind in (go(b'disk'), OPT + struct.pack('>II', 8, 0), b'x', go(b'disk')[:9], b'\x16\x03\x01'):
+            s = talk(w, port)
+            s.sendall(STARTTLS + behind)
+            try:
+                s = encrypt(s)
+                raise AssertionError('it went on after %r' % behind)
+            except (ssl.SSLError, OSError):
+                pass
+            s.close()
+        true(answers(port), 'the server is gone')
+        w.running[-1].end()
+
+
+def what_was_said_in_the_clear_is_forgotten(w):
+    """Structured replies and contexts that somebody in between has agreed on do not hold after STARTTLS."""
+    data = w.file('disk', SIZE)
+    port, export = farpage(w, 'allow')
+    s = talk(w, port)
+    s.sendall(OPT + struct.pack('>II', 8, 0))
+    equal(kind_of(s, 8), 1, 'structured replies')
+    query = struct.pack('>I', 4) + b'disk' + struct.pack('>II', 1, 15) + b'base:allocation'
+    s.sendall(OPT + struct.pack('>II', 10, len(query)) + query)
+    equal(kind_of(s, 10), 1, 'a context')
+    s.sendall(STARTTLS)
+    equal(kind_of(s, 5), 1, 'STARTTLS')
+    s = encrypt(s)
+    s.sendall(STARTTLS)
+    equal(kind_of(s, 5), 1 << 31 | 3, 'STARTTLS once more')
+    s.sendall(OPT + struct.pack('>II', 10, len(query)) + query)
+    equal(kind_of(s, 10), 1 << 31 | 3, 'a context without structured replies')
+    s.sendall(go(b'disk'))
+    equal(kind_of(s, 7), 1, 'GO')
+    s.sendall(struct.pack('>IHHQQI', 0x25609513, 0, 0, 77, 100, 50))
+    equal(got(s, 66), struct.pack('>IIQ', 0x67446698, 0, 77) + data[100:150], 'a simple reply')
+    s.sendall(struct.pack('>IHHQQI', 0x25609513, 0, 7, 78, 0, 4096))
+    equal(got(s, 16), struct.pack('>IIQ', 0x67446698, 22, 78), 'no block status')
+    s.close()
+
+
+def a_tls_port_does_nothing_in_the_clear(w):
+    w.file('disk', SIZE)
+    port, export = farpage(w, 'require')
+    s = talk(w, port)
+    for option in (3, 6, 7, 8, 9, 10, 11, 77):
+        s.sendall(OPT + struct.pack('>II', option, 0 if option not in (6, 7) else 10) +
+                  (b'' if option not in (6, 7) else b'\0\0\0\4disk\0\0'))
+        equal(kind_of(s, option), 1 << 31 | 5, 'option %d' % option)
+    s.sendall(OPT + struct.pack('>II', 2, 0))
+    equal(kind_of(s, 2), 1, 'ABORT')
+    true(ended(s), 'the end')
+    s = talk(w, port)
+    s.sendall(OPT + struct.pack('>II', 1, 4) + b'disk')
+    true(ended(s), 'the end at EXPORT_NAME')
+    for first in (b'\x16\x03\x01\2\0\1\0\1\xfc\3\3' + bytes(64), b'GET / HTTP/1.1\r\n\r\n'):
+        s = socket.create_connection(('127.0.0.1', port), 30)  # TLS at once, without a word of NBD
+        got(s, 18)
+        s.sendall(first)
+        true(ended(s), 'the end')
+    for n in (0, 1, 5, 50):  # the handshake stops
+        s = talk(w, port)
+        s.sendall(STARTTLS)
+        kind_of(s, 5)
+        s.sendall((b'\x16\x03\1\2\0\1\0\1\xfc\3\3' + bytes(64))[:n])
+        s.shutdown(socket.SHUT_WR)
+        true(ended(s), 'the end of half a handshake')
+    true(answers(port), 'the server is gone')
+
+
+def cut_in_the_handshake(w, step=611):
+    """The link is cut after so many bytes, either way: a clear refusal, and the next one is served."""
+    data = w.file('disk', SIZE)
+    port, export = farpage(w, 'allow', verify=True)
+    whole = Between(port)
+    went, said = by_farpage(w, Who(folder='alice'), whole.port, export)
+    true(went, said)
+    refused = 0
+    for way in (0, 1):
+        for n in range(1, min(4000, len(whole.seen[way])), step):
+            cut = [1 << 40, 1 << 40]
+            cut[way] = n
+            b = Between(port, cut=cut)
+            went, said = by_farpage(w, Who(folder='alice'), b.port, export)
+            refused += not went
+            if went:
+                equal(w.read('got'), data, 'cut after %d' % n)
+    true(refused, 'no cut hit anything')
+    true(answers(port), 'the server is gone')
+
+
+def cut_all_over_the_handshake(w):
+    cut_in_the_handshake(w, 73)
+
+
+IN_BETWEEN = [starttls_is_stripped, words_behind_starttls_are_not_taken, what_was_said_in_the_clear_is_forgotten,
+              a_tls_port_does_nothing_in_the_clear, cut_in_the_handshake, cut_all_over_the_handshake]
+
+
 def too_old(w):
     """Below --tls-min nothing goes, and nothing goes in the clear instead."""
     run_cell(w, farpage, by_nbd_client, dict(mode='require', oldest='1.3'), dict(), NO)
@@ -434,8 +607,10 @@ QUICK = {
 
 
 if __name__ == '__main__':
+    for case in IN_BETWEEN:
+        cell('somebody in between', 'farpage is both')(case).quick = case is not cut_all_over_the_handshake
     too_old.__name__, too_old.quick = 'nbd-client, farpage as server: TLS 1.2 where 1.3 is the oldest is refused', True
-    every = list(matrix()) + [cell('nbd-client with TLS', 'farpage is the server')(too_old)]
+    every = IN_BETWEEN + list(matrix()) + [cell('nbd-client with TLS', 'farpage is the server')(too_old)]
     if sys.argv[2:] == ['long']:
         del sys.argv[2:]
         main(every)
