@@ -686,9 +686,10 @@ def whole_chunks_only(w):
     equal(c.read(4096, 4096), b'q' * 4096, 'read')
 
 
-main([options_are_answered, export_name_the_old_way, nonsense_ends_the_connection, go_nbd_sends_a_length_of_zero,
-      contexts_are_chosen, every_command_in_every_form, every_error_keeps_the_connection, payloads_of_extended_requests,
-      zeroes_travel_as_holes, block_status_tells_holes, slow_requests_run_beside_each_other, many_at_once_each_gets_its_own,
-      a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, cut_at_every_byte, one_byte_at_a_time,
-      garbage_of_all_kinds, a_peer_that_takes_nothing_costs_little, stop_with_clients_there, both_protocols_on_one_socket,
-      sockets_that_systemd_opened, whole_chunks_only])
+if __name__ == '__main__':
+    main([options_are_answered, export_name_the_old_way, nonsense_ends_the_connection, go_nbd_sends_a_length_of_zero,
+          contexts_are_chosen, every_command_in_every_form, every_error_keeps_the_connection, payloads_of_extended_requests,
+          zeroes_travel_as_holes, block_status_tells_holes, slow_requests_run_beside_each_other, many_at_once_each_gets_its_own,
+          a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, cut_at_every_byte, one_byte_at_a_time,
+          garbage_of_all_kinds, a_peer_that_takes_nothing_costs_little, stop_with_clients_there, both_protocols_on_one_socket,
+          sockets_that_systemd_opened, whole_chunks_only])
