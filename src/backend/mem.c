@@ -50,6 +50,7 @@ static void mem_map(struct mem *m)
 	if (p == MAP_FAILED)
 		return;
 	madvise(p, m->bytes, MADV_DONTFORK);
+	madvise(p, m->bytes, MADV_DONTDUMP); /* as it was as a file: a dump would give every hole a page */
 	m->map = p;
 }
 
