@@ -60,7 +60,10 @@ struct far_nbd_conn {
 	struct far_nbd_request stream;
 	uint64_t streamed;
 	int stream_err;
-	uint64_t skip;           /* bytes of a refused write still to come */
+	uint64_t skip;           /* bytes of a refused request still to come; then it is answered */
+	struct far_nbd_request refused;
+	int refused_err;
+	const char *refused_why;
 	struct far_spin spin;
 	unsigned crowded;        /* so many times not to spin */
 	unsigned came;           /* requests since the last read */
