@@ -85,18 +85,20 @@ void far_push_refused(struct far_region *r, int err)
 	far_region_fence(r);
 }
 
-/* Pieces that take long are cut smaller, so that throttled writers go on smoothly; a fast path gets larger ones. */
+/* Pieces that take long are cut smaller, so that throttled writers go on smoothly; a fast path gets larger ones. None may
+ * come near the deadline of one piece, however fast the first ones seemed. */
 static void push_resize_locked(struct far_push *p, uint64_t took, bool zeros) FAR_REQUIRES(p->lock)
 {
 	struct far_region *r = p->r;
+	uint64_t limit = r->o.deadline_ms * FAR_MSEC;
 	uint64_t io = far_facts(r->remote)->max_io;
 	uint64_t most = zeros ? PUSH_ZERO_MAX : io ? far_min(io, PUSH_EXTENT_MAX) : PUSH_EXTENT_MAX;
 	uint64_t *extent = zeros ? &p->zero_extent : &p->extent;
 
 	p->fastest = p->fastest ? far_min(p->fastest + p->fastest / 64, took) : took;
-	if (took > 2 * p->fastest + 60 * FAR_MSEC && *extent / 2 >= r->chunk)
+	if (took > far_min(2 * p->fastest + 60 * FAR_MSEC, limit / 4) && *extent / 2 >= r->chunk)
 		*extent /= 2;
-	else if (took < 2 * p->fastest + 20 * FAR_MSEC && *extent * 2 <= most)
+	else if (took < far_min(2 * p->fastest + 20 * FAR_MSEC, limit / 8) && *extent * 2 <= most)
 		*extent *= 2;
 }
 
@@ -219,10 +221,10 @@ static int push_job_locked(struct far_push *p, struct push_job *j, unsigned flag
 		far_push_ended_locked(p, j->first + j->n, j->more, j->more_began, before, after, err);
 	last.mine = j->more ? 2 : 1;
 	far_push_last_end_locked(p, &last, before, after, err);
-	if (!err) {
+	if (!err)
 		push_count_locked(p, (j->n + j->more) << r->shift);
+	if (!err || err == -ETIMEDOUT)
 		push_resize_locked(p, took, j->more > 0);
-	}
 	return err;
 }
 

@@ -270,6 +270,21 @@ def a_long_flush_is_not_cut_off(w):
         equal(w.read('a')[:4 << 20], data, 'the remote')
 
 
+def pieces_do_not_grow_into_the_deadline(w):
+    """A long way makes small pieces look slow; larger ones would not get through in time."""
+    w.file('a', 4 << 20)
+    w.file('b', 0)
+    m = w.mount('file:a', 'b', '--mode', 'managed', '--layer', 'delay:rtt=200ms,rate=1500K', '--deadline', '1500ms',
+                '--chunk', '512K', '--pull-workers', '0', '--push-workers', '2')
+    data = os.urandom(4 << 20)
+    with open(w.path('b'), 'r+b') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    equal(w.read('a'), data, 'the remote after fsync')
+    equal(m.end(), 0, 'exit code: ' + m.err())
+
+
 def an_open_file_is_served_until_it_closes(w):
     data = w.file('a', 1 << 20)
     w.file('b', 0)
