@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from cli_lib import FARPAGE, Skip, equal, has, main, message, need_fuse, true, wait_for
+from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, need_fuse, true, wait_for
 from nbd_lib import Other, answers, free_port, need
 
 MIB = 1 << 20
@@ -171,6 +171,71 @@ def slow_ones_are_given_up(w):
     message(r.err)
     has(r.err, 'timed out')
     true(time.monotonic() - began < 20, 'it took too long')
+
+
+def paused(w, path, *commands):
+    """Tell nbdkit's pause filter; it answers each with the same letter."""
+    with socket.socket(socket.AF_UNIX) as c:
+        c.settimeout(30)
+        c.connect(path)
+        for command in commands:
+            c.sendall(command)
+            equal(c.recv(1), command.upper(), 'answer of the pause filter')
+
+
+def a_server_that_pauses(w):
+    """nbdkit's pause filter: requests hang and go on. A short pause is waited for, a long one is an error in time, and what
+    came before and after has the right bytes."""
+    control = w.path('control')
+    s, uri = nbdkit(w, '--filter=pause', '--filter=delay', 'memory', '8M', 'pause-control=' + control, 'rdelay=1ms', 'wdelay=1ms')
+    data = w.file('a', 8 * MIB)
+    for what in (['file:a', uri], [uri, 'file:b']):
+        fds = lambda: len(os.listdir('/proc/%d/fd' % s.p.pid))
+        paused(w, control, b'p')
+        before = fds()
+        r = w.start('copy', *what)
+        wait_for(lambda: fds() > before or r.p.poll() is not None, 'the connection')
+        true(r.p.poll() is None, 'it did not wait: ' + r.err())
+        paused(w, control, b'r')
+        equal(r.p.wait(60), 0, r.err())
+    equal(w.read('b'), data)
+    paused(w, control, b'p')
+    began = time.monotonic()
+    r = w.run('copy', uri + '?timeout=400ms', 'null:', '--deadline', '2s')
+    true(r.returncode in (1, 4), 'exit %d: %s' % (r.returncode, r.err))
+    message(r.err)
+    true(time.monotonic() - began < 20, 'it took too long')
+    paused(w, control, b'r')
+    w.run('copy', uri, 'file:b', code=0)
+    equal(w.read('b'), data)
+
+
+def slow_in_every_way(w):
+    """The filters delay, rate and blocksize, and both of multi-conn's ways to say that connections agree."""
+    for args in (['--filter=delay', 'memory', '2M', 'rdelay=3ms', 'wdelay=5ms', 'delay-zero=5ms', 'delay-extents=20ms', 'delay-open=50ms'],
+                 ['--filter=rate', 'memory', '2M', 'rate=100M', 'connection-rate=50M'],
+                 ['--filter=blocksize', 'memory', '2M', 'minblock=4096', 'maxdata=64K', 'maxlen=128K'],
+                 ['--filter=multi-conn', 'memory', '2M', 'multi-conn-mode=emulate'],
+                 ['--filter=multi-conn', '--filter=fua', 'memory', '2M', 'multi-conn-mode=plugin', 'fuamode=force'],
+                 ['--filter=error', '--filter=noextents', 'memory', '2M', 'error-pwrite=ENOSPC', 'error-pwrite-rate=0%',
+                  'error-zero=EIO', 'error-zero-rate=0%']):
+        s, uri = nbdkit(w, *args)
+        there_and_back(w, uri, 2 * MIB)
+        s.kill()
+
+
+def zeroing_fails(w):
+    """What the server cannot zero is told, or written; never left as it was."""
+    s, uri = nbdkit(w, '--filter=error', 'memory', '2M', 'error-zero=EIO', 'error-zero-rate=100%')
+    w.file('x', 2 * MIB, seed=5)
+    w.run('copy', 'file:x', uri, code=0)
+    data = w.file('a', 2 * MIB, holes=[(MIB, 2 * MIB)])
+    r = w.run('copy', 'file:a', uri)
+    w.run('copy', uri, 'file:b', code=0)
+    if r.returncode:
+        message(r.err)
+    else:
+        equal(w.read('b'), data)
 
 
 def stopped_server(w):
@@ -615,13 +680,23 @@ def named(name, fn):
     return fn
 
 
-QUICK = [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, qemu_nbd,
-         qemu_nbd_qcow2, qemu_storage_daemon, nbd_server, errors_are_told, errors_now_and_then, slow_ones_are_given_up,
-         stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, begun_without_the_server,
-         fsx_on_both_mounts, direct_mount, refused_uris]
-QUICK.append(greetings_that_are_none)
-QUICK += [named(k, hostile(f)) for k, f in HOSTILE.items()]
-QUICK += [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()]
+CELLS = {
+    'nbdkit': [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, errors_are_told,
+               errors_now_and_then, slow_ones_are_given_up, slow_in_every_way, zeroing_fails, a_server_that_pauses, stopped_server,
+               link_cut_here_and_there, lost_and_found, another_export_is_refused, begun_without_the_server, fsx_on_both_mounts,
+               direct_mount],
+    'nbdkit with TLS': [tls_by_certificates, tls_by_psk],
+    'qemu-nbd': [qemu_nbd, qemu_nbd_qcow2],
+    'qemu-storage-daemon': [qemu_storage_daemon],
+    'nbd-server': [nbd_server],
+    'raw bytes': [refused_uris, greetings_that_are_none] + [named(k, hostile(f)) for k, f in HOSTILE.items()] +
+                 [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()],
+}
+for peer, cases in dict(CELLS, long=[matrix]).items():
+    for case in cases:
+        cell(peer if peer != 'long' else 'nbdkit', 'farpage is the client')(case)
+
 
 if __name__ == '__main__':
-    main([matrix] if sys.argv[2:] == ['long'] and sys.argv.pop() else QUICK)
+    main([matrix] if sys.argv[2:] == ['long'] and sys.argv.pop() else
+         [case for cases in CELLS.values() for case in cases])

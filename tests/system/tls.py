@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 
-from cli_lib import FARPAGE, Skip, equal, has, main, message, true, wait_for
+from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, true, wait_for
 from tls_lib import certificate, openssl, place
 
 CERT = ['--tls-cert', 's.pem', '--tls-key', 's.key']
@@ -439,5 +439,9 @@ CASES = [the_servers_certificate_is_checked, clear_text_and_tls_do_not_meet, cli
          certificates_are_read_again_under_load, grpcio_sees_the_right_status, an_issuers_keys_are_fetched_kept_and_rotated,
          an_issuer_with_a_wrong_certificate_is_not_believed, a_set_of_keys_comes_from_a_file,
          nbd_has_certificates_and_shared_keys, commands_are_run_and_ended, a_lost_command_is_run_again]
+cell('grpcio with TLS', 'farpage is the server')(grpcio_sees_the_right_status)
+cell('grpcio with TLS', 'farpage is the server')(certificates_are_read_again_under_load)
+cell('nbdinfo with TLS', 'farpage is the server')(nbd_has_certificates_and_shared_keys)
+
 if __name__ == '__main__':
     main(CASES)

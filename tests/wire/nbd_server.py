@@ -12,7 +12,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'system'))
-from cli_lib import DEADLINE, equal, has, main, true, wait_for
+from cli_lib import DEADLINE, cell, equal, has, main, true, wait_for
 
 OPT, REPLY = 0x49484156454f5054, 0x0003e889045565a9
 EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED, LIST_META, SET_META, EXTENDED = 1, 2, 3, 5, 6, 7, 8, 9, 10, 11
@@ -701,11 +701,15 @@ def whole_chunks_only(w):
     equal(c.read(4096, 4096), b'q' * 4096, 'read')
 
 
+CASES = [options_are_answered, export_name_the_old_way, nonsense_ends_the_connection, go_nbd_sends_a_length_of_zero,
+         contexts_are_chosen, every_command_in_every_form, every_error_keeps_the_connection,
+         a_refused_write_is_answered_behind_its_bytes, payloads_of_extended_requests,
+         zeroes_travel_as_holes, block_status_tells_holes, slow_requests_run_beside_each_other, many_at_once_each_gets_its_own,
+         a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, cut_at_every_byte, one_byte_at_a_time,
+         garbage_of_all_kinds, a_peer_that_takes_nothing_costs_little, stop_with_clients_there, both_protocols_on_one_socket,
+         sockets_that_systemd_opened, whole_chunks_only]
+
 if __name__ == '__main__':
-    main([options_are_answered, export_name_the_old_way, nonsense_ends_the_connection, go_nbd_sends_a_length_of_zero,
-          contexts_are_chosen, every_command_in_every_form, every_error_keeps_the_connection,
-          a_refused_write_is_answered_behind_its_bytes, payloads_of_extended_requests,
-          zeroes_travel_as_holes, block_status_tells_holes, slow_requests_run_beside_each_other, many_at_once_each_gets_its_own,
-          a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, cut_at_every_byte, one_byte_at_a_time,
-          garbage_of_all_kinds, a_peer_that_takes_nothing_costs_little, stop_with_clients_there, both_protocols_on_one_socket,
-          sockets_that_systemd_opened, whole_chunks_only])
+    for case in CASES:
+        cell('raw bytes', 'farpage is the server')(case)
+    main(CASES)
