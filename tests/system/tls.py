@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from cli_lib import FARPAGE, Skip, equal, has, main, message, true, wait_for
+from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, true, wait_for
 from tls_lib import certificate, openssl, place
 
 CERT = ['--tls-cert', 's.pem', '--tls-key', 's.key']
@@ -848,5 +848,9 @@ CASES = [the_servers_certificate_is_checked, clear_text_and_tls_do_not_meet, cli
          versions_of_tls, calls_in_flight_outlive_a_reload, rules_give_rights_over_nbd, an_issuer_that_lies_is_not_believed,
          nothing_listens_beyond_loopback_in_the_clear, no_tls_is_not_replaced_by_none, one_listener_carries_all,
          nbd_on_standard_input_and_output, a_program_starts_its_server]
+cell('grpcio with TLS', 'farpage is the server')(grpcio_sees_the_right_status)
+cell('grpcio with TLS', 'farpage is the server')(certificates_are_read_again_under_load)
+cell('nbdinfo with TLS', 'farpage is the server')(nbd_has_certificates_and_shared_keys)
+
 if __name__ == '__main__':
     main(CASES)
