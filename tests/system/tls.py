@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from cli_lib import FARPAGE, Skip, equal, has, main, message, true, wait_for
+from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, true, wait_for
 from tls_lib import certificate, openssl, place
 
 CERT = ['--tls-cert', 's.pem', '--tls-key', 's.key']
@@ -912,5 +912,9 @@ CASES = [the_servers_certificate_is_checked, clear_text_and_tls_do_not_meet, cli
          nothing_listens_beyond_loopback_in_the_clear, no_tls_is_not_replaced_by_none, one_listener_carries_all,
          nbd_on_standard_input_and_output, a_program_starts_its_server,
          the_manuals_examples_run]
+cell('grpcio with TLS', 'farpage is the server')(grpcio_sees_the_right_status)
+cell('grpcio with TLS', 'farpage is the server')(certificates_are_read_again_under_load)
+cell('nbdinfo with TLS', 'farpage is the server')(nbd_has_certificates_and_shared_keys)
+
 if __name__ == '__main__':
     main(CASES)

@@ -25,6 +25,7 @@
 #include "wire/nbd/link.h"
 
 #include "net/net.h"
+#include "wire/nbd/trust.h"
 
 #include <libnbd.h>
 #include <poll.h>
@@ -493,7 +494,7 @@ static int link_refused(const struct far_nbd_peer *p, struct far_error *err)
 	return far_error_set(err, e, "cannot open %s: %.300s", p->where, text && *text ? text : far_strerror(e));
 }
 
-static int link_settings(const struct far_nbd_peer *p, struct nbd_handle *h)
+static int link_settings(const struct far_nbd_peer *p, const char *certificates, struct nbd_handle *h)
 {
 	int r = nbd_set_export_name(h, p->export) | nbd_add_meta_context(h, LINK_CONTEXT) |
 		nbd_set_tls(h, p->tls ? LIBNBD_TLS_REQUIRE : LIBNBD_TLS_DISABLE);
@@ -502,8 +503,8 @@ static int link_settings(const struct far_nbd_peer *p, struct nbd_handle *h)
 	r |= nbd_set_pread_initialize(h, false);
 	if (p->tls)
 		r |= nbd_set_tls_verify_peer(h, p->tls_verify);
-	if (p->tls_certificates)
-		r |= nbd_set_tls_certificates(h, p->tls_certificates);
+	if (certificates)
+		r |= nbd_set_tls_certificates(h, certificates);
 	if (p->tls_psk_file)
 		r |= nbd_set_tls_psk_file(h, p->tls_psk_file);
 	if (p->tls_username)
@@ -624,13 +625,27 @@ static int link_describe(struct far_nbd_link *l, const struct far_nbd_peer *p, s
 	return 0;
 }
 
+/* Connect and agree, with certificates from this folder; NULL: none are needed. */
+static int link_start(struct far_nbd_link *l, const struct far_nbd_peer *p, const char *certificates, uint64_t until, int cancel,
+		      struct far_nbd_export *e, struct far_error *err)
+{
+	int r = l->wake < 0 ? far_error_set(err, errno, "cannot open %s: %s", p->where, far_strerror(errno)) :
+		!l->h || link_settings(p, certificates, l->h) ? link_refused(p, err) : link_connect(l, p, until, cancel, err);
+
+	if (!r)
+		r = link_handshake(l, p, until, cancel, err);
+	return r ? r : link_describe(l, p, e, err);
+}
+
 int far_nbd_link_open(const struct far_nbd_peer *p, uint64_t until, int cancel, struct far_nbd_link **out,
 		      struct far_nbd_export *e, struct far_error *err)
 {
 	struct far_nbd_link *l = calloc(1, sizeof *l);
-	struct far_error own = { 0 };
+	struct far_nbd_trust trust = { .made = false };
+	struct far_error own = { 0 }, unheard = { 0 };
+	int r = 0;
 
-	err = err ? err : &own;
+	err = err ? err : &unheard;
 	if (!l)
 		return far_error_set(err, ENOMEM, "cannot open %s: %s", p->where, far_strerror(ENOMEM));
 	far_mutex_init(&l->lock);
@@ -638,12 +653,12 @@ int far_nbd_link_open(const struct far_nbd_peer *p, uint64_t until, int cancel, 
 	atomic_init(&l->refs, 1);
 	l->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	l->h = nbd_create();
-	int r = l->wake < 0 ? far_error_set(err, errno, "cannot open %s: %s", p->where, far_strerror(errno)) :
-		!l->h || link_settings(p, l->h) ? link_refused(p, err) : link_connect(l, p, until, cancel, err);
+	bool unsaid = p->tls && p->tls_verify && !p->tls_certificates && !p->tls_psk_file;
+	if (unsaid && (r = far_nbd_trust_open(&trust, &own)))
+		far_error_set(err, -r, "cannot open %s: %s", p->where, own.text);
 	if (!r)
-		r = link_handshake(l, p, until, cancel, err);
-	if (!r)
-		r = link_describe(l, p, e, err);
+		r = link_start(l, p, unsaid ? trust.dir : p->tls_certificates, until, cancel, e, err);
+	far_nbd_trust_close(&trust);
 	if (!r) {
 		*out = l;
 		return 0;
