@@ -15,7 +15,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'system'))
-from cli_lib import DEADLINE, SLACK, Skip, equal, main, true, wait_for
+from cli_lib import DEADLINE, SLACK, Skip, cell, equal, main, true, wait_for
 from tls_lib import authority, certificate
 
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
@@ -487,7 +487,7 @@ def floods(w, takes):
     failed, worst = [], 0
     for name, make, ends in FLOODS:
         before = rss(s)
-        c, sent = flood(s, make, takes, DEADLINE if ends else 0.5, (32 if ends else 4) << 20)
+        c, sent = flood(s, make, takes, DEADLINE if ends else 0.3, (32 if ends else 4) << 20)
         grown = rss(s) - before
         worst = max(worst, grown)
         if os.environ.get('FARPAGE_VERBOSE'):
@@ -822,10 +822,12 @@ def grpcio(w, tls):
     equal(s.end(), 0, 'exit code')
 
 
+@cell('grpcio', 'farpage is the server')
 def grpcio_in_the_clear(w):
     grpcio(w, False)
 
 
+@cell('grpcio with TLS', 'farpage is the server')
 def grpcio_over_tls(w):
     grpcio(w, True)
 

@@ -125,7 +125,7 @@ def rss(s):
         return next(int(x.split()[1]) for x in f if x.startswith('VmRSS')) / 1024
 
 
-def flood(s, first, again, takes, seconds=0.4):
+def flood(s, first, again, takes, seconds):
     """True if the server ended it."""
     c = connect(s.path)
     gone = threading.Event()
@@ -165,7 +165,7 @@ def floods(w, takes, *args):
     for name, first, again, ends in ROWS:
         before = rss(s)
         ends = True if ends is None and takes else ends
-        c, ended = flood(s, first, again, takes, DEADLINE if ends else 0.4)
+        c, ended = flood(s, first, again, takes, DEADLINE if ends else 0.2)
         grown = rss(s) - before
         worst = max(worst, grown)
         if os.environ.get('FARPAGE_VERBOSE'):
