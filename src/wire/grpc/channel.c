@@ -11,7 +11,8 @@
  *                                                                   |
  *                                  pass both tokens on: wake one waiting caller, who takes them
  *
- * Who finds the lock taken leaves its call in the inbox and sleeps: whoever lets go of the lock takes it in.
+ * Who finds the lock taken, or a reader that is awake, leaves its call in the inbox and sleeps: the reader, or whoever lets go
+ * of the lock, takes it in. Long requests are sent by their own callers.
  *
  * Invariants:
  *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
@@ -53,6 +54,7 @@ struct far_channel {
 	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
 
 	_Atomic bool output; /* there is something to send: the reader ends its spin for it */
+	_Atomic bool awake;  /* there is a reader, and it looks into the inbox before it sleeps or goes */
 	_Atomic(struct far_call *) inbox; /* calls that came while another thread had the lock, newest first */
 
 	struct far_mutex lock;
@@ -251,6 +253,11 @@ static void channel_wait_room(struct far_channel *c, uint64_t deadline) FAR_REQU
 	c->sending = false;
 }
 
+static bool channel_is_asked(struct far_channel *c)
+{
+	return atomic_load_explicit(&c->output, memory_order_relaxed) || atomic_load_explicit(&c->inbox, memory_order_relaxed);
+}
+
 /* One read of the socket, straight to where the bytes belong if that is known, spinning for a moment when there is
  * nothing. Bytes that were fed, or -errno. The read token is held. */
 static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(c->lock)
@@ -271,8 +278,7 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
 	if (k == -EAGAIN && spin && !c->dry)
 		c->dry = far_now();
-	while (k == -EAGAIN && spin && !atomic_load_explicit(&c->output, memory_order_relaxed) && far_spin_wanted(&c->spin) &&
-	       far_now() - c->dry < FAR_SPIN) {
+	while (k == -EAGAIN && spin && !channel_is_asked(c) && far_spin_wanted(&c->spin) && far_now() - c->dry < FAR_SPIN) {
 		far_thread_yield();
 		k = c->conn.ops->readv(&c->conn, iov, n);
 	}
@@ -346,8 +352,10 @@ static void channel_look(struct far_channel *c) FAR_REQUIRES(c->lock)
 static void channel_read(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
 {
 	c->reading = true;
+	atomic_store_explicit(&c->awake, true, memory_order_relaxed);
 	while (!call->done && !c->dead) {
 		bool room = true;
+		channel_drain(c);
 		if (!c->sending && channel_has_output(c))
 			room = channel_send(c);
 		if (c->dead)
@@ -363,10 +371,12 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 			continue;
 		uint64_t until = channel_look_at(c, deadline);
 		c->asleep = true;
+		atomic_store_explicit(&c->awake, false, memory_order_relaxed); /* channel_unlock() looks into the inbox after it */
 		channel_unlock(c);
 		int r = c->conn.ops->wait(&c->conn, true, !room, until);
 		far_mutex_lock(&c->lock);
 		c->asleep = false;
+		atomic_store_explicit(&c->awake, true, memory_order_relaxed);
 		if (r == -ETIMEDOUT && until == deadline)
 			break;
 		if (r == -ETIMEDOUT)
@@ -375,6 +385,8 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 			channel_die(c, r);
 	}
 	c->reading = false;
+	atomic_store_explicit(&c->awake, false, memory_order_relaxed);
+	channel_drain(c);
 	if (channel_wants_sender(c)) /* it was left to us */
 		channel_send(c);
 }
@@ -678,16 +690,21 @@ int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t de
 
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 {
+	bool small = call->req.body_n <= CHANNEL_SMALL;
+
 	channel_prepare(c, call, deadline);
-	if (far_mutex_trylock(&c->lock)) {
+	if (!small)
+		far_mutex_lock(&c->lock);
+	if (!small || (!atomic_load_explicit(&c->awake, memory_order_relaxed) && far_mutex_trylock(&c->lock))) {
 		channel_begin(c, call);
 	} else {
-		/* Whoever has the lock takes it in, and what others bring with it: one batch for all. */
+		/* Whoever reads, or has the lock, takes it in, and what others bring with it: one batch for all. */
 		call->waiting = true;
 		call->next = atomic_load_explicit(&c->inbox, memory_order_relaxed);
 		while (!atomic_compare_exchange_weak(&c->inbox, &call->next, call))
 			;
-		if (!far_mutex_trylock(&c->lock)) {
+		atomic_thread_fence(memory_order_seq_cst); /* partner: channel_unlock() */
+		if (atomic_load_explicit(&c->awake, memory_order_relaxed) || !far_mutex_trylock(&c->lock)) {
 			if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
 				return call->result;
 			far_mutex_lock(&c->lock);
