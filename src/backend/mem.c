@@ -21,6 +21,7 @@
 
 #define MEM_PAGE ((uint64_t)4096)
 #define MEM_SHORT 65536 /* a longer read the kernel makes as fast; a write never: it locks each page */
+#define MEM_AROUND ((uint64_t)65536) /* what the kernel maps at one fault of a read */
 #define MEM_MAPPED_MAX ((uint64_t)1 << 44)
 
 /*
@@ -220,4 +221,25 @@ close:
 bool far_backend_is_memory(const struct far_backend *b)
 {
 	return far_backend_is(b, mem_read) || far_heap_address(b);
+}
+
+/* A page that is there may still be unknown to the page table. To read of it brings its fifteen neighbours along; a write
+ * would bring it alone. */
+static void mem_touch(const struct mem *m, uint64_t off, size_t len)
+{
+	for (uint64_t at = off / MEM_AROUND * MEM_AROUND; at < off + len; at += MEM_AROUND)
+		(void)*(const volatile char *)(m->map + far_max(at, off));
+}
+
+char *far_backend_place(const struct far_backend *b, uint64_t off, size_t len)
+{
+	char *p = far_heap_place(b, off, len);
+
+	if (p || !far_backend_is(b, mem_read))
+		return p;
+	const struct mem *m = far_backend_self(b, mem_read);
+	if (!mem_is_there(m, off, len))
+		return NULL;
+	mem_touch(m, off, len);
+	return m->map + off;
 }

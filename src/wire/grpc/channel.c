@@ -361,6 +361,8 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 		if (c->dead)
 			break;
 		ssize_t k = channel_read_some(c, room);
+		if (k > 0 && c->heard >= deadline)
+			break; /* of other things a peer may speak for ever */
 		if (k > 0 || call->done)
 			continue;
 		if (k != -EAGAIN) {
