@@ -39,6 +39,7 @@
 #define CHANNEL_SPARE 16384
 #define CHANNEL_SLICE (10 * FAR_MSEC)
 #define CHANNEL_WAKE 64
+#define CHANNEL_GATHER 4 /* so large a part of the calls may wait to be sent together */
 #define CHANNEL_SMALL 16384 /* a longer body is sent by its own caller: the reader has to read */
 #define CHANNEL_STALE (5 * FAR_MSEC) /* after so long without a call look at what the peer said meanwhile */
 
@@ -65,6 +66,7 @@ struct far_channel {
 	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
 	bool spoken FAR_GUARDED_BY(lock), wants_tls FAR_GUARDED_BY(lock); /* the peer has said something; what it was */
 	int error FAR_GUARDED_BY(lock);
+	unsigned linked FAR_GUARDED_BY(lock), unsent FAR_GUARDED_BY(lock); /* calls on the list; begun since something was sent */
 	unsigned leaving FAR_GUARDED_BY(lock); /* callers whose memory the batch still borrows */
 	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
 	uint64_t quiet FAR_GUARDED_BY(lock), patience FAR_GUARDED_BY(lock); /* FAR_NEVER: no pings */
@@ -211,6 +213,7 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 	int r = 0;
 
 	c->sending = true;
+	c->unsent = 0;
 	atomic_store_explicit(&c->output, false, memory_order_relaxed);
 	while (!c->dead && far_h2_fill(&c->h2, &r)) {
 		c->h2.writing = true;
@@ -353,14 +356,16 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 {
 	c->reading = true;
 	atomic_store_explicit(&c->awake, true, memory_order_relaxed);
+	ssize_t k = 0;
 	while (!call->done && !c->dead) {
 		bool room = true;
 		channel_drain(c);
-		if (!c->sending && channel_has_output(c))
+		/* While replies come, requests gather, as long as the peer has enough to do. */
+		if (!c->sending && (k <= 0 || c->unsent * CHANNEL_GATHER >= c->linked) && channel_has_output(c))
 			room = channel_send(c);
 		if (c->dead)
 			break;
-		ssize_t k = channel_read_some(c, room);
+		k = channel_read_some(c, room);
 		if (k > 0 && c->heard >= deadline)
 			break; /* of other things a peer may speak for ever */
 		if (k > 0 || call->done)
@@ -404,6 +409,8 @@ static void channel_link(struct far_channel *c, struct far_call *call) FAR_REQUI
 	else
 		c->calls = call;
 	c->last = call;
+	c->linked++;
+	c->unsent++;
 }
 
 static void channel_unlink(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
@@ -416,6 +423,7 @@ static void channel_unlink(struct far_channel *c, struct far_call *call) FAR_REQ
 		call->next->prev = call->prev;
 	else
 		c->last = call->prev;
+	c->linked--;
 }
 
 /* Put the request into the session. */
