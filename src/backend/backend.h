@@ -35,9 +35,13 @@ void far_backend_set_read_only(struct far_backend *b);
 int far_heap_new(uint64_t bytes, struct far_backend **out);
 /* Where its bytes are, for as long as b is open; NULL if b is something else. */
 const char *far_heap_address(const struct far_backend *b);
+char *far_heap_place(const struct far_backend *b, uint64_t off, size_t len); /* for far_backend_place() */
 
 /* Whether b itself is memory of this host: none of its calls waits for anything. mem.c. */
 bool far_backend_is_memory(const struct far_backend *b);
+/* Where bytes of such memory may be put without a call of it; NULL: write them as ever. What is put there by the kernel (a
+ * read of a socket) fails with -EFAULT when there is no memory left. It stays until b is closed. */
+char *far_backend_place(const struct far_backend *b, uint64_t off, size_t len);
 /* Whether far_zero() and far_discard() cost less than writing zeros would, all the way down. */
 bool far_backend_zeroes(struct far_backend *b);
 

@@ -50,14 +50,16 @@ static void heap_first_write(struct heap *h, uint64_t block, bool hurry)
 		madvise(h->base + block * HEAP_HUGE, HEAP_HUGE, MADV_NOHUGEPAGE);
 }
 
-static int heap_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+static char *heap_ready(struct heap *h, uint64_t off, size_t len, bool hurry)
 {
-	struct heap *h = self;
-	bool hurry = !(flags & FAR_BULK) && len < HEAP_SHORT;
-
 	for (uint64_t block = off / HEAP_HUGE; block <= (off + len - 1) / HEAP_HUGE; block++)
 		heap_first_write(h, block, hurry);
-	memcpy(h->base + off, buf, len);
+	return h->base + off;
+}
+
+static int heap_write(void *self, uint64_t off, const void *buf, size_t len, unsigned flags)
+{
+	memcpy(heap_ready(self, off, len, !(flags & FAR_BULK) && len < HEAP_SHORT), buf, len);
 	return 0;
 }
 
@@ -144,4 +146,9 @@ int far_heap_new(uint64_t bytes, struct far_backend **out)
 const char *far_heap_address(const struct far_backend *b)
 {
 	return far_backend_is(b, heap_read) ? ((struct heap *)far_backend_self(b, heap_read))->base : NULL;
+}
+
+char *far_heap_place(const struct far_backend *b, uint64_t off, size_t len)
+{
+	return far_backend_is(b, heap_read) ? heap_ready(far_backend_self(b, heap_read), off, len, len < HEAP_SHORT) : NULL;
 }

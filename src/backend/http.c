@@ -36,6 +36,7 @@
 
 #define HTTP_WORKERS 64
 #define HTTP_REDIRECTS 5
+#define HTTP_HEAD_MAX ((uint64_t)256 * FAR_KIB)
 #define HTTP_REST ((uint64_t)64 * FAR_KIB) /* of an error's page that is read to keep the connection */
 #define HTTP_KNOWN_MS 3000
 #define HTTP_SECRET 1024
@@ -64,7 +65,7 @@ struct http_worker {
 	struct far_http_head head;
 	const struct http_pin *pin; /* NULL: this request finds it out */
 	char *dst;
-	uint64_t off, len, got, rest;
+	uint64_t off, len, got, rest, head_n;
 	bool judged;
 	int verdict;
 	char why[CURL_ERROR_SIZE];
@@ -171,6 +172,10 @@ static size_t http_head_cb(char *line, size_t one, size_t n, void *opaque)
 {
 	struct http_worker *w = opaque;
 
+	/* libcurl keeps them all, and those behind the body too. */
+	w->head_n += n;
+	if (w->head_n > HTTP_HEAD_MAX)
+		return 0;
 	far_http_head_line(&w->head, line, n);
 	return n;
 }
@@ -273,7 +278,7 @@ static int http_get(struct http_worker *w, const struct http_pin *pin, uint64_t 
 	w->dst = dst;
 	w->off = off;
 	w->len = len;
-	w->got = w->rest = 0;
+	w->got = w->rest = w->head_n = 0;
 	w->judged = false;
 	w->verdict = 0;
 	w->why[0] = 0;

@@ -20,11 +20,12 @@
 #include <unistd.h>
 
 #define MEM_PAGE ((uint64_t)4096)
-#define MEM_SHORT 65536                  /* what is longer the kernel copies as fast */
+#define MEM_SHORT 65536 /* a longer read the kernel makes as fast; a write never: it locks each page */
+#define MEM_AROUND ((uint64_t)65536) /* what the kernel maps at one fault of a read */
 #define MEM_MAPPED_MAX ((uint64_t)1 << 44)
 
 /*
- * Short reads and writes of pages that are there go through a mapping, which costs a third of a system call. To look at a
+ * Short reads, and writes, of pages that are there go through a mapping, which costs a third of a system call. To look at a
  * page that is not there would put one there, so it is noted which have been written. A note is no more than a hint: the
  * mapping and the file are the same bytes whatever it says.
  */
@@ -68,7 +69,7 @@ static uint64_t mem_mask(uint64_t w, uint64_t off, uint64_t len)
 
 static bool mem_is_there(const struct mem *m, uint64_t off, size_t len)
 {
-	if (!m->map || len > MEM_SHORT)
+	if (!m->map)
 		return false;
 	for (uint64_t w = off / MEM_PAGE / 64; w <= (off + len - 1) / MEM_PAGE / 64; w++) {
 		uint64_t mask = mem_mask(w, off, len);
@@ -95,7 +96,7 @@ static int mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned fl
 {
 	struct mem *m = self;
 
-	if (mem_is_there(m, off, len)) {
+	if (len <= MEM_SHORT && mem_is_there(m, off, len)) {
 		memcpy(buf, m->map + off, len);
 		return 0;
 	}
@@ -220,4 +221,25 @@ close:
 bool far_backend_is_memory(const struct far_backend *b)
 {
 	return far_backend_is(b, mem_read) || far_heap_address(b);
+}
+
+/* A page that is there may still be unknown to the page table. To read of it brings its fifteen neighbours along; a write
+ * would bring it alone. */
+static void mem_touch(const struct mem *m, uint64_t off, size_t len)
+{
+	for (uint64_t at = off / MEM_AROUND * MEM_AROUND; at < off + len; at += MEM_AROUND)
+		(void)*(const volatile char *)(m->map + far_max(at, off));
+}
+
+char *far_backend_place(const struct far_backend *b, uint64_t off, size_t len)
+{
+	char *p = far_heap_place(b, off, len);
+
+	if (p || !far_backend_is(b, mem_read))
+		return p;
+	const struct mem *m = far_backend_self(b, mem_read);
+	if (!mem_is_there(m, off, len))
+		return NULL;
+	mem_touch(m, off, len);
+	return m->map + off;
 }

@@ -25,6 +25,17 @@ void far_panic(const char *file, int line, const char *what)
 	abort();
 }
 
+/* Much of what a sentence quotes was said by somebody else, who is not to write to a terminal, or a line of his own. */
+static void base_printable(char *text)
+{
+	for (unsigned char *p = (unsigned char *)text; *p; p++) {
+		if (*p < ' ' || *p == 127)
+			*p = '?';
+		else if (p[0] == 0xc2 && p[1] >= 0x80 && p[1] < 0xa0) /* the same again in UTF-8 */
+			p[0] = p[1] = '?';
+	}
+}
+
 int far_error_set(struct far_error *err, int code, const char *fmt, ...)
 {
 	if (err) {
@@ -33,6 +44,7 @@ int far_error_set(struct far_error *err, int code, const char *fmt, ...)
 		va_start(ap, fmt);
 		vsnprintf(err->text, sizeof err->text, fmt, ap);
 		va_end(ap);
+		base_printable(err->text);
 	}
 	return -code;
 }
@@ -78,6 +90,7 @@ void far_log(enum far_log_level level, const char *fmt, ...)
 	if (n < 0)
 		return;
 	size_t len = (size_t)at + far_min((uint64_t)n, sizeof line - (size_t)at - 2);
+	base_printable(line);
 	line[len++] = '\n';
 	ssize_t r = write(STDERR_FILENO, line, len);
 	(void)r;

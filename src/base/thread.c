@@ -5,9 +5,12 @@
 
 #include "base/clock.h"
 
+#include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 void far_mutex_init(struct far_mutex *l)
 {
@@ -73,6 +76,24 @@ void far_cond_signal(struct far_cond *c)
 void far_cond_broadcast(struct far_cond *c)
 {
 	pthread_cond_broadcast(&c->c);
+}
+
+void far_event_kick(const struct far_event *e)
+{
+	(void)syscall(SYS_futex, &e->v, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+uint32_t far_event_wait_until(struct far_event *e, uint64_t until)
+{
+	struct timespec ts = { .tv_sec = (time_t)(until / FAR_SEC), .tv_nsec = (long)(until % FAR_SEC) };
+	uint32_t v;
+
+	/* WAIT_BITSET takes a point in time, of CLOCK_MONOTONIC; WAIT a span. */
+	while (!(v = far_event_get(e)))
+		if (syscall(SYS_futex, &e->v, FUTEX_WAIT_BITSET_PRIVATE, 0, until == FAR_NEVER ? NULL : &ts, NULL,
+			    FUTEX_BITSET_MATCH_ANY) && errno == ETIMEDOUT)
+			return far_event_get(e);
+	return v;
 }
 
 int far_thread_start(struct far_thread *t, const char *name, void *(*fn)(void *), void *arg)

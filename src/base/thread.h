@@ -8,6 +8,8 @@
 #include "base/base.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
 
 #if defined(__clang__)
 #define FAR_TSA(x) __attribute__((x))
@@ -46,6 +48,32 @@ void far_cond_wait(struct far_cond *c, struct far_mutex *l) FAR_REQUIRES(l);
 bool far_cond_wait_until(struct far_cond *c, struct far_mutex *l, uint64_t until) FAR_REQUIRES(l);
 void far_cond_signal(struct far_cond *c);
 void far_cond_broadcast(struct far_cond *c);
+
+/* What one thread sleeps on. far_event_set() may be the last that touches the memory: the sleeper can be gone before
+ * far_event_kick() makes the system call, which only names the address, so that it can be made without the lock under which
+ * the event was set. */
+struct far_event {
+	_Atomic uint32_t v; /* 0: nothing yet */
+};
+static inline void far_event_init(struct far_event *e)
+{
+	atomic_init(&e->v, 0);
+}
+static inline void far_event_set(struct far_event *e, uint32_t v) /* not 0 */
+{
+	atomic_store_explicit(&e->v, v, memory_order_release);
+}
+static inline void far_event_clear(struct far_event *e)
+{
+	atomic_store_explicit(&e->v, 0, memory_order_relaxed);
+}
+static inline uint32_t far_event_get(const struct far_event *e)
+{
+	return atomic_load_explicit(&e->v, memory_order_acquire);
+}
+void far_event_kick(const struct far_event *e);
+/* Sleep until it is set; its value, or 0 when the time has passed. */
+uint32_t far_event_wait_until(struct far_event *e, uint64_t until);
 
 struct far_thread {
 	pthread_t t;

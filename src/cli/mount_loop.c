@@ -398,7 +398,7 @@ static void mount_loop_step(struct mount_run *run)
 
 int mount_loop_run(struct mount_loop *l)
 {
-	struct mount_run run = { .l = l, .signals = cli_signals(l->run != NULL) };
+	struct mount_run run = { .l = l, .moved_at = far_now(), .signals = cli_signals(l->run != NULL) };
 
 	run.job.l = l;
 	run.job.done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

@@ -24,7 +24,7 @@
 #define OIDC_PAUSE (5 * FAR_SEC)
 #define OIDC_AGE (3600 * FAR_SEC)
 #define OIDC_OLD (24 * OIDC_AGE)
-#define OIDC_TIMEOUT_MS 5000
+#define OIDC_TIMEOUT_MS 3500 /* less than a client waits for its first answer: it is to hear why */
 #define OIDC_DOCUMENT_MAX (256 << 10)
 
 struct far_oidc {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
-/* What tls.c (connections) and tls_keys.c (what they begin with) know of each other. */
+/* What tls.c (connections), tls_keys.c (what they begin with) and tls_peer.c (whom they met) know of each other. */
 #ifndef FAR_TLS_INT_H
 #define FAR_TLS_INT_H
 
@@ -41,7 +41,14 @@ struct far_tls_seen {
 	char psk[128];   /* the name of the shared key that was used; "" none */
 	char names[160]; /* of a certificate that was refused, for a message */
 };
-/* tls.c: called for each certificate that is looked at. */
+
+/* tls_peer.c */
+/* Called for each certificate that is looked at. */
 int far_tls_verify_cb(int ok, X509_STORE_CTX *store);
+/* What went wrong, as a sentence: e is OpenSSL's error, 0: the peer hung up; `name`: whom a client expected. -errno. */
+int far_tls_reason(SSL *ssl, const char *name, unsigned long e, char *buf, size_t n);
+/* Note a name, or all of those in a certificate, once each, leaving out what could pass for another. 0 or -ENOMEM. */
+int far_tls_peer_add(struct far_peer *p, const unsigned char *name, int n);
+int far_tls_peer_certificate(struct far_peer *p, X509 *x);
 
 #endif

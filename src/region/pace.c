@@ -4,11 +4,13 @@
  * A fetch takes the path's own time and that of its own bytes on the link (`base`), and the wait behind what else is queued.
  * The wait is what a demand fetch suffers too, on whichever connection it goes, so bulk is paced by it.
  *
- *     STARTING -> STEADY             pace_start(): two periods brought no more than the one before, or bulk waits for itself
+ *     STARTING -> STEADY             pace_start(): a period brought hardly more than the one before, and fetches waited;
+ *                                    or two periods
  *     STEADY -> DRAINING -> STEADY   pace_drain(): nothing as short as `base` was seen for ten seconds, or waits do not end
  *
- * Starting: what arrives widens the window, so that it doubles each round trip, except while fetches wait: TCP's own start
- * looks like a queue, and ends by itself. Steady, far away: once a round trip, the least wait of that time (one that was kept from a CPU
+ * Starting: what arrives widens the window, by half each round trip, except while fetches wait: TCP's own start looks like
+ * a queue, and ends by itself. The wait is seen a round trip late, so a window that doubled would have filled a queue of a
+ * whole round trip by then. Steady, far away: once a round trip, the least wait of that time (one that was kept from a CPU
  * says nothing of the link) is compared with what is allowed. Longer: the window goes back to a little less than what the
  * path is known to hold (its shortest fetch, the rate that it was seen to have), and below that only after several round
  * trips, because hosts that are short of CPUs look the same. Shorter, and the window is what held back: it grows to there,
@@ -24,7 +26,7 @@
 #define PACE_PERIOD (5 * FAR_MSEC)
 #define PACE_WAIT (100 * FAR_USEC) /* what may wait at least */
 #define PACE_TOGETHER 4
-#define PACE_SPARE 25 /* this part of the link stays free, or a burst would wait for long */
+#define PACE_SPARE 16 /* this part of the link stays free, or a burst would wait for long */
 #define PACE_PATIENCE 4 /* round trips in a row that say the same */
 
 double far_pace_rate(const struct far_pace *p)
@@ -67,6 +69,12 @@ static uint64_t pace_allowed(const struct far_pace *p)
 	uint64_t part = far_min((uint64_t)((double)p->base * (double)p->base / (640.0 * FAR_MSEC)), p->base / 20);
 
 	return far_max(PACE_WAIT, part);
+}
+
+/* What bulk may wait for itself while the window is still to be found. */
+static bool pace_crowded(const struct far_pace *p, uint64_t wait)
+{
+	return wait > far_max(FAR_MSEC, p->base / 8);
 }
 
 /* For two round trips half of the window is used: what is shortest then is the path as it is now. */
@@ -114,19 +122,21 @@ static void pace_start(struct far_pace *p, double rate)
 		p->start_flat = 0;
 		return;
 	}
-	if (++p->start_flat < 2)
+	if (++p->start_flat < 2 && !pace_crowded(p, p->wait))
 		return;
 	p->starting = false;
 	if (far_pace_is_far(p)) /* by what was there a round trip ago: what waited is too much */
 		p->window = (uint64_t)((double)p->window * (double)p->base / (double)(p->base + p->wait));
 }
 
-static void pace_far(struct far_pace *p, uint64_t now)
+static void pace_far(struct far_pace *p, uint64_t now, uint64_t extent)
 {
 	uint64_t allowed = pace_allowed(p), holds = (uint64_t)(p->top * (double)p->base / (double)FAR_SEC);
 	uint64_t aim = holds - holds / PACE_SPARE;
-	uint64_t queued = (uint64_t)((double)p->window * (double)p->wait / (double)(p->base + p->wait));
 
+	if (holds / extent < PACE_SPARE) /* one extent less would leave more than that */
+		aim = far_max(aim, holds / extent * extent);
+	uint64_t queued = (uint64_t)((double)p->window * (double)p->wait / (double)(p->base + p->wait));
 	p->late = p->wait > 2 * allowed ? p->late + 1 : 0;
 	p->growths = p->wait > allowed ? 0 : p->growths + p->full;
 	if (p->wait > allowed && p->window > aim) {
@@ -138,7 +148,7 @@ static void pace_far(struct far_pace *p, uint64_t now)
 			pace_drain(p, now);
 	} else if (p->full && !p->late) {
 		uint64_t step = (p->window / 128) << far_min(p->growths / PACE_PATIENCE, 5);
-		p->window += p->window < aim && p->growths ? (aim - p->window) / 2 : step;
+		p->window += p->window < aim && p->growths ? far_max((aim - p->window) / 2, p->window / 128) : step;
 	}
 	p->window = far_min(p->window, p->max);
 }
@@ -158,8 +168,8 @@ bool far_pace_arrived(struct far_pace *p, uint64_t len, uint64_t began, uint64_t
 	uint64_t wait = pace_wait(p, took, len);
 	p->wait = far_min(p->wait, wait);
 	p->bytes += len;
-	if (p->starting && (!far_pace_is_far(p) || wait <= far_max(2 * FAR_MSEC, p->base / 4)))
-		p->window = far_min(p->window + len, p->max);
+	if (p->starting && (!far_pace_is_far(p) || !pace_crowded(p, wait)))
+		p->window = far_min(p->window + (far_pace_is_far(p) ? len / 2 : len), p->max);
 	uint64_t span = now - p->period;
 	if (span < far_max(p->base, PACE_PERIOD))
 		return false;
@@ -170,7 +180,7 @@ bool far_pace_arrived(struct far_pace *p, uint64_t len, uint64_t began, uint64_t
 	if (p->starting)
 		pace_start(p, rate);
 	else if (!p->fixed && far_pace_is_far(p) && !p->draining)
-		pace_far(p, now);
+		pace_far(p, now, extent);
 	if (!p->fixed && !far_pace_is_far(p))
 		pace_near(p);
 	if (!p->fixed)

@@ -585,7 +585,7 @@ int far_pull_open(struct far_region *r, struct far_error *err)
 	p->extent = far_max(pull_is_memory(r) ? FAR_STAGE : PULL_EXTENT_FIRST, r->chunk);
 	if (far_facts(r->remote)->max_io)
 		p->extent = far_max(r->chunk, far_min(p->extent, far_facts(r->remote)->max_io));
-	far_pace_init(&p->pace, r->o.window ? r->o.window : 8 * p->extent, r->o.window != 0, PULL_THREADS_MAX * 4 * FAR_MIB,
+	far_pace_init(&p->pace, r->o.window ? r->o.window : 4 * p->extent, r->o.window != 0, PULL_THREADS_MAX * 4 * FAR_MIB,
 		      far_now());
 	p->trigger = PULL_NO_TRIGGER;
 	p->want = FAR_NEVER;

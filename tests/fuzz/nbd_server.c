@@ -2,7 +2,7 @@
  * Copyright the farpage authors */
 /* A whole NBD connection of the server over a far_conn that is not one: it gives what the fuzzer says in pieces, and takes
  * replies in pieces too. The first byte is the length of the pieces, the second says how: what is greeted already, which
- * kind of backend. */
+ * kind of backend, and whether bytes without end follow, as a long write needs them. */
 #include "backend/backend.h"
 #include "base/thread.h"
 #include "wire/nbd/proto.h"
@@ -13,7 +13,8 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-#define REGION 70000
+#define REGION 300000
+#define FUZZ_MORE 250000
 
 static uint8_t fuzz_region[REGION];
 
@@ -31,7 +32,7 @@ static int fuzz_write(void *opaque, uint64_t off, const void *buf, size_t len)
 
 struct fuzz_conn {
 	const uint8_t *data;
-	size_t size, at, step;
+	size_t size, at, step, more;
 	bool odd;
 	struct far_mutex lock;
 	struct far_cond changed;
@@ -43,6 +44,12 @@ static ssize_t fuzz_readv(struct far_conn *conn, const struct iovec *iov, int n)
 	struct fuzz_conn *f = conn->state;
 	size_t k = (size_t)far_min(far_min(f->step, f->size - f->at), iov[0].iov_len);
 
+	if (!k) {
+		k = (size_t)far_min(f->more, iov[0].iov_len);
+		memset(iov[0].iov_base, 'w', k);
+		f->more -= k;
+		return (ssize_t)k;
+	}
 	if (f->odd && f->at % 3 == 1 && k > 1)
 		k = 1;
 	memcpy(iov[0].iov_base, f->data + f->at, k);
@@ -104,16 +111,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		return 0;
 	unsigned how = data[1];
 	if (how & 1) { /* memory never waits */
-		if (far_open("mem:70000?private=1", NULL, &b, NULL))
+		if (far_open(how & 32 ? "mem:300000" : "mem:300000?private=1", NULL, &b, NULL))
 			return 0;
 	} else if (far_backend_from(fuzz_read, fuzz_write, REGION, NULL, NULL, &b)) {
 		return 0;
 	}
 	struct far_export e = { .name = (char *)"disk", .b = b };
 	FAR_ASSERT(far_owner_new(b, 0, &e.owner) == 0);
-	struct far_server_env env = { .exports = &e, .exports_n = 1, .max_request = 65536, .memory_max = 1 << 20,
+	struct far_server_env env = { .exports = &e, .exports_n = 1, .max_request = 1 << 18, .memory_max = 1 << 20,
 				      .handshake = FAR_SEC, .stall = FAR_SEC };
-	struct fuzz_conn f = { .step = data[0] ? data[0] : 100000, .odd = how & 2 };
+	struct fuzz_conn f = { .step = data[0] ? data[0] : 100000, .odd = how & 2, .more = how & 16 ? FUZZ_MORE : 0 };
 	uint8_t *all = malloc(sizeof hello + size);
 	FAR_ASSERT(all);
 	size_t n = how & 4 ? sizeof hello - 1 : 0;

@@ -44,6 +44,9 @@ def build(folder):
         except subprocess.TimeoutExpired:
             raise Missing('the Go peers were not built within 240 s (does the module proxy answer?)')
         if out.returncode:
-            raise Missing('the Go peers do not build: ' + ' '.join(out.stderr.split())[-300:])
+            said = ' '.join(out.stderr.split())
+            absent = re.search(r'module lookup disabled|dial tcp|no such host|proxyconnect|TLS handshake|i/o timeout', said)
+            raise Missing(('the Go modules are not here and the module proxy does not give them: ' if absent else
+                           'the Go peers do not build: ') + said[:300])
         os.rename(made, binary)
     return binary

@@ -279,7 +279,13 @@ def we_use_its_nbd_server(w):
     for off, n in ((0, 1), (4095, 2), (8 * MIB - 1, 1), (MIB - 3, 3000)):
         equal(bytes.fromhex(ask(p, 'read', off, n)), data[off:off + n], 'bytes at %d' % off)
     equal_answer(ask(p, 'get', w.path('next'), 16 * KIB, 512), 8 * MIB)
+    has(ask(p, 'read', 8 * MIB - 1, 2), 'error')
+    has(ask(p, 'write', 8 * MIB, 'ff'), 'error')
+    equal(w.read('region'), data, 'content of the file after refused requests')
     finish(p)
+    p, first = ours(w, 'nbd+unix:///nothing?socket=' + w.path('nbd.sock'))
+    has(first, 'nothing')
+    true(first != 'open', 'an export that is not there was opened')
     server.stdin.close()
     server.wait(DEADLINE)
 

@@ -2,6 +2,8 @@
 # Copyright the farpage authors
 """A long path on one machine: two network namespaces and tundelay between them. The server lives in `a` (10.77.0.1), the
 client in `b`."""
+import ctypes
+import glob
 import json
 import os
 import shutil
@@ -17,6 +19,19 @@ class Missing(Exception):
     """Why there can be no path here."""
 
 
+def end_with_us():
+    """In a child before it becomes a program: what is killed cannot clean up, and its children must not outlive it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)
+
+
+def remove_left():
+    """The namespaces of those who were killed before they could."""
+    for name in map(os.path.basename, glob.glob('/run/netns/farpage-*-[ab]')):
+        pid = name.split('-')[1]
+        if pid.isdigit() and not os.path.exists('/proc/' + pid):
+            subprocess.run(['ip', 'netns', 'del', name], capture_output=True)
+
+
 class Path:
     def __init__(self, tundelay, rtt_ms, mbit, loss_permille=0, queue_kib=8192):
         if os.geteuid() != 0:
@@ -26,6 +41,7 @@ class Path:
                 raise Missing('%s is not installed (apt-get install %s)' % (program, package))
         if not os.path.exists('/dev/net/tun'):
             raise Missing('/dev/net/tun is missing')
+        remove_left()
         self.names = []
         self.link = None
         self.children = []
@@ -47,7 +63,7 @@ class Path:
                       'net.ipv4.tcp_wmem=4096 65536 %d' % BUFFER)
         self.link = subprocess.Popen([tundelay, self.names[0], self.names[1], str(int(rtt_ms * 500)), str(mbit),
                                       str(loss_permille), str(queue_kib)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                     text=True)
+                                     text=True, preexec_fn=end_with_us)
         if self.link.stdout.readline().strip() != 'up':
             raise Missing(self.link.stderr.read().strip() or 'the forwarder does not start')
 
@@ -59,7 +75,8 @@ class Path:
         return subprocess.run(self.inside(side, *argv), check=True, capture_output=True, text=True).stdout
 
     def start(self, side, *argv, **more):
-        p = subprocess.Popen(self.inside(side, *argv), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, **more)
+        p = subprocess.Popen(self.inside(side, *argv), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             preexec_fn=end_with_us, **more)
         self.children.append(p)
         return p
 
@@ -83,7 +100,7 @@ class Path:
         return json.loads(out)['end']['sum_received']['bits_per_second'] / 8 / (1 << 20)
 
     def close(self):
-        for p in self.children + [self.link]:
+        for p in self.children[::-1] + [self.link]:  # who asks before who answers
             if p and p.poll() is None:
                 p.terminate()
                 try:

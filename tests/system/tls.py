@@ -6,10 +6,14 @@ import base64
 import http.server
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import ssl
+import struct
 import subprocess
+import sys
 import threading
 import time
 
@@ -434,11 +438,416 @@ def a_lost_command_is_run_again(w):
     equal(m.end(), 0, m.err())
 
 
+class Terminator(threading.Thread):
+    """TLS of one version in front of a server in the clear: a peer that is older than ours, or that lies."""
+
+    def __init__(self, w, port, version):
+        super().__init__(daemon=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = self.context.maximum_version = version
+        self.context.set_alpn_protocols(['h2'])
+        self.context.load_cert_chain(w.path('s.pem'), w.path('s.key'))
+        self.to, self.listener = port, socket.create_server(('127.0.0.1', 0))
+        self.port, self.versions = self.listener.getsockname()[1], []
+        self.start()
+
+    def run(self):
+        while True:
+            try:
+                c, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self.one, args=(c,), daemon=True).start()
+
+    def one(self, c):
+        try:
+            c = self.context.wrap_socket(c, server_side=True)
+            self.versions.append(c.version())
+        except (OSError, ssl.SSLError):
+            return
+        s = socket.create_connection(('127.0.0.1', self.to))
+        # One thread: an SSL object is not for two.
+        c.settimeout(0)
+        try:
+            while True:
+                select.select([c, s], [], [], 1)
+                try:
+                    data = c.recv(65536)
+                    if not data:
+                        return
+                    s.sendall(data)
+                except ssl.SSLWantReadError:
+                    pass
+                if select.select([s], [], [], 0)[0]:
+                    data = s.recv(65536)
+                    if not data:
+                        return
+                    c.settimeout(30)
+                    c.sendall(data)
+                    c.settimeout(0)
+        except OSError:
+            pass
+        finally:
+            c.close()
+            s.close()
+
+
+def versions_of_tls(w):
+    """1.3 inward, and 1.2 only where it was asked for, outward too."""
+    data(w)
+    old = ssl.create_default_context(cafile=w.path('ca.pem'))
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    def shake(s):
+        with socket.create_connection(('127.0.0.1', s.port), 30) as c:
+            with old.wrap_socket(c, server_hostname='localhost') as t:
+                return t.version()
+    s = serve(w, *CERT, '--read-only')
+    try:
+        raise AssertionError('the server took ' + shake(s))
+    except ssl.SSLError as e:
+        true('version' in str(e).lower(), str(e))  # it says why
+    works(w, uri(s, tls_ca='ca.pem'))
+    equal(shake(serve(w, *CERT, '--tls-min', '1.2', '--read-only')), 'TLSv1.2')
+    plain = serve(w, '--read-only', listen='grpc://127.0.0.1:0')
+    front = Terminator(w, plain.port, ssl.TLSVersion.TLSv1_2)
+    refused(w, uri(front, tls_ca='ca.pem'), 'version')
+    equal(front.versions, [], 'handshakes')
+    works(w, uri(front, tls_ca='ca.pem', tls_min='1.2'))
+    true(front.versions and set(front.versions) == {'TLSv1.2'}, front.versions)
+    refused(w, uri(front, tls_ca='other.pem', tls_min='1.2'), 'authority')  # checked as strictly
+    newer = Terminator(w, plain.port, ssl.TLSVersion.TLSv1_3)
+    works(w, uri(newer, tls_ca='ca.pem', tls_min='1.2'))
+    equal(set(newer.versions), {'TLSv1.3'}, 'the newest that both know')
+
+
+def calls_in_flight_outlive_a_reload(w):
+    need_grpcio()
+    import grpc
+    data(w)
+    certificate(w, 'next', 'other', 'DNS:localhost')
+    with open(w.path('tokens'), 'w') as f:
+        f.write('a:%s\n' % ('r' * 20))
+    s = serve(w, *CERT, '--tls-ca', 'ca.pem', '--token-file', 'tokens', '--layer', 'delay:rtt=500ms')
+    credentials = grpc.ssl_channel_credentials(w.read('ca.pem'), w.read('alice.key'), w.read('alice.pem'))
+    with grpc.secure_channel('localhost:%d' % s.port, credentials) as channel:
+        read = channel.unary_unary('/com.pojtinger.felicitas.r3map.mount.v1.Backend/ReadAt')
+        good = [('authorization', 'Bearer ' + 'r' * 20)]
+        read(b'\x08\x10', metadata=good, timeout=30)
+        calls = [read.future(b'\x08\x10', metadata=good, timeout=30) for _ in range(50)]
+        for name in 's.key', 's.pem':
+            shutil.copy(w.path('next' + name[1:]), w.path(name))
+        shutil.copy(w.path('other.pem'), w.path('ca.pem.new'))
+        os.rename(w.path('ca.pem.new'), w.path('ca.pem'))
+        with open(w.path('tokens'), 'w') as f:
+            f.write('b:%s\n' % ('s' * 20))
+        s.p.send_signal(signal.SIGHUP)
+        wait_for(lambda: 'read again' in s.err(), 'the reload')
+        true(not all(f.done() for f in calls), 'all had ended before the reload')
+        for f in calls:
+            equal(f.result()[-16:], w.read('data')[:16])
+        # The connection is as it was, the token is not.
+        try:
+            read(b'\x08\x10', metadata=good, timeout=30)
+            raise AssertionError('a token that was taken away was taken')
+        except grpc.RpcError as e:
+            equal(e.code(), grpc.StatusCode.UNAUTHENTICATED)
+        read(b'\x08\x10', metadata=[('authorization', 'Bearer ' + 's' * 20)], timeout=30)
+
+
+def rules_give_rights_over_nbd(w):
+    data(w, 65536)
+    w.file('b', 65536, seed=2)
+    s = serve(w, *CERT, '--tls-ca', 'ca.pem', '--allow', 'alice.example=ro', '--allow', 'bob=rw:b',
+              sources=('file:data', 'b=file:b'), listen='nbds://127.0.0.1:0')
+    for who in 'alice', 'bob', 'eve':
+        os.mkdir(w.path('as-' + who))
+        for to, of in ('ca-cert', 'ca.pem'), ('client-cert', who + '.pem'), ('client-key', who + '.key'):
+            shutil.copy(w.path(of), w.path('as-%s/%s.pem' % (who, to)))
+
+    def to(who, export=''):
+        return uri(s, scheme='nbds', export=export, tls_certificates=w.path('as-' + who))
+    works(w, to('alice'))
+    equal(w.run('copy', 'file:b', to('alice', 'b')).returncode, 1, 'alice writes')
+    w.file('new', 65536, seed=3)
+    w.run('copy', 'file:new', to('bob', 'b'), code=0)
+    equal(w.read('b'), w.read('new'))
+    refused(w, to('bob'))
+    refused(w, to('eve', 'b'))
+    equal(w.read('b'), w.read('new'))
+
+
+def an_issuer_that_lies_is_not_believed(w):
+    """Whatever it answers costs the call that asked, soon, and nobody else."""
+    data(w, 65536)
+    honest = key(w, 'one')
+    answers = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answers['do'](self)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(w.path('s.pem'), w.path('s.key'))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = 'https://localhost:%d' % server.server_port
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    in_the_clear = http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('Clear', (Handler,), {
+        'do_GET': lambda self: (asked.append(self.path), say(self, json.dumps({'keys': [honest]})))}))
+    threading.Thread(target=in_the_clear.serve_forever, daemon=True).start()
+    asked, over = [], threading.Event()
+
+    def say(h, body, status=200, **headers):
+        h.send_response(status)
+        for k, v in headers.items():
+            h.send_header(k, v)
+        h.end_headers()
+        try:
+            for piece in [body] if isinstance(body, str) else body:
+                h.wfile.write(piece.encode() if isinstance(piece, str) else piece)
+        except OSError:
+            pass
+
+    def discovery(**more):
+        return json.dumps(dict({'issuer': url, 'jwks_uri': url + '/keys'}, **more))
+
+    def then(keys):
+        return lambda h: say(h, discovery()) if 'well-known' in h.path else keys(h)
+    clear = 'http://127.0.0.1:%d/keys' % in_the_clear.server_port
+    endless = (b'x' * 65536 for _ in iter(lambda: not over.is_set(), False))
+    rows = [
+        ('keys in the clear', lambda h: say(h, discovery(jwks_uri=clear)), 'https://'),
+        ('keys of a file', lambda h: say(h, discovery(jwks_uri='file://' + w.path('keys'))), 'https://'),
+        ('another issuer', lambda h: say(h, discovery(issuer=url + '/other')), 'another issuer'),
+        ('no document', lambda h: say(h, '[1, 2'), 'another issuer'),
+        ('a document without keys', lambda h: say(h, json.dumps({'issuer': url})), 'https://'),
+        ('another place for the document', lambda h: say(h, '', 302, Location=clear), '302'),
+        ('another place for the keys', then(lambda h: say(h, '', 307, Location=clear)), '307'),
+        ('an error', lambda h: say(h, 'x', 500), '500'),
+        ('keys that are none', then(lambda h: say(h, json.dumps({'keys': 'x' * 1000}))), ''),
+        ('keys without end', then(lambda h: say(h, endless)), 'longer'),
+        ('a document without end', lambda h: say(h, (b' ' * 65536 for _ in iter(lambda: over.is_set(), True))), 'longer'),
+        ('deep as a well', lambda h: say(h, '[' * 100000), 'another issuer'),
+        ('nothing, ever', lambda h: over.wait(60), 'fetched'),
+    ]
+    try:
+        claims = dict(iss=url, aud='farpage', sub='me', exp=int(time.time()) + 600)
+        good = token(w, 'one', **claims)
+        for name, do, word in rows:
+            answers['do'] = do
+            s = serve(w, *CERT, '--oidc-issuer', url, '--oidc-ca', 'ca.pem', '--audience', 'farpage')
+            before = rss(s)
+            began = time.monotonic()
+            refused(w, bearer(w, s, good), word)
+            true(time.monotonic() - began < 20, '%s: %.1f s' % (name, time.monotonic() - began))
+            true(rss(s) - before < 60, '%s: grown by %d MiB' % (name, rss(s) - before))
+            equal(asked, [], 'questions in the clear: ' + name)
+            s.end()
+        # One that hangs keeps nobody waiting who does not ask it.
+        answers['do'] = then(lambda h: say(h, json.dumps({'keys': [honest]})))
+        s = serve(w, *CERT, '--oidc-issuer', url, '--oidc-ca', 'ca.pem', '--audience', 'farpage')
+        where = bearer(w, s, good)
+        began = time.monotonic()
+        works(w, where)
+        answers['do'] = lambda h: over.wait(60)
+        wait_for(lambda: time.monotonic() - began > 5.5, 'the pause between two questions')
+        key(w, 'two')
+        with open(w.path('token2'), 'w') as f:
+            f.write(token(w, 'two', **claims) + '\n')
+        slow = w.start('copy', uri(s, tls_ca='ca.pem', token_file='token2'), 'null:')
+        began = time.monotonic()
+        works(w, where)
+        works(w, where)
+        true(slow.p.poll() is None or time.monotonic() - began < 4, 'a known key waited for the issuer')
+        equal(slow.p.wait(60), 1, 'an unknown key')
+    finally:
+        over.set()
+        server.shutdown()
+        in_the_clear.shutdown()
+        server.server_close()
+        in_the_clear.server_close()
+
+
+def rss(s):
+    with open('/proc/%d/status' % s.p.pid) as f:
+        return next(int(x.split()[1]) for x in f if x.startswith('VmRSS')) / 1024
+
+
+def nothing_listens_beyond_loopback_in_the_clear(w):
+    data(w, 65536)
+    with open(w.path('keys'), 'w') as f:
+        f.write('alice:%s\n' % ('ab' * 32))
+    with open(w.path('tokens'), 'w') as f:
+        f.write('a:%s\n' % ('r' * 20))
+    clear = ['%s://%s:0' % (scheme, host) for scheme in ('grpc', 'nbd', 'any') for host in ('0.0.0.0', '[::]', '')]
+    for listen in clear:
+        # Certificates do not help where they are not needed to come in.
+        for more in [], CERT, CERT + ['--tls-ca', 'ca.pem']:
+            r = w.run('serve', 'file:data', '--listen', listen, *more)
+            true(r.returncode in (1, 2), '%s %s listened' % (listen, more))
+            has(r.err, '--insecure')
+        if '::' not in listen:
+            serve(w, '--insecure', listen=listen).end()
+    serve(w, *CERT, listen='grpcs://0.0.0.0:0').end()
+    serve(w, '--tls-psk', 'keys', listen='nbds://0.0.0.0:0').end()
+    for listen in 'grpc://0.0.0.0:0', 'any://0.0.0.0:0', 'nbd://0.0.0.0:0', 'nbds://127.0.0.1:0':
+        r = w.run('serve', 'file:data', '--listen', listen, '--token-file', 'tokens', '--insecure', *CERT)
+        true(r.returncode in (1, 2), 'tokens on ' + listen)
+    # A socket that somebody else has opened is held to the same.
+    for host, ok in ('0.0.0.0', False), ('127.0.0.1', True):
+        with socket.create_server((host, 0)) as given:
+            script = ('import os,sys\nos.dup2(%d,3);os.set_inheritable(3,True)\n'
+                      'os.environ.update(LISTEN_PID=str(os.getpid()),LISTEN_FDS="1",LISTEN_FDNAMES="grpc")\n'
+                      'os.execv(sys.argv[1],sys.argv[1:])' % given.fileno())
+            p = subprocess.Popen([sys.executable, '-c', script, FARPAGE, 'serve', 'file:data'], cwd=w.dir, text=True,
+                                 pass_fds=[given.fileno()], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            try:
+                if ok:
+                    has(p.stdout.readline(), 'listening')
+                else:
+                    has(p.communicate(timeout=60)[1], '--insecure')
+                    true(p.returncode in (1, 2), 'exit %d' % p.returncode)
+            finally:
+                p.kill()
+                p.communicate()
+
+
+class Stripper(threading.Thread):
+    """An NBD server that has no TLS, or has lost it on the way: STARTTLS is answered with `answer`, all else is there."""
+
+    def __init__(self, answer):
+        super().__init__(daemon=True)
+        self.answer, self.listener, self.options = answer, socket.create_server(('127.0.0.1', 0)), []
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        while True:
+            try:
+                c, _ = self.listener.accept()
+                with c:
+                    self.one(c)
+            except (struct.error, ConnectionError):
+                pass
+            except OSError:
+                return
+
+    def one(self, c):
+        c.settimeout(30)
+        c.sendall(b'NBDMAGICIHAVEOPT\0\3')
+        c.recv(4, socket.MSG_WAITALL)
+        while True:
+            _, option, n = struct.unpack('>QII', c.recv(16, socket.MSG_WAITALL))
+            if n:
+                c.recv(n, socket.MSG_WAITALL)
+            self.options.append(option)
+            reply = struct.pack('>QI', 0x3e889045565a9, option)
+            if option == 5 and self.answer:
+                c.sendall(reply + struct.pack('>II', self.answer, 0))
+            elif option == 5:
+                c.sendall(reply + struct.pack('>II', 1, 0))
+                return  # says yes, and then nothing
+            elif option == 7:
+                c.sendall(reply + struct.pack('>IIHQH', 3, 12, 0, 1 << 20, 3) + reply + struct.pack('>II', 1, 0))
+            else:
+                c.sendall(reply + struct.pack('>II', 0x80000001, 0))
+
+
+def no_tls_is_not_replaced_by_none(w):
+    data(w)
+    os.mkdir(w.path('bare'))
+    shutil.copy(w.path('ca.pem'), w.path('bare/ca-cert.pem'))
+    for answer in 0x80000001, 0x80000002, 0x80000003, 0:
+        s = Stripper(answer)
+        refused(w, uri(s, scheme='nbds', tls_certificates=w.path('bare')))
+        true(5 in s.options and not set(s.options) & {1, 6, 7}, 'it went on in the clear: %r' % s.options)
+        s.listener.close()
+    # grpcs:// says its first word under TLS, or none.
+    heard = []
+    with socket.create_server(('127.0.0.1', 0)) as trap:
+        def listen():
+            try:
+                c, _ = trap.accept()
+                heard.append(c.recv(3, socket.MSG_WAITALL))
+                c.sendall(b'\0\0\0\4\0\0\0\0\0')
+                heard.append(c.recv(65536))
+                c.close()
+            except OSError:
+                pass
+        threading.Thread(target=listen, daemon=True).start()
+        refused(w, 'grpcs://localhost:%d/?tls-ca=ca.pem' % trap.getsockname()[1], 'TLS')
+    equal(heard[0][:2], b'\x16\x03', 'the first bytes')
+    true(not any(b'PRI * HTTP' in x for x in heard), 'HTTP/2 in the clear')
+
+
+def one_listener_carries_all(w):
+    """gRPC and NBD, in the clear and over TLS, on one port."""
+    data(w)
+    os.mkdir(w.path('bare'))
+    shutil.copy(w.path('ca.pem'), w.path('bare/ca-cert.pem'))
+    s = serve(w, *CERT, '--read-only', listen='any://127.0.0.1:0')
+    for where in (uri(s, scheme='grpc'), uri(s, tls_ca='ca.pem'), uri(s, scheme='nbd'),
+                  uri(s, scheme='nbds', tls_certificates=w.path('bare'))):
+        works(w, where)
+    refused(w, uri(s, tls_ca='other.pem'), 'authority')
+    bare = serve(w, '--read-only', listen='any://127.0.0.1:0')
+    works(w, uri(bare, scheme='grpc'))
+    works(w, uri(bare, scheme='nbd'))
+    refused(w, uri(bare, tls_ca='ca.pem'))
+    refused(w, uri(bare, scheme='nbds', tls_certificates=w.path('bare')))
+    equal(s.end(), 0, 'exit code')
+
+
+def nbd_on_standard_input_and_output(w):
+    data(w, 65536)
+    p = subprocess.Popen([FARPAGE, 'serve', 'file:data', '--listen', 'nbd+stdio:'], cwd=w.dir, stdin=subprocess.PIPE,
+                         stdout=subprocess.PIPE)
+
+    def request(kind, off, n, payload=b''):
+        p.stdin.write(struct.pack('>IHHQQI', 0x25609513, 0, kind, 7, off, n) + payload)
+        p.stdin.flush()
+        if kind != 2:
+            equal(p.stdout.read(16), struct.pack('>IIQ', 0x67446698, 0, 7), 'reply')
+    try:
+        equal(p.stdout.read(18), b'NBDMAGICIHAVEOPT\0\3', 'greeting')
+        p.stdin.write(struct.pack('>I', 3) + struct.pack('>QII', 0x49484156454f5054, 1, 0))
+        p.stdin.flush()
+        equal(struct.unpack('>QH', p.stdout.read(10))[0], 65536, 'size')
+        request(0, 0, 65536)
+        equal(p.stdout.read(65536), w.read('data'), 'data')
+        request(1, 8192, 4096, b'q' * 4096)
+        request(3, 0, 0)
+        equal(w.read('data')[8192:12288], b'q' * 4096)
+        request(2, 0, 0)
+        equal(p.wait(60), 0, 'exit code')
+    finally:
+        p.kill()
+        p.communicate()
+
+
+def a_program_starts_its_server(w):
+    """nbdcopy [ COMMAND ] passes a socket as systemd does."""
+    if not shutil.which('nbdcopy'):
+        raise Skip('libnbd-bin is not installed')
+    data(w, 65536)
+    r = subprocess.run(['nbdcopy', '--', '[', FARPAGE, 'serve', 'file:data', '--read-only', ']', 'got'], cwd=w.dir, text=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    equal(r.returncode, 0, r.stdout)
+    equal(w.read('got'), w.read('data'))
+
+
 CASES = [the_servers_certificate_is_checked, clear_text_and_tls_do_not_meet, clients_must_show_a_certificate,
          a_unix_socket_has_tls_too, rules_give_rights_to_names, tokens_come_from_a_file,
          certificates_are_read_again_under_load, grpcio_sees_the_right_status, an_issuers_keys_are_fetched_kept_and_rotated,
          an_issuer_with_a_wrong_certificate_is_not_believed, a_set_of_keys_comes_from_a_file,
-         nbd_has_certificates_and_shared_keys, commands_are_run_and_ended, a_lost_command_is_run_again]
+         nbd_has_certificates_and_shared_keys, commands_are_run_and_ended, a_lost_command_is_run_again,
+         versions_of_tls, calls_in_flight_outlive_a_reload, rules_give_rights_over_nbd, an_issuer_that_lies_is_not_believed,
+         nothing_listens_beyond_loopback_in_the_clear, no_tls_is_not_replaced_by_none, one_listener_carries_all,
+         nbd_on_standard_input_and_output, a_program_starts_its_server]
 cell('grpcio with TLS', 'farpage is the server')(grpcio_sees_the_right_status)
 cell('grpcio with TLS', 'farpage is the server')(certificates_are_read_again_under_load)
 cell('nbdinfo with TLS', 'farpage is the server')(nbd_has_certificates_and_shared_keys)

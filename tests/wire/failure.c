@@ -377,6 +377,64 @@ static void test_half_open(void **state)
 	rig_close(&r);
 }
 
+/* A byte now and then is no greeting. */
+static void test_greets_for_ever(void **state)
+{
+	static const char hello[24 + 9 + 240] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\xf0\4"; /* then many settings */
+	struct rig r;
+	char c;
+
+	rig_open(&r, 300 * FAR_MSEC, 300 * FAR_MSEC);
+	int fd = tcp_connect(r.uri);
+	bool ended = false;
+	uint64_t end = far_now() + LIMIT;
+	for (size_t i = 0; !ended && far_now() < end; i++) {
+		if (i < sizeof hello)
+			(void)!send(fd, hello + i, 1, MSG_NOSIGNAL);
+		ended = ended_within(fd, 20 * FAR_MSEC);
+	}
+	assert_true(ended);
+	assert_int_equal(far_read(r.far, 0, &c, 1, 0), 0);
+	close(fd);
+	rig_close(&r);
+}
+
+/* Takes nothing, but never stops talking. */
+static void test_talks_and_never_takes(void **state)
+{
+	static const uint8_t unknown[] = { 0, 0, 0, 0x55, 0, 0, 0, 0, 0 };
+	struct rig r;
+	uint8_t msg[16];
+	const uint8_t *data;
+	size_t n;
+	ssize_t k;
+	char c;
+	struct far_pb_out o = { msg, 0, sizeof msg };
+
+	rig_open(&r, FAR_SEC, 300 * FAR_MSEC);
+	far_pb_put_uint(&o, 1, 1 << 20);
+	uint8_t *m = peer_message(msg, o.n, &n);
+	struct peer *p = malloc(sizeof *p);
+	peer_over_fd(p, tcp_connect(r.uri));
+	for (int i = 0; i < 200; i++)
+		peer_submit(p, "POST", READ_AT, "application/grpc", NULL, NULL, m, n, false);
+	while ((k = nghttp2_session_mem_send(p->h2, &data)) > 0)
+		assert_int_equal(send(p->fd, data, (size_t)k, 0), k);
+	bool ended = false;
+	uint64_t end = far_now() + LIMIT;
+	while (!ended && far_now() < end) {
+		k = send(p->fd, unknown, sizeof unknown, MSG_NOSIGNAL);
+		ended = k < 0 && (errno == EPIPE || errno == ECONNRESET);
+		poll(NULL, 0, 5);
+	}
+	assert_true(ended);
+	assert_int_equal(far_read(r.far, 0, &c, 1, 0), 0);
+	free(m);
+	peer_free(p);
+	free(p);
+	rig_close(&r);
+}
+
 /* Asks for much and takes nothing; others are served meanwhile. */
 static void test_never_takes(void **state)
 {
@@ -559,6 +617,7 @@ int main(void)
 		cmocka_unit_test(test_timeout),       cmocka_unit_test(test_stop),
 		cmocka_unit_test(test_stop_while_dialling),
 		cmocka_unit_test(test_server_stop),   cmocka_unit_test(test_half_open),
+		cmocka_unit_test(test_greets_for_ever), cmocka_unit_test(test_talks_and_never_takes),
 		cmocka_unit_test(test_never_takes),   cmocka_unit_test(test_flood),
 		cmocka_unit_test(test_many_connections), cmocka_unit_test(test_odd_servers),
 	};

@@ -31,8 +31,7 @@ void far_call_done(struct far_call *call, int result)
 		return;
 	call->done = true;
 	call->result = result;
-	if (call->waiting)
-		far_cond_signal(&call->cond);
+	far_channel_done(call); /* the last that touches it */
 }
 
 void far_call_header(struct far_h2 *h, struct far_h2_stream *s, const char *name, size_t name_n, const char *value,

@@ -7,17 +7,19 @@
  *        included, outside the lock.
  *   read (`reading`): reads the socket outside the lock, feeds the session under it, which completes calls of any caller.
  *
- *      submit -> (send token free? send) -> (read token free? read until own reply is in) -> else sleep on own condition
+ *      submit -> (send token free? send) -> (read token free? read until own reply is in) -> else sleep on own event
  *                                                                   |
  *                                  pass both tokens on: wake one waiting caller, who takes them
+ *
+ * Who finds the lock taken leaves its call in the inbox and sleeps: whoever lets go of the lock takes it in.
  *
  * Invariants:
  *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
  *     token back wakes one waiting caller (channel_pass). A caller who has begun calls and not finished them is awake.
  *  2. The reader never blocks in sending. It waits for room in the socket only together with waiting for input. A sender
  *     who is not the reader waits for room in short slices, because the reader may leave meanwhile.
- *  3. A call's memory is touched by others only while it is on the list; its caller leaves (channel_leave) only when no
- *     reader is reading into it (`pinned`) and the batch borrows nothing of it.
+ *  3. A call's memory is touched by others only while it is on the list; its caller leaves (channel_leave), or is taken off
+ *     it (far_channel_done), only when no reader is reading into it (`pinned`) and the batch borrows nothing of it.
  *  4. A channel dies once: `error` is set, every pending call gets it, the session is not used again.
  *
  * Signs of life. While calls are pending and nothing comes for `quiet`, the holder of the read token sends a PING; when
@@ -35,6 +37,8 @@
 
 #define CHANNEL_SPARE 16384
 #define CHANNEL_SLICE (10 * FAR_MSEC)
+#define CHANNEL_WAKE 64
+#define CHANNEL_SMALL 16384 /* a longer body is sent by its own caller: the reader has to read */
 #define CHANNEL_STALE (5 * FAR_MSEC) /* after so long without a call look at what the peer said meanwhile */
 
 struct far_channel {
@@ -48,10 +52,14 @@ struct far_channel {
 	_Atomic uint64_t tag, marks;
 	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
 
+	_Atomic bool output; /* there is something to send: the reader ends its spin for it */
+	_Atomic(struct far_call *) inbox; /* calls that came while another thread had the lock, newest first */
+
 	struct far_mutex lock;
 	struct far_h2 h2 FAR_GUARDED_BY(lock);
 	struct far_call *calls FAR_GUARDED_BY(lock), *last FAR_GUARDED_BY(lock);
 	bool sending FAR_GUARDED_BY(lock), reading FAR_GUARDED_BY(lock);
+	bool asleep FAR_GUARDED_BY(lock); /* the reader, until something comes */
 	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
 	bool spoken FAR_GUARDED_BY(lock), wants_tls FAR_GUARDED_BY(lock); /* the peer has said something; what it was */
 	int error FAR_GUARDED_BY(lock);
@@ -62,6 +70,9 @@ struct far_channel {
 	unsigned pings FAR_GUARDED_BY(lock), max_pings FAR_GUARDED_BY(lock); /* sent since the peer said something */
 	uint64_t written FAR_GUARDED_BY(lock), taken FAR_GUARDED_BY(lock);   /* bytes; taken: acknowledged by its system */
 	uint64_t moved FAR_GUARDED_BY(lock);   /* when `taken` was last seen to grow */
+	/* whom to wake, after the lock has been let go: they would only wait for it */
+	const struct far_event *wake[CHANNEL_WAKE] FAR_GUARDED_BY(lock);
+	unsigned wake_n FAR_GUARDED_BY(lock);
 	/* token: reading */
 	uint8_t *spare;
 	struct far_spin spin;
@@ -71,6 +82,60 @@ struct far_channel {
 static struct far_channel *channel_of(struct far_h2 *h)
 {
 	return far_container_of(h, struct far_channel, h2);
+}
+
+enum channel_event { CHANNEL_LOOK = 1, CHANNEL_LEFT }; /* look again; the call is done, off the list and its caller's alone */
+
+static void channel_drain(struct far_channel *c) FAR_REQUIRES(c->lock);
+static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock);
+static void channel_pass(struct far_channel *c) FAR_REQUIRES(c->lock);
+static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock);
+static bool channel_wants_sender(struct far_channel *c) FAR_REQUIRES(c->lock);
+
+/* The only way to let go of the lock: whoever does takes in what was put into the inbox meanwhile, and wakes whom it has to. */
+static void channel_unlock(struct far_channel *c) FAR_RELEASE(c->lock)
+{
+	const struct far_event *wake[CHANNEL_WAKE];
+
+	for (;;) {
+		unsigned n = c->wake_n;
+		memcpy(wake, c->wake, n * sizeof *wake);
+		c->wake_n = 0;
+		far_mutex_unlock(&c->lock);
+		for (unsigned i = 0; i < n; i++)
+			far_event_kick(wake[i]);
+		atomic_thread_fence(memory_order_seq_cst); /* partner: far_channel_call(), which looks the other way round */
+		if (!atomic_load_explicit(&c->inbox, memory_order_relaxed) || !far_mutex_trylock(&c->lock))
+			return;
+		channel_drain(c);
+		if (channel_wants_sender(c))
+			channel_send(c);
+		channel_pass(c);
+	}
+}
+
+static void channel_wake(struct far_channel *c, struct far_call *call, enum channel_event what) FAR_REQUIRES(c->lock)
+{
+	const struct far_event *e = &call->event;
+
+	if (far_event_get(e) == (uint32_t)what)
+		return; /* it is on its way */
+	far_event_set(&call->event, what);
+	if (c->wake_n == CHANNEL_WAKE)
+		far_event_kick(e);
+	else
+		c->wake[c->wake_n++] = e;
+}
+
+/* For something else than its own end, which has come. */
+static void channel_sleep(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	call->waiting = true;
+	channel_unlock(c);
+	far_event_wait_until(&call->event, FAR_NEVER);
+	far_mutex_lock(&c->lock);
+	call->waiting = false;
+	far_event_clear(&call->event);
 }
 
 static void channel_frame(struct far_h2 *h, const nghttp2_frame *frame) FAR_NO_TSA
@@ -100,8 +165,10 @@ static void channel_die(struct far_channel *c, int err) FAR_REQUIRES(c->lock)
 	c->dead = true;
 	c->error = err;
 	atomic_store_explicit(&c->gone, true, memory_order_release);
-	for (struct far_call *call = c->calls; call; call = call->next)
+	for (struct far_call *call = c->calls, *next; call; call = next) {
+		next = call->next;
 		far_call_done(call, err);
+	}
 	if (c->conn.ops)
 		c->conn.ops->shutdown(&c->conn);
 }
@@ -111,6 +178,12 @@ static void channel_die(struct far_channel *c, int err) FAR_REQUIRES(c->lock)
 static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock)
 {
 	return !c->dead && (far_h2_pending(&c->h2) || c->h2.dirty);
+}
+
+/* A reader that is awake sends what has gathered, before it reads again. */
+static bool channel_wants_sender(struct far_channel *c) FAR_REQUIRES(c->lock)
+{
+	return !c->sending && (!c->reading || c->asleep) && channel_has_output(c);
 }
 
 /* Nobody is in the system call: give the memory of those who leave back to them. */
@@ -123,7 +196,7 @@ static void channel_let_go(struct far_channel *c) FAR_REQUIRES(c->lock)
 			channel_die(c, -ENOMEM);
 		call->leaving = false;
 		c->leaving--;
-		far_cond_signal(&call->cond);
+		channel_wake(c, call, CHANNEL_LOOK);
 	}
 	if (c->dead)
 		far_h2_drop(&c->h2);
@@ -136,11 +209,12 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 	int r = 0;
 
 	c->sending = true;
+	atomic_store_explicit(&c->output, false, memory_order_relaxed);
 	while (!c->dead && far_h2_fill(&c->h2, &r)) {
 		c->h2.writing = true;
 		const struct iovec *iov = c->h2.iov + c->h2.iov_at;
 		int n = (int)(c->h2.iov_n - c->h2.iov_at);
-		far_mutex_unlock(&c->lock);
+		channel_unlock(c);
 		ssize_t k = c->conn.ops->writev(&c->conn, iov, n);
 		far_mutex_lock(&c->lock);
 		c->h2.writing = false;
@@ -171,7 +245,7 @@ static void channel_wait_room(struct far_channel *c, uint64_t deadline) FAR_REQU
 	bool in = !c->reading;
 
 	c->sending = true;
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 	c->conn.ops->wait(&c->conn, in, true, far_min(deadline, far_now() + CHANNEL_SLICE));
 	far_mutex_lock(&c->lock);
 	c->sending = false;
@@ -193,11 +267,12 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 		pin->pinned++;
 	}
 	iov[n++] = (struct iovec){ c->spare, CHANNEL_SPARE };
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
 	if (k == -EAGAIN && spin && !c->dry)
 		c->dry = far_now();
-	while (k == -EAGAIN && spin && far_spin_wanted(&c->spin) && far_now() - c->dry < FAR_SPIN) {
+	while (k == -EAGAIN && spin && !atomic_load_explicit(&c->output, memory_order_relaxed) && far_spin_wanted(&c->spin) &&
+	       far_now() - c->dry < FAR_SPIN) {
 		far_thread_yield();
 		k = c->conn.ops->readv(&c->conn, iov, n);
 	}
@@ -225,7 +300,7 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 			k = r;
 	}
 	if (pin && --pin->pinned == 0 && pin->waiting)
-		far_cond_signal(&pin->cond);
+		channel_wake(c, pin, CHANNEL_LOOK);
 	return k;
 }
 
@@ -278,6 +353,8 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 		if (c->dead)
 			break;
 		ssize_t k = channel_read_some(c, room);
+		if (k > 0 && c->heard >= deadline)
+			break; /* of other things a peer may speak for ever */
 		if (k > 0 || call->done)
 			continue;
 		if (k != -EAGAIN) {
@@ -287,9 +364,11 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 		if (!c->sending && channel_has_output(c) && room)
 			continue;
 		uint64_t until = channel_look_at(c, deadline);
-		far_mutex_unlock(&c->lock);
+		c->asleep = true;
+		channel_unlock(c);
 		int r = c->conn.ops->wait(&c->conn, true, !room, until);
 		far_mutex_lock(&c->lock);
+		c->asleep = false;
 		if (r == -ETIMEDOUT && until == deadline)
 			break;
 		if (r == -ETIMEDOUT)
@@ -298,6 +377,8 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 			channel_die(c, r);
 	}
 	c->reading = false;
+	if (channel_wants_sender(c)) /* it was left to us */
+		channel_send(c);
 }
 
 /* ---------------------------------------------------------------------------------------------------- calls */
@@ -378,6 +459,7 @@ static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t
 		timeout.flags = NGHTTP2_NV_FLAG_NO_COPY_NAME;
 		nv[n++] = timeout;
 	}
+	atomic_store_explicit(&c->output, true, memory_order_relaxed);
 	far_h2_queue(&c->h2, &call->s, &call->req);
 	int r = far_h2_request(&c->h2, &call->s, nv, n);
 	if (r == -ESTALE) {
@@ -407,9 +489,8 @@ static void channel_abandon(struct far_channel *c, struct far_call *call, int er
 /* Leave the list; nobody touches the call's memory afterwards. */
 static void channel_leave(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
 {
-	call->waiting = true;
 	while (call->pinned)
-		far_cond_wait(&call->cond, &c->lock);
+		channel_sleep(c, call);
 	if (call->s.id)
 		far_h2_forget(&c->h2, &call->s); /* the channel died */
 	if (c->dead && !c->h2.writing) {
@@ -421,25 +502,42 @@ static void channel_leave(struct far_channel *c, struct far_call *call) FAR_REQU
 		if (!c->h2.writing)
 			channel_let_go(c);
 		while (call->leaving)
-			far_cond_wait(&call->cond, &c->lock);
+			channel_sleep(c, call);
 	}
 	channel_unlink(c, call);
+}
+
+/* If its caller sleeps and nothing of it is in use any more, the call is taken off the list here, and the caller goes
+ * without asking for the lock, which its waker holds and others want. It held no token, so it has none to pass on. */
+void far_channel_done(struct far_call *call) FAR_NO_TSA
+{
+	struct far_channel *c = call->channel;
+
+	if (!call->waiting)
+		return;
+	if (call->s.id || call->pinned || far_h2_borrows(&c->h2, call->req.body, call->req.body_n)) {
+		channel_wake(c, call, CHANNEL_LOOK);
+		return;
+	}
+	channel_unlink(c, call);
+	channel_wake(c, call, CHANNEL_LEFT);
 }
 
 /* Give the tokens to somebody: wake one caller who waits. */
 static void channel_pass(struct far_channel *c) FAR_REQUIRES(c->lock)
 {
-	if (c->reading && (c->sending || !channel_has_output(c)))
+	if (c->reading && !channel_wants_sender(c))
 		return;
 	for (struct far_call *call = c->calls; call; call = call->next) {
 		if (call->waiting && !call->done) {
-			far_cond_signal(&call->cond);
+			channel_wake(c, call, CHANNEL_LOOK);
 			return;
 		}
 	}
 }
 
-static void channel_wait(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+/* Do what is to be done for it. True: others do; sleep. False: it is done. */
+static bool channel_work(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 	FAR_REQUIRES(c->lock)
 {
 	while (!call->done) {
@@ -453,7 +551,7 @@ static void channel_wait(struct far_channel *c, struct far_call *call, uint64_t 
 				channel_send(c);
 			break;
 		}
-		if (!c->sending && channel_has_output(c)) {
+		if (channel_wants_sender(c) || (!c->sending && call->req.body_n > CHANNEL_SMALL && channel_has_output(c))) {
 			if (!channel_send(c) && c->reading && !call->done)
 				channel_wait_room(c, deadline);
 			if (c->reading)
@@ -465,10 +563,9 @@ static void channel_wait(struct far_channel *c, struct far_call *call, uint64_t 
 			channel_read(c, call, deadline);
 			continue;
 		}
-		call->waiting = true;
-		far_cond_wait_until(&call->cond, &c->lock, deadline);
-		call->waiting = false;
+		return true;
 	}
+	return false;
 }
 
 /* Read what has come; nobody reads now. */
@@ -497,67 +594,117 @@ static void channel_catch_up(struct far_channel *c) FAR_REQUIRES(c->lock)
 		channel_hear(c);
 }
 
-static void channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
+static void channel_prepare(struct far_channel *c, struct far_call *call, uint64_t deadline)
 {
-	channel_catch_up(c);
+	call->channel = c;
+	call->deadline = deadline;
+	far_event_init(&call->event);
 	call->untouched = call->linked = false;
 	call->done = call->waiting = call->got_message = call->bad_type = false;
+}
+
+static void channel_begin(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	channel_catch_up(c);
 	if (c->dead || c->draining) {
 		call->untouched = true;
 		call->result = c->dead ? c->error : -ECONNRESET;
 	} else {
-		call->result = channel_submit(c, call, deadline);
+		call->result = channel_submit(c, call, call->deadline);
 		call->linked = call->result == 0;
 	}
 	if (call->linked)
 		channel_link(c, call);
 }
 
-static void channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
-	FAR_REQUIRES(c->lock)
+/* Begin what lies in the inbox, in the order in which it came. */
+static void channel_drain(struct far_channel *c) FAR_REQUIRES(c->lock)
 {
-	if (call->linked) {
-		channel_wait(c, call, deadline, silence);
-		channel_leave(c, call);
+	struct far_call *call = atomic_exchange_explicit(&c->inbox, NULL, memory_order_acquire), *first = NULL, *next;
+
+	for (; call; call = next) {
+		next = call->next;
+		call->next = first;
+		first = call;
 	}
+	for (; first; first = next) {
+		next = first->next;
+		channel_begin(c, first);
+		if (!first->linked)
+			channel_wake(c, first, CHANNEL_LEFT);
+	}
+}
+
+/* A caller who slept has the lock again. */
+static void channel_awake(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+{
+	channel_drain(c);
+	call->waiting = false;
+	if (far_event_get(&call->event) == CHANNEL_LEFT)
+		call->linked = false;
+	far_event_clear(&call->event);
+}
+
+/* Ends without the lock. */
+static void channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
+	FAR_RELEASE(c->lock)
+{
+	while (call->linked && channel_work(c, call, deadline, silence)) {
+		call->waiting = true;
+		channel_unlock(c);
+		if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
+			return;
+		far_mutex_lock(&c->lock);
+		channel_awake(c, call);
+	}
+	if (call->linked)
+		channel_leave(c, call);
 	channel_pass(c);
+	channel_unlock(c);
 }
 
 void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline)
 {
-	far_cond_init(&call->cond);
+	channel_prepare(c, call, deadline);
 	far_mutex_lock(&c->lock);
-	channel_begin(c, call, deadline);
-	far_mutex_unlock(&c->lock);
+	channel_begin(c, call);
+	channel_unlock(c);
 }
 
 int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 {
 	far_mutex_lock(&c->lock);
 	channel_finish(c, call, deadline, silence);
-	int r = call->result;
-	far_mutex_unlock(&c->lock);
-	far_cond_fini(&call->cond);
-	return r;
+	return call->result;
 }
 
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 {
-	far_cond_init(&call->cond);
-	far_mutex_lock(&c->lock);
-	channel_begin(c, call, deadline);
+	channel_prepare(c, call, deadline);
+	if (far_mutex_trylock(&c->lock)) {
+		channel_begin(c, call);
+	} else {
+		/* Whoever has the lock takes it in, and what others bring with it: one batch for all. */
+		call->waiting = true;
+		call->next = atomic_load_explicit(&c->inbox, memory_order_relaxed);
+		while (!atomic_compare_exchange_weak(&c->inbox, &call->next, call))
+			;
+		if (!far_mutex_trylock(&c->lock)) {
+			if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
+				return call->result;
+			far_mutex_lock(&c->lock);
+		}
+		channel_awake(c, call);
+	}
 	channel_finish(c, call, deadline, silence);
-	int r = call->result;
-	far_mutex_unlock(&c->lock);
-	far_cond_fini(&call->cond);
-	return r;
+	return call->result;
 }
 
 void far_channel_kill(struct far_channel *c, int err)
 {
 	far_mutex_lock(&c->lock);
 	channel_die(c, err);
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 }
 
 void far_channel_retire(struct far_channel *c)
@@ -565,7 +712,7 @@ void far_channel_retire(struct far_channel *c)
 	far_mutex_lock(&c->lock);
 	c->draining = true;
 	atomic_store_explicit(&c->gone, true, memory_order_release);
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 }
 
 bool far_channel_alive(struct far_channel *c)
@@ -576,7 +723,7 @@ bool far_channel_alive(struct far_channel *c)
 		channel_pass(c);
 	}
 	bool alive = !c->dead && !c->draining;
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 	return alive;
 }
 
@@ -586,7 +733,7 @@ void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead
 	c->quiet = quiet;
 	c->patience = dead;
 	c->max_pings = max_pings;
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 }
 
 bool far_channel_usable(const struct far_channel *c)
@@ -598,7 +745,7 @@ bool far_channel_why(struct far_channel *c, char *buf, size_t n)
 {
 	far_mutex_lock(&c->lock);
 	bool wants_tls = c->wants_tls;
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 	if (c->conn.ops)
 		far_conn_why(&c->conn, buf, n);
 	else
@@ -641,7 +788,7 @@ int far_channel_new(struct far_conn *conn, const char *authority, struct far_cha
 	c->heard = far_now();
 	c->quiet = c->patience = FAR_NEVER;
 	int r = c->authority && c->spare ? far_h2_init(&c->h2, false, &channel_ops) : -ENOMEM;
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 	if (r) {
 		far_mutex_fini(&c->lock);
 		free(c->authority);
@@ -684,14 +831,13 @@ void far_channel_authorize(struct far_channel *c, char *value)
 
 int far_channel_submit(struct far_channel *c, struct far_call *call)
 {
-	far_cond_init(&call->cond);
+	call->channel = c;
+	far_event_init(&call->event);
 	far_mutex_lock(&c->lock);
 	int r = channel_submit(c, call, FAR_NEVER);
 	if (r == 0)
 		channel_link(c, call);
-	far_mutex_unlock(&c->lock);
-	if (r)
-		far_cond_fini(&call->cond);
+	channel_unlock(c);
 	return r;
 }
 
@@ -714,7 +860,7 @@ int far_channel_feed(struct far_channel *c, const uint8_t *data, size_t len)
 	}
 	if (r)
 		channel_die(c, r);
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 	return r;
 }
 
@@ -733,7 +879,7 @@ size_t far_channel_take(struct far_channel *c, uint8_t *buf, size_t cap)
 	}
 	if (r)
 		channel_die(c, r);
-	far_mutex_unlock(&c->lock);
+	channel_unlock(c);
 	return n;
 }
 
@@ -742,6 +888,5 @@ void far_channel_end(struct far_channel *c, struct far_call *call, int err)
 	far_mutex_lock(&c->lock);
 	channel_abandon(c, call, err);
 	channel_leave(c, call);
-	far_mutex_unlock(&c->lock);
-	far_cond_fini(&call->cond);
+	channel_unlock(c);
 }

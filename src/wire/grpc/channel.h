@@ -34,7 +34,9 @@ struct far_call {
 	/* private, under the channel's lock */
 	struct far_h2_stream s;
 	struct far_call *next, *prev;
-	struct far_cond cond;
+	struct far_channel *channel;
+	uint64_t deadline;
+	struct far_event event; /* its caller sleeps on it; set under the lock */
 	char errno_name[16];
 	unsigned http_status;
 	unsigned pinned;       /* a reader is reading into this call's memory */
@@ -47,13 +49,15 @@ struct far_call {
 /* Put prefix and protobuf head into the request: `o` is a buffer of head bytes with what stands before `body`. */
 void far_call_request(struct far_call *call, const struct far_pb_out *o, const void *body, size_t body_n);
 
-/* private to call.c and channel.c: what the session reports of a call; the call has its outcome. */
+/* private to call.c and channel.c: what the session reports of a call; the call has its outcome; its
+ * caller may go, and is woken if it sleeps. */
 void far_call_header(struct far_h2 *h, struct far_h2_stream *s, const char *name, size_t name_n, const char *value,
 		     size_t value_n);
 void far_call_data(struct far_h2 *h, struct far_h2_stream *s, const uint8_t *data, size_t len);
 size_t far_call_want(struct far_h2 *h, struct far_h2_stream *s, uint8_t **dst);
 void far_call_closed(struct far_h2 *h, struct far_h2_stream *s, uint32_t code);
 void far_call_done(struct far_call *call, int result);
+void far_channel_done(struct far_call *call);
 
 /* Wrap a connection; conn is taken over on success. authority is copied. */
 int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out);

@@ -12,6 +12,10 @@
  * Receiving. The header of a DATA frame tells how many bytes of which stream come next (`data_stream`, `data_left`); when
  * the stream's owner knows where they belong, the socket can be read straight to that place. nghttp2 hands out pointers
  * into its input, so the owner finds its bytes where they should be and copies nothing.
+ *
+ * A peer that breaks the rules is told which (GOAWAY, by nghttp2), and hears nothing more. Three things are held against it
+ * that nghttp2 lets pass: headers without end (h2_header_cb), a number that was left out (h2_begin_frame_cb), and answers
+ * that it provokes and does not take (far_h2_feed).
  */
 #include "wire/grpc/h2.h"
 
@@ -21,6 +25,8 @@
 /* Frames that nghttp2 packs itself are at most 16 KiB. */
 #define H2_ROOM (16384 + 64)
 #define H2_BATCH_MAX (4u << 20)
+#define H2_HEADERS_MAX (4 * FAR_H2_HEADERS) /* of one block, unpacked: what is over the limit of a request, but not far, gets an answer */
+#define H2_QUEUE_MAX (4 * FAR_H2_MAX_STREAMS + 2000) /* frames; an honest peer causes three a stream, and acknowledgements */
 
 static struct far_h2_stream *h2_stream(struct far_h2 *h, int32_t id)
 {
@@ -314,6 +320,20 @@ static int h2_begin_frame_cb(nghttp2_session *session, const nghttp2_frame_hd *h
 	struct far_h2 *h = user;
 
 	h->data_left = 0;
+	if (hd->type == NGHTTP2_HEADERS)
+		h->header_bytes = 0;
+	if (hd->type == NGHTTP2_HEADERS && h->ops->begin) {
+		/* A number that a client has passed over is used up (RFC 9113, 5.1.1). The last such gap is known. */
+		if (hd->stream_id > h->gap_from && hd->stream_id < h->gap_to)
+			far_h2_end(h, NGHTTP2_PROTOCOL_ERROR);
+		if (hd->stream_id > h->newest) {
+			if (hd->stream_id > h->newest + 2) {
+				h->gap_from = h->newest;
+				h->gap_to = hd->stream_id;
+			}
+			h->newest = hd->stream_id;
+		}
+	}
 	if (hd->type == NGHTTP2_DATA && !(hd->flags & NGHTTP2_FLAG_PADDED)) {
 		h->data_stream = hd->stream_id;
 		h->data_left = hd->length;
@@ -340,7 +360,10 @@ static int h2_header_cb(nghttp2_session *session, const nghttp2_frame *frame, co
 	struct far_h2 *h = user;
 	struct far_h2_stream *s = h2_stream(h, frame->hd.stream_id);
 
-	if (s)
+	h->header_bytes += name_n + value_n + 32;
+	if (h->header_bytes > H2_HEADERS_MAX)
+		far_h2_end(h, NGHTTP2_ENHANCE_YOUR_CALM);
+	else if (s)
 		h->ops->header(h, s, (const char *)name, name_n, (const char *)value, value_n);
 	return 0;
 }
@@ -407,7 +430,14 @@ int far_h2_feed(struct far_h2 *h, const uint8_t *data, size_t len)
 {
 	h->dirty = true;
 	ssize_t n = nghttp2_session_mem_recv(h->session, data, len);
-	return n == (ssize_t)len ? 0 : n == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
+	if (n != (ssize_t)len)
+		return n == NGHTTP2_ERR_NOMEM ? -ENOMEM : -EPROTO;
+	return nghttp2_session_get_outbound_queue_size(h->session) > H2_QUEUE_MAX ? -EPROTO : 0;
+}
+
+void far_h2_end(struct far_h2 *h, uint32_t code)
+{
+	h2_queued(h, nghttp2_session_terminate_session(h->session, code));
 }
 
 size_t far_h2_direct(struct far_h2 *h, uint8_t **dst)
@@ -457,7 +487,7 @@ int far_h2_init(struct far_h2 *h, bool server, const struct far_h2_ops *ops)
 	static const nghttp2_settings_entry settings[] = {
 		{ NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, FAR_H2_STREAM_WINDOW },
 		{ NGHTTP2_SETTINGS_MAX_FRAME_SIZE, FAR_H2_FRAME },
-		{ NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, 16384 },
+		{ NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, FAR_H2_HEADERS },
 		{ NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, FAR_H2_MAX_STREAMS }, /* the server's own */
 		{ NGHTTP2_SETTINGS_ENABLE_PUSH, 0 },                            /* the client's own */
 	};

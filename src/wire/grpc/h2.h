@@ -17,6 +17,7 @@
 #define FAR_H2_STREAM_WINDOW (16 << 20)
 #define FAR_H2_CONN_WINDOW (256 << 20)
 #define FAR_H2_MAX_STREAMS 1024
+#define FAR_H2_HEADERS 16384 /* of one request or answer, as SETTINGS_MAX_HEADER_LIST_SIZE counts */
 #define FAR_H2_IOV 256
 #define FAR_H2_SMALL 65536
 #define FAR_H2_HEAD 240 /* the longest: a Write with a name of 127 bytes, a session and a sum */
@@ -74,6 +75,8 @@ struct far_h2 {
 	/* the DATA frame that is being received */
 	int32_t data_stream;
 	size_t data_left; /* 0: none, or one with padding */
+	size_t header_bytes;              /* of the block that is being received */
+	int32_t newest, gap_from, gap_to; /* streams of the peer; those strictly between the last two were left out */
 	/* the batch: [iov_at, iov_n) is to be written */
 	unsigned iov_at, iov_n;
 	size_t batch_bytes, small_n;
@@ -88,6 +91,8 @@ void far_h2_fini(struct far_h2 *h);
 
 /* Bytes from the peer. 0 or -EPROTO: the session is over. */
 int far_h2_feed(struct far_h2 *h, const uint8_t *data, size_t len);
+/* Say GOAWAY with this code and hear nothing more; also from within callbacks. */
+void far_h2_end(struct far_h2 *h, uint32_t code);
 /* Where the next bytes from the peer belong, all of them payload of one stream, and how many; 0: not known. */
 size_t far_h2_direct(struct far_h2 *h, uint8_t **dst);
 

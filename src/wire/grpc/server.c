@@ -41,6 +41,7 @@ struct far_grpc_conn {
 	uint64_t sent FAR_GUARDED_BY(lock), looked FAR_GUARDED_BY(lock); /* bytes; when the connection was told of them */
 	bool brisk FAR_GUARDED_BY(lock); /* the connection has been told that somebody waits */
 	uint64_t moved FAR_GUARDED_BY(lock); /* when bytes moved last, either way */
+	uint64_t full FAR_GUARDED_BY(lock);  /* since when the peer takes nothing, whatever it sends; 0: it does */
 };
 
 static void server_die(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
@@ -74,6 +75,7 @@ static bool server_send(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 		h->writing = false;
 		if (k == -EAGAIN) {
 			c->sending = false;
+			c->full = c->full ? c->full : now;
 			atomic_store_explicit(&c->s.stuck, true, memory_order_relaxed);
 			return false;
 		}
@@ -82,6 +84,7 @@ static bool server_send(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 			break;
 		}
 		c->moved = now;
+		c->full = 0;
 		c->sent += (uint64_t)k;
 		if (now - c->looked > CONN_LOOK) {
 			c->looked = now;
@@ -100,7 +103,7 @@ static bool server_send(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 static void server_send_all(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 {
 	while (!c->dead && !server_send(c)) {
-		uint64_t until = c->moved + c->env->stall;
+		uint64_t until = c->full + c->env->stall;
 		c->sending = true;
 		far_mutex_unlock(&c->lock);
 		int r = c->conn.ops->wait(&c->conn, false, true, until);
@@ -114,11 +117,13 @@ static void server_send_all(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 /* How long the peer may be silent now. */
 static uint64_t server_patience(struct far_grpc_conn *c) FAR_REQUIRES(c->lock)
 {
+	uint64_t full = c->full ? c->full + c->env->stall : FAR_NEVER;
+
 	if (!c->s.greeted)
 		return c->born + c->env->handshake;
 	if (c->s.running || (!c->s.open && !far_h2_pending(&c->s.h2)))
-		return FAR_NEVER;
-	return c->moved + c->env->stall;
+		return full;
+	return far_min(full, c->moved + c->env->stall);
 }
 
 static ssize_t server_read_once(struct far_grpc_conn *c, const struct iovec *iov, int n)
@@ -162,7 +167,7 @@ static void server_receive(struct far_grpc_conn *c, bool room) FAR_REQUIRES(c->l
 			r = far_session_feed(&c->s, c->spare, (size_t)k - first);
 		far_session_placed(pin);
 		c->moved = now;
-		if (r)
+		if (r || now > server_patience(c))
 			server_die(c);
 		return;
 	}
@@ -172,15 +177,13 @@ static void server_receive(struct far_grpc_conn *c, bool room) FAR_REQUIRES(c->l
 		return;
 	}
 	uint64_t until = server_patience(c);
-	if (!room && !c->sending)
-		until = far_min(until, c->moved + c->env->stall);
 	if (c->s.queue && !c->dead) /* held back until others have let go of memory: nobody tells us when */
 		until = far_min(until, now + 5 * FAR_MSEC);
 	far_mutex_unlock(&c->lock);
 	int r = c->conn.ops->wait(&c->conn, true, !room, until);
 	now = far_now();
 	far_mutex_lock(&c->lock);
-	if (r == -ETIMEDOUT && now < server_patience(c) && (room || now < c->moved + c->env->stall))
+	if (r == -ETIMEDOUT && now < server_patience(c))
 		r = 0;
 	if (r)
 		server_die(c);

@@ -15,8 +15,8 @@
  *  1. `refs` counts the stream (until session_closed), the run (from next to finish), every reply on its way, and whoever
  *     is reading from the socket into the body.
  *  2. A request is in the queue only while its stream is open; closing takes it out.
- *  3. Bytes held for the peer (bodies as they came, replies until they are written) stand in `held` here and in the
- *     server's `memory`; each is given back where it was taken: session_body_free, far_reply_free.
+ *  3. Bytes held for the peer (bodies as far as they were touched, replies until they are written) stand in `held` here and
+ *     in the server's `memory`; each is given back where it was taken: session_body_free, far_reply_free.
  */
 #include "wire/grpc/session.h"
 
@@ -29,11 +29,11 @@
 #include <string.h>
 
 #define SESSION_REQUESTS (2 * FAR_H2_MAX_STREAMS)
-#define SESSION_HEADERS 16384
 #define SESSION_SMALL_MESSAGE 16384 /* longest message of a method that carries no data */
 #define SESSION_HELD (64 * FAR_MIB) /* a peer that does not take its replies gets no more of them */
 #define SESSION_PIECES 2
-#define SESSION_RESETS 1000         /* at once; */
+#define SESSION_TOUCH (2 * FAR_MIB)  /* the first byte of a body may cost a whole huge page */
+#define SESSION_RESETS 1000         /* requests that did not come to their end, at once; */
 #define SESSION_RESETS_PER_S 100    /* and so many a second */
 
 static struct far_session *session_of(struct far_h2 *h)
@@ -63,10 +63,10 @@ static void session_body_free(struct far_request *r)
 {
 	if (r->body_cap) {
 		far_buf_put(r->body, r->body_cap);
-		session_hold(r->session, -(int64_t)r->body_n);
+		session_hold(r->session, -(int64_t)r->body_held);
 	}
 	r->body = r->small;
-	r->body_cap = r->body_n = 0;
+	r->body_cap = r->body_n = r->body_held = 0;
 }
 
 static void session_unref(struct far_request *r)
@@ -317,7 +317,7 @@ static void session_header(struct far_h2 *h, struct far_h2_stream *st, const cha
 #define IS(text) (name_n == sizeof(text) - 1 && !memcmp(name, text, sizeof(text) - 1))
 
 	r->header_bytes += name_n + value_n + 32;
-	if (r->answered || r->header_bytes > SESSION_HEADERS)
+	if (r->answered || r->header_bytes > FAR_H2_HEADERS)
 		return;
 	if (IS(":path")) {
 		r->method = far_grpc_method_of(value, value_n);
@@ -354,7 +354,7 @@ static void session_headers_end(struct far_h2 *h, struct far_h2_stream *st)
 	if (!r->post || !r->grpc) {
 		r->s.early = true;
 		session_respond_http(s, r, r->post ? "415" : "405");
-	} else if (r->header_bytes > SESSION_HEADERS) {
+	} else if (r->header_bytes > FAR_H2_HEADERS) {
 		session_refuse(s, r, FAR_GRPC_RESOURCE_EXHAUSTED, "too many headers");
 	} else if (r->method == FAR_M_NONE) {
 		snprintf(path, sizeof path, "unknown method %s", r->text);
@@ -398,15 +398,18 @@ static bool session_body(struct far_session *s, struct far_request *r, const uin
 {
 	/* When peers together make the server hold too much, a request that is not the only one of its connection is
 	 * turned away; it may be tried again. The only one goes on, so that something always does. */
-	if (r->body_cap && session_crowded(s) && s->held > r->body_n) {
+	if (r->body_cap && session_crowded(s) && s->held > r->body_held) {
 		session_refuse(s, r, FAR_GRPC_UNAVAILABLE, "the server holds too much data at the moment, try again");
 		return false;
 	}
 	if (r->body + r->body_n != data)
 		memcpy(r->body + r->body_n, data, n);
 	r->body_n += n;
-	if (r->body_cap)
-		session_hold(s, (int64_t)n);
+	if (r->body_n > r->body_held && r->body_cap) {
+		size_t held = (size_t)far_min(r->body_cap, (r->body_n + SESSION_TOUCH - 1) / SESSION_TOUCH * SESSION_TOUCH);
+		session_hold(s, (int64_t)(held - r->body_held));
+		r->body_held = held;
+	}
 	return true;
 }
 
@@ -464,27 +467,10 @@ static void session_end(struct far_h2 *h, struct far_h2_stream *st)
 	session_enqueue(s, r);
 }
 
-static void session_closed(struct far_h2 *h, struct far_h2_stream *st, uint32_t code)
+/* Opening streams and resetting them at once, or having them reset by what breaks a rule, makes work that no limit on open
+ * streams bounds. */
+static void session_reset(struct far_session *s)
 {
-	struct far_session *s = session_of(h);
-	struct far_request *r = session_request_of(st);
-
-	r->gone = true;
-	s->open--;
-	if (r->queued)
-		session_dequeue(s, r);
-	session_unref(r);
-}
-
-/* Opening streams and resetting them at once makes work that no limit on open streams bounds. */
-static void session_frame(struct far_h2 *h, const nghttp2_frame *frame)
-{
-	struct far_session *s = session_of(h);
-
-	if (frame->hd.type == NGHTTP2_SETTINGS && !(frame->hd.flags & NGHTTP2_FLAG_ACK))
-		s->greeted = true;
-	if (frame->hd.type != NGHTTP2_RST_STREAM)
-		return;
 	uint64_t now = far_now();
 	if (!s->resets_since)
 		s->resets_since = now;
@@ -494,7 +480,29 @@ static void session_frame(struct far_h2 *h, const nghttp2_frame *frame)
 		s->resets_since = now;
 	}
 	if (++s->resets > SESSION_RESETS)
-		s->flooded = true;
+		far_h2_end(&s->h2, NGHTTP2_ENHANCE_YOUR_CALM);
+}
+
+static void session_closed(struct far_h2 *h, struct far_h2_stream *st, uint32_t code)
+{
+	struct far_session *s = session_of(h);
+	struct far_request *r = session_request_of(st);
+
+	r->gone = true;
+	s->open--;
+	if (r->queued)
+		session_dequeue(s, r);
+	if (code)
+		session_reset(s);
+	session_unref(r);
+}
+
+static void session_frame(struct far_h2 *h, const nghttp2_frame *frame)
+{
+	if (frame->hd.type == NGHTTP2_SETTINGS && !(frame->hd.flags & NGHTTP2_FLAG_ACK))
+		session_of(h)->greeted = true;
+	if (frame->hd.type == NGHTTP2_RST_STREAM && !frame->rst_stream.error_code)
+		session_reset(session_of(h));
 }
 
 static const struct far_h2_ops session_ops = {
@@ -572,9 +580,7 @@ void far_session_fini(struct far_session *s)
 
 int far_session_feed(struct far_session *s, const uint8_t *data, size_t len)
 {
-	int r = far_h2_feed(&s->h2, data, len);
-
-	return r ? r : s->flooded ? -EPROTO : 0;
+	return far_h2_feed(&s->h2, data, len);
 }
 
 size_t far_session_place(struct far_session *s, uint8_t **dst, struct far_request **pin)

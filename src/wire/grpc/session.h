@@ -39,6 +39,7 @@ struct far_request {
 	/* the message */
 	uint8_t *body;
 	size_t body_n, body_cap;              /* body_cap 0: `small` */
+	size_t body_held;                     /* what of it counts as memory that is used */
 	bool whole;                           /* a message is complete */
 	uint8_t small[FAR_REQUEST_SMALL];
 
@@ -74,7 +75,6 @@ struct far_session {
 	_Atomic bool demand;   /* somebody waits for what is read here; read without any lock */
 	uint64_t resets_since; /* flood of resets: a bucket that empties with time */
 	unsigned resets;
-	bool flooded;
 	/* whom the peer has said to be (Describe with a session), for each owner; more than fit are not counted */
 	/* who is at the other end: by the connection, set by the owner before the first request runs; by the last token */
 	struct far_caller *who, *token_who;

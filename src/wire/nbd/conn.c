@@ -28,13 +28,16 @@
 
 #define CONN_IN ((size_t)256 << 10)
 #define CONN_INLINE ((size_t)64 << 10)  /* a longer write gets a buffer of its own, a longer read is sent from one */
+#define CONN_NEXT (FAR_NBD_REQUEST_EXT_BYTES + 4096)
 #define CONN_CROWD (200 * FAR_USEC)     /* a yield that takes longer: others want this CPU */
 #define CONN_CALM 256
 #define CONN_CALM_MAX 16384
 #define CONN_LINGER (40 * FAR_USEC)     /* a sleep; the kernel adds its slack of about as much */
-#define CONN_FEW 4                      /* so many requests in one read need no sleep */
-#define CONN_MANY 8                     /* so many make one worth while */
+#define CONN_MANY 8                     /* so many requests make one worth while */
+#define CONN_DOUBTS 3                   /* so many sleeps in a row for too little end them */
+#define CONN_TRIAL 32
 
+enum { CONN_QUIET, CONN_MEASURE, CONN_OTHER }; /* far_nbd_conn.stage */
 enum nbd_next { NBD_MORE, NBD_NEED, NBD_LEFT, NBD_END };
 
 /* ---------------------------------------------------------------------------------------------------- requests */
@@ -270,7 +273,18 @@ static enum nbd_next conn_goodbye(struct far_nbd_conn *c)
 	return NBD_END;
 }
 
-/* Memory takes a long write as it comes, while its bytes are still in the CPU's caches. */
+/* Memory takes a long write as it comes: straight from the socket where its pages are there (CONN_NEXT keeps those of the
+ * next one out of `in`), else in pieces that are still in the CPU's caches. */
+static void conn_stream_begin(struct far_nbd_conn *c, const struct far_nbd_request *q)
+{
+	c->stream = *q;
+	c->streaming = true;
+	c->streamed = 0;
+	c->stream_err = 0;
+	c->place = far_backend_place(c->peer.e->b, q->off, (size_t)q->len);
+	c->room = c->place ? CONN_NEXT : CONN_IN;
+}
+
 static enum nbd_next conn_stream(struct far_nbd_conn *c, size_t there)
 {
 	struct far_nbd_request *q = &c->stream, piece = *q;
@@ -280,13 +294,14 @@ static enum nbd_next conn_stream(struct far_nbd_conn *c, size_t there)
 		piece.len = 0; /* what is left to be done is to flush, if that was asked for */
 		int err = c->stream_err ? c->stream_err : far_nbd_perform(&c->peer, &piece, NULL, 0);
 		c->streaming = false;
+		c->place = NULL;
 		if (err)
 			conn_fail(c, q, err, NULL);
 		else
 			far_nbd_put(c, far_nbd_put_done(c->peer.form, far_nbd_out(c, FAR_NBD_HEAD_MAX), q, 0));
 		return NBD_MORE;
 	}
-	if (there < CONN_INLINE && there < left)
+	if (c->place ? !there : there < CONN_INLINE && there < left)
 		return NBD_NEED;
 	piece.off += c->streamed;
 	piece.len = far_min(there, left);
@@ -350,16 +365,16 @@ static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 		conn_refuse(c, &q, err, why);
 		return NBD_MORE;
 	}
-	if (q.payload > there && q.payload <= CONN_INLINE)
+	if (q.payload > there && q.payload <= CONN_INLINE) {
+		c->room = CONN_IN;
 		return NBD_NEED;
+	}
 	c->in_at += head;
 	if (q.payload > there && c->peer.memory && far_nbd_flush(c)) { /* no loan of ours is in its way */
-		c->stream = q;
-		c->streaming = true;
-		c->streamed = 0;
-		c->stream_err = 0;
+		conn_stream_begin(c, &q);
 		return NBD_MORE;
 	}
+	c->room = CONN_IN;
 	if (q.payload > there)
 		return conn_fill(c, &q, data, there);
 	c->in_at += q.payload;
@@ -429,66 +444,105 @@ static uint64_t conn_patience(const struct far_nbd_conn *c)
 	return FAR_NEVER;
 }
 
+static ssize_t conn_readv(struct far_nbd_conn *c, const struct iovec *iov, int n)
+{
+	if (!c->place)
+		return c->conn.ops->readv(&c->conn, iov, n);
+	ssize_t k = far_nbd_receive(&c->peer, c->stream.off + c->streamed, &c->conn, iov, n);
+	if (k == -ECANCELED || k == -EFAULT) {
+		/* The rest goes the usual way, which finds the same or is only counted. */
+		c->stream_err = k == -EFAULT ? -ENOSPC : 0;
+		c->place = NULL;
+		c->room = CONN_IN;
+		k = -EAGAIN;
+	}
+	return k;
+}
+
 /* Spin for a while. Where others want this CPU a yield gives it to them for longer than any wait would take: then spinning
- * is left alone for some time. */
+ * is left alone for some time, each time for longer. */
 static ssize_t conn_spin(struct far_nbd_conn *c, const struct iovec *iov, int n)
 {
 	uint64_t now = c->dry;
+	bool placed = c->place;
 	ssize_t k;
 
 	do {
 		far_thread_yield();
-		k = c->conn.ops->readv(&c->conn, iov, n);
+		k = conn_readv(c, iov, n);
 		uint64_t then = now;
 		now = far_now();
-		if (now - then > CONN_CROWD)
-			c->crowded = CONN_CALM;
-	} while (k == -EAGAIN && !c->crowded && now - c->dry < FAR_SPIN);
+		if (now - then > CONN_CROWD) {
+			c->crowd = (unsigned)far_min(far_max(c->crowd * 2, CONN_CALM), CONN_CALM_MAX);
+			c->crowded = c->crowd;
+		}
+	} while (k == -EAGAIN && !c->crowded && now - c->dry < FAR_SPIN && placed == !!c->place);
+	if (!c->crowded)
+		c->crowd -= far_min(c->crowd, CONN_CALM / 64);
 	return k;
 }
 
 /*
  * What a client sends one by one is answered at the least cost if it is not read so: with many requests on their way nobody
  * waits for any one of them, and a short sleep makes one read and one write of them all, and spares the client waking us
- * up. Whether it pays is tried now and then: a sleep must bring many requests, and no sleep few.
+ * up. Whether it pays is tried now and then, the other way for CONN_TRIAL reads after as many of this one: sleeps must bring
+ * many requests each, and no fewer in a second.
  */
+static void conn_judge(struct far_nbd_conn *c)
+{
+	uint64_t took = c->moved - c->tried_at, rate = c->tried ? c->tried * FAR_SEC / far_max(took, 1) : 0;
+
+	if (c->stage == CONN_QUIET) {
+		c->stage = CONN_MEASURE;
+	} else if (c->stage == CONN_MEASURE) {
+		c->stage = CONN_OTHER;
+		c->rate = rate;
+	} else {
+		uint64_t sleeping = c->lingers ? c->rate : rate, awake = c->lingers ? rate : c->rate;
+		bool pays = sleeping >= awake - awake / 8;
+		c->calm = pays == c->lingers ? (unsigned)far_min(c->calm * 2, CONN_CALM_MAX) : CONN_CALM;
+		c->lingers = pays;
+		c->stage = CONN_QUIET;
+	}
+	c->trial = c->stage == CONN_QUIET ? c->calm : CONN_TRIAL;
+	c->tried = 0;
+	c->tried_at = c->moved;
+}
+
 static void conn_linger(struct far_nbd_conn *c)
 {
 	unsigned came = c->came;
-	bool slept = c->lingered;
 
 	c->came = 0;
-	c->lingered = false;
-	if (slept && came < CONN_MANY) {
-		c->calm = (unsigned)far_min(c->calm * 2, CONN_CALM_MAX);
+	c->tried += came;
+	if (c->lingered && came)
+		c->few = came < CONN_MANY ? c->few + 1 : 0;
+	if (c->few >= (c->lingers ? CONN_DOUBTS : 1)) {
+		c->calm = c->lingers ? CONN_CALM : (unsigned)far_min(c->calm * 2, CONN_CALM_MAX);
 		c->trial = c->calm;
+		c->stage = CONN_QUIET;
 		c->lingers = false;
-	} else if (slept && !c->lingers) {
-		c->calm = CONN_CALM;
-		c->trial = CONN_CALM;
-		c->lingers = true;
-	} else if (!slept && c->lingers && came >= CONN_FEW) {
-		c->trial = c->calm;
-		c->lingers = false;
+		c->few = 0;
+	} else if (--c->trial == 0) {
+		conn_judge(c);
 	}
-	bool now = c->trial-- == 0;
-	if (now)
-		c->trial = CONN_CALM;
-	if (c->lingers ? !now : now && came && came < CONN_FEW) {
+	c->lingered = came && c->lingers == (c->stage != CONN_OTHER);
+	if (c->lingered)
 		far_sleep_until(far_now() + CONN_LINGER, false);
-		c->lingered = true;
-	}
 }
 
 static ssize_t conn_read_some(struct far_nbd_conn *c, const struct iovec *iov, int n)
 {
-	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
+	bool placed = c->place;
+	ssize_t k = conn_readv(c, iov, n);
 
+	if (placed && !c->place)
+		return k; /* iov is not what is to be read into any more */
 	if (k == -EAGAIN && !c->dry)
 		c->dry = far_now();
 	if (k == -EAGAIN && c->crowded)
 		c->crowded--;
-	else if (k == -EAGAIN && far_spin_wanted(&c->spin))
+	else if (k == -EAGAIN && !c->lingered && far_spin_wanted(&c->spin))
 		k = conn_spin(c, iov, n);
 	if (k > 0 && c->dry) {
 		far_spin_learn(&c->spin, far_now() - c->dry);
@@ -513,13 +567,20 @@ static bool conn_receive(struct far_nbd_conn *c)
 		direct = c->filling->cap - c->filled;
 		iov[n++] = (struct iovec){ c->filling->buf + c->filled, direct };
 	}
-	iov[n++] = (struct iovec){ c->in + c->in_n, CONN_IN - c->in_n };
+	if (c->place) {
+		direct = (size_t)(c->stream.len - c->streamed);
+		iov[n++] = (struct iovec){ c->place + c->streamed, direct };
+	}
+	iov[n++] = (struct iovec){ c->in + c->in_n, (c->in_n < c->room ? c->room : CONN_IN) - c->in_n };
 	if (c->serving && !c->filling && !c->streaming)
 		conn_linger(c);
 	ssize_t k = conn_read_some(c, iov, n);
 	if (k > 0) {
 		size_t first = (size_t)far_min((uint64_t)k, direct);
-		c->filled += first;
+		if (c->filling)
+			c->filled += first;
+		else
+			c->streamed += first;
 		c->in_n += (size_t)k - first;
 		c->moved = far_now();
 		return true;
@@ -590,6 +651,7 @@ int far_nbd_conn_start(const struct far_server_env *env, struct far_crew *crew, 
 	c->queue_end = &c->queue;
 	c->calm = c->trial = CONN_CALM;
 	c->born = c->moved = far_now();
+	c->room = CONN_IN;
 	c->in = far_buf_get(CONN_IN);
 	c->out = far_buf_get(FAR_NBD_OUT);
 	int r = c->in && c->out ? far_nbd_hello_init(&c->hello, env, tls) : -ENOMEM;

@@ -60,14 +60,19 @@ struct far_nbd_conn {
 	struct far_nbd_request stream;
 	uint64_t streamed;
 	int stream_err;
+	char *place;             /* its bytes are read from the socket to where they belong */
+	size_t room;             /* of `in`, to be read into: after a long write so little that the next one's bytes stay out */
 	uint64_t skip;           /* bytes of a refused request still to come; then it is answered */
 	struct far_nbd_request refused;
 	int refused_err;
 	const char *refused_why;
 	struct far_spin spin;
-	unsigned crowded;        /* so many times not to spin */
+	unsigned crowded, crowd; /* so many times not to spin; how many it was at first */
 	unsigned came;           /* requests since the last read */
-	unsigned trial, calm;    /* so many reads until the other way is tried; how many after a failure */
+	unsigned trial, calm;    /* so many reads until the next stage; how long the quiet one is */
+	unsigned few;            /* sleeps in a row that brought too little */
+	unsigned stage;          /* of conn_judge(): nothing, this way is measured, the other one */
+	uint64_t tried, tried_at, rate; /* requests in this stage; when it began; what this way brought in a second */
 	bool lingers, lingered;  /* sleep before a read; the last one was slept before */
 	uint64_t dry;            /* since when nothing comes; 0: something came last */
 	uint64_t moved;          /* when something came last */

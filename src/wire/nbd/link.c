@@ -16,7 +16,10 @@
  *    cannot be overtaken by bytes of ours that were still on this side.
  * 3. libnbd has a lock of its own, held while it calls us back. Order: libnbd's lock, then `lock`. So nothing of libnbd's
  *    is called under `lock`.
- * 4. `users` counts who is inside libnbd to add a command; the handle is closed when there is none.
+ * 4. libnbd reads as long as there is something to read. A server that never ends what it says would keep the driver inside:
+ *    so it calls us back now and then, and what has no end, or no end in time, is ended by a shutdown (link_enough()). One thing
+ *    escapes that, errors without end for one read: then another call's deadline ends it, or far_stop().
+ * 5. `users` counts who is inside libnbd to add a command; the handle is closed when there is none.
  */
 #define _GNU_SOURCE
 #include "wire/nbd/link.h"
@@ -38,6 +41,8 @@
 #define LINK_MAX_IO ((uint32_t)32 << 20) /* where the server names no limit: what every one takes */
 #define LINK_IDLE (10 * FAR_MSEC) /* after that a connection is looked at before it is used */
 #define LINK_BYE (200 * FAR_MSEC)
+#define LINK_STEPS 10000 /* of libnbd's states, from the greeting to the first command; some 200 are usual */
+#define LINK_OFTEN 64    /* chunks, states: how often the time is looked at */
 #define LINK_CONTEXT "base:allocation"
 
 struct far_nbd_link {
@@ -56,6 +61,11 @@ struct far_nbd_link {
 	/* the driver's: whoever has set `driven` */
 	struct far_spin spin;
 	uint64_t turned; /* when it ended */
+
+	/* while it is being opened */
+	unsigned steps;
+	int fd; /* libnbd's */
+	uint64_t until;
 };
 
 /* ------------------------------------------------------------------------------------------------ completion */
@@ -119,12 +129,20 @@ static int link_complete_cb(void *opaque, int *error)
 	return 1;
 }
 
+/* Some of an answer has come: has there been more than was asked for, or is it late? */
+static void link_enough(struct link_cookie *k)
+{
+	if (k->op->seen > k->op->len || (++k->op->chunks % LINK_OFTEN == 0 && far_now() >= k->op->until))
+		far_nbd_link_break(k->l);
+}
+
 static int link_chunk_cb(void *opaque, const void *buf, size_t len, uint64_t off, unsigned status, int *error)
 {
 	struct link_cookie *k = opaque;
 
 	if (status != LIBNBD_READ_ERROR)
 		k->op->seen += len;
+	link_enough(k);
 	return 0;
 }
 
@@ -135,6 +153,7 @@ static int link_extents_cb(void *opaque, const char *context, uint64_t off, uint
 	struct far_nbd_op *op = k->op;
 	uint64_t end = op->off + op->len, at = op->off;
 
+	link_enough(k);
 	if (strcmp(context, LINK_CONTEXT) || off != op->off || op->n)
 		return 0;
 	for (size_t i = 0; i + 1 < n && at < end; i += 2) {
@@ -288,7 +307,7 @@ static int link_wait(struct far_nbd_link *l, struct far_nbd_op *op, uint64_t unt
 		}
 	}
 	far_mutex_unlock(&l->lock);
-	return late && op->error == -ECONNRESET ? -ETIMEDOUT : op->error;
+	return op->error == -ECONNRESET && (late || far_now() >= until) ? -ETIMEDOUT : op->error;
 }
 
 /* ------------------------------------------------------------------------------------------------ commands */
@@ -357,6 +376,8 @@ int far_nbd_link_call(struct far_nbd_link *l, struct far_nbd_op *op, uint64_t un
 	op->sent = op->lost = false;
 	op->n = 0;
 	op->seen = 0;
+	op->chunks = 0;
+	op->until = until;
 	op->error = 0;
 	atomic_store_explicit(&op->done, false, memory_order_relaxed);
 	far_cond_init(&op->cond);
@@ -541,32 +562,67 @@ static int link_connect(struct far_nbd_link *l, const struct far_nbd_peer *p, ui
 	return nbd_aio_connect_socket(l->h, fd) ? link_refused(p, err) : 0;
 }
 
-/* Through greeting, TLS and options, until commands can be sent. */
-static int link_handshake(struct far_nbd_link *l, const struct far_nbd_peer *p, uint64_t until, int cancel,
+/* Called at each change of libnbd's state, which is what it has to say for debugging. */
+static int link_step_cb(void *opaque, const char *context, const char *text)
+{
+	struct far_nbd_link *l = opaque;
+
+	if (++l->steps > LINK_STEPS || (l->steps % LINK_OFTEN == 0 && far_now() >= l->until))
+		(void)shutdown(l->fd, SHUT_RDWR);
+	return 0;
+}
+
+static int link_lost(struct far_nbd_link *l, const struct far_nbd_peer *p, struct far_error *err)
+{
+	if (l->steps > LINK_STEPS)
+		return far_error_set(err, EPROTO, "cannot open %s: the server's greeting has no end", p->where);
+	if (far_now() >= l->until)
+		return far_error_set(err, ETIMEDOUT, "cannot open %s: no whole answer in time; is it an NBD server?", p->where);
+	return link_refused(p, err);
+}
+
+/* Until commands can be sent. */
+static int link_shake(struct far_nbd_link *l, const struct far_nbd_peer *p, uint64_t until, int cancel,
 			  struct far_error *err)
 {
 	while (!nbd_aio_is_ready(l->h)) {
 		if (link_is_dead(l))
-			return link_refused(p, err);
+			return link_lost(l, p, err);
 		unsigned direction = nbd_aio_get_direction(l->h);
 		struct pollfd fd[2] = {
 			{ .fd = nbd_aio_get_fd(l->h), .events = (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
 								       (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0)) },
 			{ .fd = cancel, .events = POLLIN },
 		};
+		l->fd = fd[0].fd;
 		int n = poll(fd, 2, far_deadline_poll_ms(until));
 		if (n > 0 && fd[1].revents)
 			return far_error_set(err, ESHUTDOWN, "cannot open %s: %s", p->where, far_strerror(ESHUTDOWN));
 		if (far_now() >= until)
-			return far_error_set(err, ETIMEDOUT,
-					     "cannot open %s: no whole answer in time; is it an NBD server?", p->where);
+			return link_lost(l, p, err);
 		if (n > 0)
 			link_turn(l, direction, fd[0].revents);
 	}
-	if (l->conn.ops)
-		return 0;
+	return 0;
+}
+
+/* Through greeting, TLS and options. */
+static int link_handshake(struct far_nbd_link *l, const struct far_nbd_peer *p, uint64_t until, int cancel,
+			  struct far_error *err)
+{
+	bool ours = nbd_get_debug(l->h) == 0; /* else somebody looks for a fault: LIBNBD_DEBUG */
+
+	l->until = until;
+	if (ours && (nbd_set_debug_callback(l->h, (nbd_debug_callback){ .callback = link_step_cb, .user_data = l }) ||
+		     nbd_set_debug(l->h, true)))
+		return link_refused(p, err);
+	int r = link_shake(l, p, until, cancel, err);
+	if (ours)
+		(void)(nbd_set_debug(l->h, false) | nbd_clear_debug_callback(l->h));
+	if (r || l->conn.ops)
+		return r;
 	int fd = dup(nbd_aio_get_fd(l->h));
-	int r = fd < 0 ? -errno : far_conn_socket(&l->conn, fd);
+	r = fd < 0 ? -errno : far_conn_socket(&l->conn, fd);
 	if (r)
 		far_fd_close(&fd);
 	return r ? far_error_set(err, -r, "cannot open %s: %s", p->where, far_strerror(r)) : 0;

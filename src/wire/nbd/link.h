@@ -43,7 +43,8 @@ struct far_nbd_op {
 	_Atomic bool done;
 	bool sent, lost; /* lost: the server may or may not have carried it out */
 	int error;
-	uint64_t seen;
+	uint64_t seen, until;
+	unsigned chunks;
 };
 
 struct far_nbd_link;

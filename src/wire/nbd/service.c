@@ -123,29 +123,55 @@ static int service_flush(struct far_nbd_peer *peer, unsigned flags)
 }
 
 /* A change, as the plain gRPC service makes it: without a session, so that a lease of somebody else's forbids it. */
-static int service_change(struct far_nbd_peer *peer, const struct far_nbd_request *q, const void *data, unsigned flags)
+static int service_change_begin(struct far_nbd_peer *peer, uint64_t off, uint64_t len, unsigned flags)
 {
 	const struct far_export *e = peer->e;
 	int r = far_owner_change_begin(e->owner, 0, 0, flags & FAR_NOWAIT);
 
 	if (r)
 		return r;
-	r = far_loans_change_begin(e->loans, q->off, q->len, !(flags & FAR_NOWAIT));
-	if (r) {
-		far_owner_change_end(e->owner, 0, 0, q->off, q->len, false);
+	r = far_loans_change_begin(e->loans, off, len, !(flags & FAR_NOWAIT));
+	if (r)
+		far_owner_change_end(e->owner, 0, 0, off, len, false);
+	return r;
+}
+
+static void service_change_end(struct far_nbd_peer *peer, uint64_t off, uint64_t len, bool changed)
+{
+	far_loans_change_end(peer->e->loans);
+	far_owner_change_end(peer->e->owner, 0, 0, off, len, changed);
+	if (changed && !atomic_load_explicit(&peer->unflushed, memory_order_relaxed))
+		atomic_store_explicit(&peer->unflushed, true, memory_order_relaxed);
+}
+
+static int service_change(struct far_nbd_peer *peer, const struct far_nbd_request *q, const void *data, unsigned flags)
+{
+	const struct far_export *e = peer->e;
+	int r = service_change_begin(peer, q->off, q->len, flags);
+
+	if (r)
 		return r;
-	}
 	if (q->type == FAR_NBD_WRITE)
 		r = far_write(e->b, q->off, data, (size_t)q->len, flags);
 	else if (q->flags & FAR_NBD_NO_HOLE)
 		r = far_zero(e->b, q->off, q->len, flags);
 	else
 		r = far_discard(e->b, q->off, q->len, flags);
-	far_loans_change_end(e->loans);
-	far_owner_change_end(e->owner, 0, 0, q->off, q->len, r != -EAGAIN);
-	if (!atomic_load_explicit(&peer->unflushed, memory_order_relaxed))
-		atomic_store_explicit(&peer->unflushed, true, memory_order_relaxed);
+	service_change_end(peer, q->off, q->len, r != -EAGAIN);
 	return r;
+}
+
+ssize_t far_nbd_receive(struct far_nbd_peer *peer, uint64_t off, struct far_conn *conn, const struct iovec *iov, int n)
+{
+	size_t len = iov[0].iov_len;
+	int r = service_change_begin(peer, off, len, 0);
+
+	if (r)
+		return -ECANCELED;
+	ssize_t k = conn->ops->readv(conn, iov, n);
+	/* Of what came, not of what might have come: the range may be long and the pieces short. */
+	service_change_end(peer, off, k > 0 ? far_min((uint64_t)k, len) : 0, k > 0 || k == -EFAULT);
+	return k;
 }
 
 int far_nbd_perform(struct far_nbd_peer *peer, const struct far_nbd_request *q, void *data, unsigned flags)

@@ -31,6 +31,10 @@ int far_nbd_check(const struct far_nbd_peer *peer, const struct far_nbd_request 
  * -EAGAIN: nothing is lost if it is done again without. 0 or -errno. Not for BLOCK_STATUS and DISC. */
 int far_nbd_perform(struct far_nbd_peer *peer, const struct far_nbd_request *q, void *data, unsigned flags);
 
+/* Read of a connection; iov[0] is a part of the export's memory at `off` (far_backend_place), and changes by it. As readv()
+ * of far_conn_ops; -ECANCELED: it may not be changed, far_nbd_perform() tells why. */
+ssize_t far_nbd_receive(struct far_nbd_peer *peer, uint64_t off, struct far_conn *conn, const struct iovec *iov, int n);
+
 /* BLOCK_STATUS: all the chunks of its reply in *out, to be freed. 0, -EAGAIN with FAR_NOWAIT, -errno. */
 int far_nbd_status(struct far_nbd_peer *peer, const struct far_nbd_request *q, unsigned flags, uint8_t **out, size_t *n);
 

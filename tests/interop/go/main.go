@@ -7,7 +7,7 @@
 //	gopeer grpc-serve FILE|SIZE [DELAY]      serve over gRPC; prints its address; ends with its standard input
 //	gopeer grpc-client ADDR                  does what it is told on standard input, a line each (client.go)
 //	gopeer grpc-bench ADDR SIZE BLOCK DEPTH MILLISECONDS read|write
-//	gopeer nbd-serve SOCKET FILE [NAME]      serve a file with go-nbd
+//	gopeer nbd-serve SOCKET FILE|SIZE [NAME] serve a file or memory with go-nbd
 //	gopeer nbd-list SOCKET                   what go-nbd's client sees
 //	gopeer nbd-go SOCKET NAME                negotiate as go-nbd's client does, and say what the kernel was told
 //	gopeer uffd-send SOCKET FILE             hand memory over, compare it with FILE; -listen before SOCKET: wait there

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strconv"
 	"unsafe"
 
 	"github.com/pojntfx/go-nbd/pkg/backend"
@@ -16,12 +17,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func nbdServe(socket, file, name string) error {
-	f, err := os.OpenFile(file, os.O_RDWR, 0)
+// nbdStore is a file, or memory if a size is given in place of its name.
+func nbdStore(source string) (backend.Backend, string, error) {
+	if size, err := strconv.ParseInt(source, 10, 64); err == nil {
+		return backend.NewMemoryBackend(make([]byte, size)), "memory", nil
+	}
+	f, err := os.OpenFile(source, os.O_RDWR, 0)
+	if err != nil {
+		return nil, "", err
+	}
+	return backend.NewFileBackend(f), "a file", nil
+}
+
+func nbdServe(socket, source, name string) error {
+	store, what, err := nbdStore(source)
 	if err != nil {
 		return err
 	}
-	exports := []*nbdserver.Export{{Name: name, Description: "a file", Backend: backend.NewFileBackend(f)}}
+	exports := []*nbdserver.Export{{Name: name, Description: what, Backend: store}}
 	options := &nbdserver.Options{
 		SupportsMultiConn:  true,
 		MinimumBlockSize:   1,
