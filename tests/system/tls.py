@@ -859,8 +859,8 @@ def examples(page, word):
 
 def the_manuals_examples_run(w):
     place(w)
-    w.file('x.db', 65536)
-    w.file('disk.img', 65536)
+    for name in ('x.db', 'disk.img', 'a.img', 'b.img'):
+        w.file(name, 65536)
     shutil.copy(w.path('ca.pem'), w.path('clients.pem'))
     with open(w.path('keys.json'), 'w') as f:
         json.dump({'keys': [key(w, 'one')]}, f)
