@@ -346,10 +346,11 @@ ROWS = [
     ('headers of 90 KiB', head(block=fields() + LONG * 10), goaway(CALM)),
     ('one field, referred to 20000 times', head(block=fields() + literal('x-b', 'z' * 3900, 64) + b'\xbe' * 20000), goaway(CALM)),
     ('a cookie crumbled into 3000', head(block=fields(*[('cookie', 'a=%d' % i) for i in range(3000)])), goaway(CALM)),
-    # Work without end that no limit on open streams bounds.
-    ('1200 calls cancelled at once', b''.join(head(n) + frame(RST, 0, n, P('>I', 8)) for n in range(1, 2401, 2)), 1 << 30, goaway(CALM)),
+    # Work without end that no limit on open streams bounds. Newer versions of nghttp2 count, too, and say INTERNAL_ERROR.
+    ('1200 calls cancelled at once', b''.join(head(n) + frame(RST, 0, n, P('>I', 8)) for n in range(1, 2401, 2)), 1 << 30,
+     goaway(CALM, INTERNAL)),
     ('1200 calls that the server must reset', b''.join(head(n) + frame(WINDOW, 0, n, P('>I', 0x7fffffff)) for n in range(1, 2401, 2)),
-     1 << 30, goaway(CALM)),
+     1 << 30, goaway(CALM, INTERNAL)),
     ('a header of one byte, 10000 times', head(block=fields() + literal('a', '') * 10000), goaway(CALM)),
 ]
 
