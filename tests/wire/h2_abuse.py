@@ -837,6 +837,11 @@ def grpcio_over_tls(w):
     grpcio(w, True)
 
 
-main([every_row_in_the_clear, every_row_over_tls, floods_whose_answers_are_taken, floods_whose_answers_are_not,
-      bodies_that_are_announced_and_do_not_come, a_window_of_nothing, a_window_of_one_byte, messages_that_are_too_long,
-      slow_senders, seeds_of_garbage, first_bytes_that_come_in_pieces, grpcio_in_the_clear, grpcio_over_tls])
+CASES = [every_row_in_the_clear, every_row_over_tls, floods_whose_answers_are_taken, floods_whose_answers_are_not,
+         bodies_that_are_announced_and_do_not_come, a_window_of_nothing, a_window_of_one_byte, messages_that_are_too_long,
+         slow_senders, seeds_of_garbage, first_bytes_that_come_in_pieces, grpcio_in_the_clear, grpcio_over_tls]
+
+for case in CASES:
+    cell('grpcio' if case is grpcio_in_the_clear else 'grpcio with TLS' if case is grpcio_over_tls else 'raw HTTP/2 frames',
+         'farpage is the server')(case)
+main(CASES)
