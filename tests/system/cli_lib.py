@@ -15,6 +15,7 @@ import traceback
 
 FARPAGE = os.path.abspath(sys.argv[1])
 DEADLINE = 60  # of any wait: sanitizers and a busy machine included
+SLACK = 5 if 'TSAN_OPTIONS' in os.environ else 1  # of measured memory: the thread sanitizer notes much about each byte
 
 
 class Skip(Exception):
@@ -168,10 +169,10 @@ def message(text):
     true(lines[-1].rstrip().endswith(('.', '?')), 'no full stop: %r' % lines[-1])
 
 
-def cell(peer, role):
-    """A case belongs into this cell of what tests/interop/results prints."""
+def cell(peer, role, condition=None):
+    """A case belongs into this cell of what tests/interop/results prints; with a condition into a table of those, too."""
     def mark(case):
-        case.cell = (peer, role)
+        case.cell = (peer, role) + ((condition,) if condition else ())
         return case
     return mark
 
@@ -187,7 +188,7 @@ def main(cases):
         w = World()
         began = time.monotonic()
         if hasattr(case, 'cell'):
-            print('# cell: %s | %s' % case.cell, flush=True)
+            print('# cell: ' + ' | '.join(case.cell), flush=True)
         try:
             case(w)
             print('ok %d - %s' % (i, name), flush=True)

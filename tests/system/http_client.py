@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 
-from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
+from cli_lib import Skip, cell, equal, has, main, message, need_fuse, true, wait_for
 
 MIB = 1 << 20
 
@@ -521,6 +521,9 @@ def named(name, fn):
     return fn
 
 
-main([copied_whole, mounted_both_ways, nothing_of_a_changed_object, a_local_copy_of_an_older_object_is_refused]
+CASES = ([copied_whole, mounted_both_ways, nothing_of_a_changed_object, a_local_copy_of_an_older_object_is_refused]
      + [named(k, f) for k, f in BENT.items()]
      + [silence, answers_that_are_none, errors_that_pass, redirects, login, the_objects_own_query, certificates, nginx, refused_uris])
+for case in CASES:
+    cell('nginx' if case is nginx else "a web server of Python's", 'farpage is the client')(case)
+main(CASES)

@@ -12,49 +12,10 @@ import sys
 import threading
 import time
 
-from cli_lib import FARPAGE, Skip, equal, has, main, message, need_fuse, true, wait_for
+from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, need_fuse, true, wait_for
+from nbd_lib import Other, answers, free_port, need
 
 MIB = 1 << 20
-
-
-def need(*programs):
-    for p in programs:
-        if not shutil.which(p, path=os.environ.get('PATH', '') + ':/usr/sbin:/sbin'):
-            raise Skip('%s is not installed' % p)
-
-
-class Other:
-    """A server of somebody else's, in the foreground; ended with the case."""
-
-    def __init__(self, w, args, env=None):
-        self.log = open(w.path('other.log'), 'ab')
-        self.p = subprocess.Popen(args, cwd=w.dir, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
-                                  env=dict(os.environ, **(env or {})))
-        w.running.append(self)
-
-    def err(self):
-        with open(self.log.name, errors='replace') as f:
-            return f.read()
-
-    def kill(self):
-        self.p.kill()
-        self.p.wait()
-
-
-def free_port():
-    s = socket.socket()
-    s.bind(('127.0.0.1', 0))
-    n = s.getsockname()[1]
-    s.close()
-    return n
-
-
-def answers(port):
-    try:
-        with socket.create_connection(('127.0.0.1', port), 1) as c:
-            return c.recv(8) == b'NBDMAGIC'
-    except OSError:
-        return False
 
 
 def nbdkit(w, *args, port=None, tls=()):
@@ -212,6 +173,71 @@ def slow_ones_are_given_up(w):
     true(time.monotonic() - began < 20, 'it took too long')
 
 
+def paused(w, path, *commands):
+    """Tell nbdkit's pause filter; it answers each with the same letter."""
+    with socket.socket(socket.AF_UNIX) as c:
+        c.settimeout(30)
+        c.connect(path)
+        for command in commands:
+            c.sendall(command)
+            equal(c.recv(1), command.upper(), 'answer of the pause filter')
+
+
+def a_server_that_pauses(w):
+    """nbdkit's pause filter: requests hang and go on. A short pause is waited for, a long one is an error in time, and what
+    came before and after has the right bytes."""
+    control = w.path('control')
+    s, uri = nbdkit(w, '--filter=pause', '--filter=delay', 'memory', '8M', 'pause-control=' + control, 'rdelay=1ms', 'wdelay=1ms')
+    data = w.file('a', 8 * MIB)
+    for what in (['file:a', uri], [uri, 'file:b']):
+        fds = lambda: len(os.listdir('/proc/%d/fd' % s.p.pid))
+        paused(w, control, b'p')
+        before = fds()
+        r = w.start('copy', *what)
+        wait_for(lambda: fds() > before or r.p.poll() is not None, 'the connection')
+        true(r.p.poll() is None, 'it did not wait: ' + r.err())
+        paused(w, control, b'r')
+        equal(r.p.wait(60), 0, r.err())
+    equal(w.read('b'), data)
+    paused(w, control, b'p')
+    began = time.monotonic()
+    r = w.run('copy', uri + '?timeout=400ms', 'null:', '--deadline', '2s')
+    true(r.returncode in (1, 4), 'exit %d: %s' % (r.returncode, r.err))
+    message(r.err)
+    true(time.monotonic() - began < 20, 'it took too long')
+    paused(w, control, b'r')
+    w.run('copy', uri, 'file:b', code=0)
+    equal(w.read('b'), data)
+
+
+def slow_in_every_way(w):
+    """The filters delay, rate and blocksize, and both of multi-conn's ways to say that connections agree."""
+    for args in (['--filter=delay', 'memory', '2M', 'rdelay=3ms', 'wdelay=5ms', 'delay-zero=5ms', 'delay-extents=20ms', 'delay-open=50ms'],
+                 ['--filter=rate', 'memory', '2M', 'rate=100M', 'connection-rate=50M'],
+                 ['--filter=blocksize', 'memory', '2M', 'minblock=4096', 'maxdata=64K', 'maxlen=128K'],
+                 ['--filter=multi-conn', 'memory', '2M', 'multi-conn-mode=emulate'],
+                 ['--filter=multi-conn', '--filter=fua', 'memory', '2M', 'multi-conn-mode=plugin', 'fuamode=force'],
+                 ['--filter=error', '--filter=noextents', 'memory', '2M', 'error-pwrite=ENOSPC', 'error-pwrite-rate=0%',
+                  'error-zero=EIO', 'error-zero-rate=0%']):
+        s, uri = nbdkit(w, *args)
+        there_and_back(w, uri, 2 * MIB)
+        s.kill()
+
+
+def zeroing_fails(w):
+    """What the server cannot zero is told, or written; never left as it was."""
+    s, uri = nbdkit(w, '--filter=error', 'memory', '2M', 'error-zero=EIO', 'error-zero-rate=100%')
+    w.file('x', 2 * MIB, seed=5)
+    w.run('copy', 'file:x', uri, code=0)
+    data = w.file('a', 2 * MIB, holes=[(MIB, 2 * MIB)])
+    r = w.run('copy', 'file:a', uri)
+    w.run('copy', uri, 'file:b', code=0)
+    if r.returncode:
+        message(r.err)
+    else:
+        equal(w.read('b'), data)
+
+
 def stopped_server(w):
     """SIGSTOP: neither an answer nor an end of the connection. Then it goes on."""
     s, uri = nbdkit(w, 'memory', '4M')
@@ -363,7 +389,7 @@ def tls_by_certificates(w):
     uri = server(good, '--tls-verify-peer')
     there_and_back(w, uri + '?tls-certificates=' + good, 3 * MIB)
     refused(w, uri + '?tls-certificates=' + other)          # another CA, on both sides
-    refused(w, uri)                                         # the system's
+    refused(w, server(good))                                # the system's
     refused(w, uri.replace('nbds', 'nbd'))                  # in the clear
     refused(w, uri + '?tls-certificates=' + w.path('none'), 'ca-cert.pem')
     refused(w, server(good) + '?tls-certificates=' + other)
@@ -451,26 +477,18 @@ def cut_at(w, port, data, up, down):
             os.unlink(w.path('b'))
 
 
-def cuts(w, step):
+def link_cut_here_and_there(w):
+    """By the command; tests/wire/nbd_cuts.py has every byte."""
     data = w.file('a', 64 << 10)
     s, uri = nbdkit(w, 'file', w.path('a'))
     port = int(uri.rsplit(':', 1)[1])
     mended = 0
     far = 1 << 30
-    for n in range(1, 600, step):
+    for n in range(1, 600, 61):
         mended += cut_at(w, port, data, n, far)
-    for n in list(range(1, 400, step)) + [4000, 5000, 20000]:
+    for n in list(range(1, 400, 61)) + [4000, 5000, 20000]:
         mended += cut_at(w, port, data, far, n)
     true(mended > 3, 'no cut hit what could be mended')
-
-
-def link_cut_here_and_there(w):
-    cuts(w, 61)
-
-
-def link_cut_everywhere(w):
-    """Before, inside and after every message of greeting, options, requests and replies."""
-    cuts(w, 1)
 
 
 def matrix(w):
@@ -662,13 +680,23 @@ def named(name, fn):
     return fn
 
 
-QUICK = [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, qemu_nbd,
-         qemu_nbd_qcow2, qemu_storage_daemon, nbd_server, errors_are_told, errors_now_and_then, slow_ones_are_given_up,
-         stopped_server, tls_by_certificates, tls_by_psk, link_cut_here_and_there, lost_and_found, another_export_is_refused, begun_without_the_server,
-         fsx_on_both_mounts, direct_mount, refused_uris]
-QUICK.append(greetings_that_are_none)
-QUICK += [named(k, hostile(f)) for k, f in HOSTILE.items()]
-QUICK += [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()]
+CELLS = {
+    'nbdkit': [nbdkit_memory, nbdkit_with_less, an_end_that_no_block_reaches, read_only_exports, exports_by_name, errors_are_told,
+               errors_now_and_then, slow_ones_are_given_up, slow_in_every_way, zeroing_fails, a_server_that_pauses, stopped_server,
+               link_cut_here_and_there, lost_and_found, another_export_is_refused, begun_without_the_server, fsx_on_both_mounts,
+               direct_mount],
+    'nbdkit with TLS': [tls_by_certificates, tls_by_psk],
+    'qemu-nbd': [qemu_nbd, qemu_nbd_qcow2],
+    'qemu-storage-daemon': [qemu_storage_daemon],
+    'nbd-server': [nbd_server],
+    'raw bytes': [refused_uris, greetings_that_are_none] + [named(k, hostile(f)) for k, f in HOSTILE.items()] +
+                 [named(k, hostile(f, flags=1 | 4 | 8 | 1 << 20)) for k, f in STRUCTURED.items()],
+}
+for peer, cases in dict(CELLS, long=[matrix]).items():
+    for case in cases:
+        cell(peer if peer != 'long' else 'nbdkit', 'farpage is the client')(case)
+
 
 if __name__ == '__main__':
-    main([matrix, link_cut_everywhere] if sys.argv[2:] == ['long'] and sys.argv.pop() else QUICK)
+    main([matrix] if sys.argv[2:] == ['long'] and sys.argv.pop() else
+         [case for cases in CELLS.values() for case in cases])

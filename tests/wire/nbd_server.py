@@ -4,17 +4,18 @@
 """nbd_server.py FARPAGE [CASE...]: the NBD server byte by byte, as the protocol's text has it, and as clients get it wrong."""
 import os
 import random
+import select
 import socket
 import struct
 import subprocess
 import sys
 import time
 
-from nbd_lib import (ABORT, ACK, CACHE, CHUNKED, Client, DF, DISC, EINVAL, ENOSPC, EPERM, EXPORT_NAME, EXT, EXTENDED, EXT_REQD,
+from nbd_raw import (ABORT, ACK, CACHE, CHUNKED, Client, DF, DISC, EINVAL, ENOSPC, EPERM, EXPORT_NAME, EXT, EXTENDED, EXT_REQD,
                      FAST_ZERO, FLUSH, FUA, GO, INFO, INVALID, LIST, LIST_META, MAX, NO_HOLE, OPT, PAYLOAD, POLICY, READ,
                      REQ_ONE, SET_META, SIMPLE, STARTTLS, STATUS, STRUCTURED, TOO_BIG, TRIM, UNKNOWN, UNSUP, WRITE, ZEROES,
                      alive, serve)
-from cli_lib import DEADLINE, equal, has, main, true, wait_for
+from cli_lib import DEADLINE, SLACK, cell, equal, has, main, true, wait_for
 
 
 # --------------------------------------------------------------------------------------------------- negotiation
@@ -184,6 +185,20 @@ def every_error_keeps_the_connection(w):
             equal(c.error(*call), EPERM, 'a change of a read-only export, ' + form)
         equal(c.error(FLUSH), 0, 'a flush of it')
         s.end()
+
+
+def a_refused_write_is_answered_behind_its_bytes(w):
+    """Not before: libnbd takes an answer to what it is still sending for one to nothing, and gives the connection up."""
+    s = serve(w, 'mem:1M')
+    for form in (SIMPLE, CHUNKED, EXT):
+        c = Client(s.path).go(form)
+        for off, n in (((1 << 20) - 5, 100000), (0, MAX + 1), ((1 << 20) - 5, 10)):
+            data = bytes(n)
+            cookie = c.send(WRITE, off, n, data=data[:n - 1])
+            true(not select.select([c.s], [], [], 0.05)[0], 'an answer before the last byte')
+            c.put(data[n - 1:])
+            equal(c.reply(0, off)[:2], (cookie, ENOSPC), 'answer')
+        equal(c.read(0, 8), bytes(8), 'a read after it')
 
 
 def payloads_of_extended_requests(w):
@@ -504,9 +519,15 @@ def whole_chunks_only(w):
     equal(c.read(4096, 4096), b'q' * 4096, 'read')
 
 
-main([options_are_answered, export_name_the_old_way, nonsense_ends_the_connection, go_nbd_sends_a_length_of_zero,
-      contexts_are_chosen, every_command_in_every_form, every_error_keeps_the_connection, payloads_of_extended_requests,
-      zeroes_travel_as_holes, block_status_tells_holes, slow_requests_run_beside_each_other, many_at_once_each_gets_its_own,
-      a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, cut_at_every_byte, one_byte_at_a_time,
-      garbage_of_all_kinds, a_peer_that_takes_nothing_costs_little, stop_with_clients_there, both_protocols_on_one_socket,
-      sockets_that_systemd_opened, whole_chunks_only])
+CASES = [options_are_answered, export_name_the_old_way, nonsense_ends_the_connection, go_nbd_sends_a_length_of_zero,
+         contexts_are_chosen, every_command_in_every_form, every_error_keeps_the_connection,
+         a_refused_write_is_answered_behind_its_bytes, payloads_of_extended_requests,
+         zeroes_travel_as_holes, block_status_tells_holes, slow_requests_run_beside_each_other, many_at_once_each_gets_its_own,
+         a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, cut_at_every_byte, one_byte_at_a_time,
+         garbage_of_all_kinds, a_peer_that_takes_nothing_costs_little, stop_with_clients_there, both_protocols_on_one_socket,
+         sockets_that_systemd_opened, whole_chunks_only]
+
+if __name__ == '__main__':
+    for case in CASES:
+        cell('raw bytes', 'farpage is the server')(case)
+    main(CASES)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 
-from nbd_lib import (CHUNKED, Client, DISC, EINVAL, EIO, ENOSPC, EPERM, EXT, FLUSH, FUA, READ, SIMPLE, TRIM, WRITE, ZEROES, alive,
+from nbd_raw import (CHUNKED, Client, DISC, EINVAL, EIO, ENOSPC, EPERM, EXT, FLUSH, FUA, READ, SIMPLE, TRIM, WRITE, ZEROES, alive,
                      serve)
 from cli_lib import DEADLINE, Skip, equal, has, main, true, wait_for
 

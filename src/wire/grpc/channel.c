@@ -11,7 +11,8 @@
  *                                                                   |
  *                                  pass both tokens on: wake one waiting caller, who takes them
  *
- * Who finds the lock taken leaves its call in the inbox and sleeps: whoever lets go of the lock takes it in.
+ * Who finds the lock taken, or a reader that is awake, leaves its call in the inbox and sleeps: the reader, or whoever lets go
+ * of the lock, takes it in. Long requests are sent by their own callers.
  *
  * Invariants:
  *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
@@ -38,6 +39,7 @@
 #define CHANNEL_SPARE 16384
 #define CHANNEL_SLICE (10 * FAR_MSEC)
 #define CHANNEL_WAKE 64
+#define CHANNEL_GATHER 4 /* so large a part of the calls may wait to be sent together */
 #define CHANNEL_SMALL 16384 /* a longer body is sent by its own caller: the reader has to read */
 #define CHANNEL_STALE (5 * FAR_MSEC) /* after so long without a call look at what the peer said meanwhile */
 
@@ -53,6 +55,7 @@ struct far_channel {
 	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
 
 	_Atomic bool output; /* there is something to send: the reader ends its spin for it */
+	_Atomic bool awake;  /* there is a reader, and it looks into the inbox before it sleeps or goes */
 	_Atomic(struct far_call *) inbox; /* calls that came while another thread had the lock, newest first */
 
 	struct far_mutex lock;
@@ -63,6 +66,7 @@ struct far_channel {
 	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
 	bool spoken FAR_GUARDED_BY(lock), wants_tls FAR_GUARDED_BY(lock); /* the peer has said something; what it was */
 	int error FAR_GUARDED_BY(lock);
+	unsigned linked FAR_GUARDED_BY(lock), unsent FAR_GUARDED_BY(lock); /* calls on the list; begun since something was sent */
 	unsigned leaving FAR_GUARDED_BY(lock); /* callers whose memory the batch still borrows */
 	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
 	uint64_t quiet FAR_GUARDED_BY(lock), patience FAR_GUARDED_BY(lock); /* FAR_NEVER: no pings */
@@ -209,6 +213,7 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 	int r = 0;
 
 	c->sending = true;
+	c->unsent = 0;
 	atomic_store_explicit(&c->output, false, memory_order_relaxed);
 	while (!c->dead && far_h2_fill(&c->h2, &r)) {
 		c->h2.writing = true;
@@ -251,6 +256,11 @@ static void channel_wait_room(struct far_channel *c, uint64_t deadline) FAR_REQU
 	c->sending = false;
 }
 
+static bool channel_is_asked(struct far_channel *c)
+{
+	return atomic_load_explicit(&c->output, memory_order_relaxed) || atomic_load_explicit(&c->inbox, memory_order_relaxed);
+}
+
 /* One read of the socket, straight to where the bytes belong if that is known, spinning for a moment when there is
  * nothing. Bytes that were fed, or -errno. The read token is held. */
 static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(c->lock)
@@ -271,8 +281,7 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
 	if (k == -EAGAIN && spin && !c->dry)
 		c->dry = far_now();
-	while (k == -EAGAIN && spin && !atomic_load_explicit(&c->output, memory_order_relaxed) && far_spin_wanted(&c->spin) &&
-	       far_now() - c->dry < FAR_SPIN) {
+	while (k == -EAGAIN && spin && !channel_is_asked(c) && far_spin_wanted(&c->spin) && far_now() - c->dry < FAR_SPIN) {
 		far_thread_yield();
 		k = c->conn.ops->readv(&c->conn, iov, n);
 	}
@@ -346,13 +355,17 @@ static void channel_look(struct far_channel *c) FAR_REQUIRES(c->lock)
 static void channel_read(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
 {
 	c->reading = true;
+	atomic_store_explicit(&c->awake, true, memory_order_relaxed);
+	ssize_t k = 0;
 	while (!call->done && !c->dead) {
 		bool room = true;
-		if (!c->sending && channel_has_output(c))
+		channel_drain(c);
+		/* While replies come, requests gather, as long as the peer has enough to do. */
+		if (!c->sending && (k <= 0 || c->unsent * CHANNEL_GATHER >= c->linked) && channel_has_output(c))
 			room = channel_send(c);
 		if (c->dead)
 			break;
-		ssize_t k = channel_read_some(c, room);
+		k = channel_read_some(c, room);
 		if (k > 0 && c->heard >= deadline)
 			break; /* of other things a peer may speak for ever */
 		if (k > 0 || call->done)
@@ -365,10 +378,12 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 			continue;
 		uint64_t until = channel_look_at(c, deadline);
 		c->asleep = true;
+		atomic_store_explicit(&c->awake, false, memory_order_relaxed); /* channel_unlock() looks into the inbox after it */
 		channel_unlock(c);
 		int r = c->conn.ops->wait(&c->conn, true, !room, until);
 		far_mutex_lock(&c->lock);
 		c->asleep = false;
+		atomic_store_explicit(&c->awake, true, memory_order_relaxed);
 		if (r == -ETIMEDOUT && until == deadline)
 			break;
 		if (r == -ETIMEDOUT)
@@ -377,6 +392,8 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 			channel_die(c, r);
 	}
 	c->reading = false;
+	atomic_store_explicit(&c->awake, false, memory_order_relaxed);
+	channel_drain(c);
 	if (channel_wants_sender(c)) /* it was left to us */
 		channel_send(c);
 }
@@ -392,6 +409,8 @@ static void channel_link(struct far_channel *c, struct far_call *call) FAR_REQUI
 	else
 		c->calls = call;
 	c->last = call;
+	c->linked++;
+	c->unsent++;
 }
 
 static void channel_unlink(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
@@ -404,6 +423,7 @@ static void channel_unlink(struct far_channel *c, struct far_call *call) FAR_REQ
 		call->next->prev = call->prev;
 	else
 		c->last = call->prev;
+	c->linked--;
 }
 
 /* Put the request into the session. */
@@ -680,16 +700,21 @@ int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t de
 
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 {
+	bool small = call->req.body_n <= CHANNEL_SMALL;
+
 	channel_prepare(c, call, deadline);
-	if (far_mutex_trylock(&c->lock)) {
+	if (!small)
+		far_mutex_lock(&c->lock);
+	if (!small || (!atomic_load_explicit(&c->awake, memory_order_relaxed) && far_mutex_trylock(&c->lock))) {
 		channel_begin(c, call);
 	} else {
-		/* Whoever has the lock takes it in, and what others bring with it: one batch for all. */
+		/* Whoever reads, or has the lock, takes it in, and what others bring with it: one batch for all. */
 		call->waiting = true;
 		call->next = atomic_load_explicit(&c->inbox, memory_order_relaxed);
 		while (!atomic_compare_exchange_weak(&c->inbox, &call->next, call))
 			;
-		if (!far_mutex_trylock(&c->lock)) {
+		atomic_thread_fence(memory_order_seq_cst); /* partner: channel_unlock() */
+		if (atomic_load_explicit(&c->awake, memory_order_relaxed) || !far_mutex_trylock(&c->lock)) {
 			if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
 				return call->result;
 			far_mutex_lock(&c->lock);

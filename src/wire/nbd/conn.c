@@ -49,6 +49,20 @@ static void conn_fail(struct far_nbd_conn *c, const struct far_nbd_request *q, i
 	far_nbd_put(c, far_nbd_put_fail(&c->peer, p, q, err, why));
 }
 
+/* The same once all that the request carries is past: a client that is still sending does not wait for an answer to it yet,
+ * and libnbd would take it for one to nothing. */
+static void conn_refuse(struct far_nbd_conn *c, const struct far_nbd_request *q, int err, const char *why)
+{
+	if (!q->payload) {
+		conn_fail(c, q, err, why);
+		return;
+	}
+	c->skip = q->payload;
+	c->refused = *q;
+	c->refused_err = err;
+	c->refused_why = why;
+}
+
 /* The answer of a request that is done, in a job of its own. */
 static void conn_job_answer(struct far_nbd_job *j, int err)
 {
@@ -306,8 +320,7 @@ static enum nbd_next conn_fill(struct far_nbd_conn *c, const struct far_nbd_requ
 		return NBD_END;
 	struct far_nbd_job *j = far_nbd_job_new(c, q, (size_t)q->len);
 	if (!j) {
-		c->skip = q->payload;
-		conn_fail(c, q, -ENOMEM, NULL);
+		conn_refuse(c, q, -ENOMEM, NULL);
 		return NBD_MORE;
 	}
 	memcpy(j->buf, data, there);
@@ -333,6 +346,8 @@ static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 		size_t n = (size_t)far_min(c->skip, there);
 		c->skip -= n;
 		c->in_at += n;
+		if (!c->skip)
+			conn_fail(c, &c->refused, c->refused_err, c->refused_why);
 		return n ? NBD_MORE : NBD_NEED;
 	}
 	if (there < head)
@@ -347,8 +362,7 @@ static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 	int err = far_nbd_check(&c->peer, &q, &why);
 	if (err) {
 		c->in_at += head;
-		c->skip = q.payload;
-		conn_fail(c, &q, err, why);
+		conn_refuse(c, &q, err, why);
 		return NBD_MORE;
 	}
 	if (q.payload > there && q.payload <= CONN_INLINE) {

@@ -62,7 +62,10 @@ struct far_nbd_conn {
 	int stream_err;
 	char *place;             /* its bytes are read from the socket to where they belong */
 	size_t room;             /* of `in`, to be read into: after a long write so little that the next one's bytes stay out */
-	uint64_t skip;           /* bytes of a refused write still to come */
+	uint64_t skip;           /* bytes of a refused request still to come; then it is answered */
+	struct far_nbd_request refused;
+	int refused_err;
+	const char *refused_why;
 	struct far_spin spin;
 	unsigned crowded, crowd; /* so many times not to spin; how many it was at first */
 	unsigned came;           /* requests since the last read */

@@ -25,6 +25,7 @@
 #include "wire/nbd/link.h"
 
 #include "net/net.h"
+#include "wire/nbd/trust.h"
 
 #include <libnbd.h>
 #include <poll.h>
@@ -480,12 +481,42 @@ void far_nbd_link_put(struct far_nbd_link *l)
 
 /* ------------------------------------------------------------------------------------------------ opening */
 
-/* The reason that libnbd gives, without the names of its functions before it. */
+/* What libnbd and GnuTLS say, and what it means to somebody who has written a URI. `keys`: only if a shared key is, or is
+ * not, in use. Without a code it was an alert, or else the connection may have been lost. */
+static const struct link_word {
+	const char *said;
+	enum { ALWAYS, WITH_KEY, WITHOUT_KEY } keys;
+	int code;
+	const char *means;
+} link_words[] = {
+	{ "requires TLS", ALWAYS, EACCES, "the server speaks TLS only: use nbds://" },
+	{ "server refused TLS", ALWAYS, EPROTO, "the server speaks no TLS, and nbds:// sends nothing in the clear" },
+	{ "certificate verification", ALWAYS, EACCES,
+	  "the server's certificate is signed by an unknown authority, has expired, or is for another name; tls-certificates=DIR "
+	  "says whom to believe" },
+	{ "Insufficient credentials", WITH_KEY, EACCES,
+	  "the server has a certificate and asks for no shared key: use tls-certificates=DIR" },
+	{ "gnutls_handshake", WITH_KEY, 0, "the server does not know this name with this key" },
+	{ "gnutls_handshake", WITHOUT_KEY, 0,
+	  "the server has broken off the handshake of TLS; it may want a shared key (tls-psk-file=FILE), or another version" },
+	{ "gnutls_record", WITHOUT_KEY, 0,
+	  "the server has ended the connection after the handshake of TLS; it may want another client-cert.pem, or one at all" },
+	{ "disconnected unexpectedly", WITHOUT_KEY, 0,
+	  "the server has ended the connection; it may want another client-cert.pem, or one at all" },
+};
+
+/* The reason that libnbd gives, in words of our own or at least without the names of its functions before it. */
 static int link_refused(const struct far_nbd_peer *p, struct far_error *err)
 {
 	const char *text = nbd_get_error();
 	int e = nbd_get_errno();
 
+	for (size_t i = 0; text && i < sizeof link_words / sizeof *link_words; i++) {
+		const struct link_word *w = &link_words[i];
+		int code = w->code ? w->code : strstr(text, "fatal alert") ? EACCES : ECONNRESET;
+		if (strstr(text, w->said) && (w->keys == ALWAYS || (p->tls && (w->keys == WITH_KEY) == (p->tls_psk_file != NULL))))
+			return far_error_set(err, code, "cannot open %s: %s", p->where, w->means);
+	}
 	for (const char *colon; text && !strncmp(text, "nbd_", 4) && (colon = strstr(text, ": ")); text = colon + 2)
 		;
 	/* Without a number: the server ended the connection, or speaks something else. */
@@ -493,7 +524,7 @@ static int link_refused(const struct far_nbd_peer *p, struct far_error *err)
 	return far_error_set(err, e, "cannot open %s: %.300s", p->where, text && *text ? text : far_strerror(e));
 }
 
-static int link_settings(const struct far_nbd_peer *p, struct nbd_handle *h)
+static int link_settings(const struct far_nbd_peer *p, const char *certificates, struct nbd_handle *h)
 {
 	int r = nbd_set_export_name(h, p->export) | nbd_add_meta_context(h, LINK_CONTEXT) |
 		nbd_set_tls(h, p->tls ? LIBNBD_TLS_REQUIRE : LIBNBD_TLS_DISABLE);
@@ -502,8 +533,8 @@ static int link_settings(const struct far_nbd_peer *p, struct nbd_handle *h)
 	r |= nbd_set_pread_initialize(h, false);
 	if (p->tls)
 		r |= nbd_set_tls_verify_peer(h, p->tls_verify);
-	if (p->tls_certificates)
-		r |= nbd_set_tls_certificates(h, p->tls_certificates);
+	if (certificates)
+		r |= nbd_set_tls_certificates(h, certificates);
 	if (p->tls_psk_file)
 		r |= nbd_set_tls_psk_file(h, p->tls_psk_file);
 	if (p->tls_username)
@@ -624,13 +655,27 @@ static int link_describe(struct far_nbd_link *l, const struct far_nbd_peer *p, s
 	return 0;
 }
 
+/* Connect and agree, with certificates from this folder; NULL: none are needed. */
+static int link_start(struct far_nbd_link *l, const struct far_nbd_peer *p, const char *certificates, uint64_t until, int cancel,
+		      struct far_nbd_export *e, struct far_error *err)
+{
+	int r = l->wake < 0 ? far_error_set(err, errno, "cannot open %s: %s", p->where, far_strerror(errno)) :
+		!l->h || link_settings(p, certificates, l->h) ? link_refused(p, err) : link_connect(l, p, until, cancel, err);
+
+	if (!r)
+		r = link_handshake(l, p, until, cancel, err);
+	return r ? r : link_describe(l, p, e, err);
+}
+
 int far_nbd_link_open(const struct far_nbd_peer *p, uint64_t until, int cancel, struct far_nbd_link **out,
 		      struct far_nbd_export *e, struct far_error *err)
 {
 	struct far_nbd_link *l = calloc(1, sizeof *l);
-	struct far_error own = { 0 };
+	struct far_nbd_trust trust = { .made = false };
+	struct far_error own = { 0 }, unheard = { 0 };
+	int r = 0;
 
-	err = err ? err : &own;
+	err = err ? err : &unheard;
 	if (!l)
 		return far_error_set(err, ENOMEM, "cannot open %s: %s", p->where, far_strerror(ENOMEM));
 	far_mutex_init(&l->lock);
@@ -638,12 +683,12 @@ int far_nbd_link_open(const struct far_nbd_peer *p, uint64_t until, int cancel, 
 	atomic_init(&l->refs, 1);
 	l->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	l->h = nbd_create();
-	int r = l->wake < 0 ? far_error_set(err, errno, "cannot open %s: %s", p->where, far_strerror(errno)) :
-		!l->h || link_settings(p, l->h) ? link_refused(p, err) : link_connect(l, p, until, cancel, err);
+	bool unsaid = p->tls && p->tls_verify && !p->tls_certificates && !p->tls_psk_file;
+	if (unsaid && (r = far_nbd_trust_open(&trust, &own)))
+		far_error_set(err, -r, "cannot open %s: %s", p->where, own.text);
 	if (!r)
-		r = link_handshake(l, p, until, cancel, err);
-	if (!r)
-		r = link_describe(l, p, e, err);
+		r = link_start(l, p, unsaid ? trust.dir : p->tls_certificates, until, cancel, e, err);
+	far_nbd_trust_close(&trust);
 	if (!r) {
 		*out = l;
 		return 0;
