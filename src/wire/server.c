@@ -164,6 +164,8 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	s->env.handshake = 10 * FAR_SEC;
 	s->env.stall = 30 * FAR_SEC;
 	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	s->env.spinning_max = cpus > 3 ? (unsigned)cpus / 2 : 1;
 	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int r = s->cancel < 0 ? -errno : 0;
 	if (r == 0) {
