@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -116,6 +117,15 @@ int far_thread_start(struct far_thread *t, const char *name, void *(*fn)(void *)
 void far_thread_yield(void)
 {
 	sched_yield();
+}
+
+void far_thread_on_time(void)
+{
+	static _Thread_local bool set;
+
+	if (!set)
+		prctl(PR_SET_TIMERSLACK, 1000UL);
+	set = true;
 }
 
 void far_thread_join(struct far_thread *t)

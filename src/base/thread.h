@@ -83,6 +83,8 @@ struct far_thread {
 int far_thread_start(struct far_thread *t, const char *name, void *(*fn)(void *), void *arg);
 /* Inside a spin that may last: let whoever else wants this CPU run first, perhaps the one that is waited for. */
 void far_thread_yield(void);
+/* From here on this thread's sleeps end on time, not within the 50 us that the kernel takes. For a thread of ours. */
+void far_thread_on_time(void);
 void far_thread_join(struct far_thread *t); /* nothing to do if it never started */
 
 #endif

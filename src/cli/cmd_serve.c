@@ -35,7 +35,7 @@ static const char *const serve_versions[] = { "1.2", "1.3", NULL };
 static const struct far_opt serve_options[] = {
 	{ "listen", FAR_OPT_LIST, offsetof(struct serve_conf, listen), .value_name = "URI",
 	  .help = "accept connections here: grpc://HOST:PORT, grpcs://HOST:PORT, nbd://HOST:PORT, nbds://HOST:PORT, any://HOST:PORT, "
-		  "grpc+unix:///?socket=PATH, nbd+unix:///?socket=PATH; may be repeated" },
+		  "grpc+unix:///?socket=PATH, nbd+unix:///?socket=PATH, stdio:, nbd+stdio:; may be repeated" },
 	{ "layer", FAR_OPT_LIST, offsetof(struct serve_conf, layer), .value_name = "NAME[:KEY=VALUE,...]",
 	  .help = "wrap every SOURCE in a layer; may be repeated, the first is outermost" },
 	{ "read-only", FAR_OPT_BOOL, offsetof(struct serve_conf, read_only), .help = "refuse writes" },

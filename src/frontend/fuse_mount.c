@@ -29,16 +29,35 @@
 
 extern char **environ;
 
+/* What it said, without its name before it, and its exit code. */
+static int fuse_helper_end(pid_t pid, int fd, char *said, size_t said_len)
+{
+	size_t got = 0;
+	int status;
+
+	far_io_read_some(fd, said, said_len - 1, &got);
+	while (got && said[got - 1] == '\n')
+		got--;
+	said[got] = 0;
+	char *colon = strstr(said, ": ");
+	if (colon && !strncmp(said, "fusermount", 10))
+		memmove(said, colon + 2, strlen(colon + 2) + 1);
+	while (waitpid(pid, &status, 0) < 0)
+		if (errno != EINTR)
+			return 0; /* the program reaps all children itself: judge by what was done */
+	return WIFEXITED(status) ? WEXITSTATUS(status) : -EIO;
+}
+
 /* Run fusermount3 with these arguments; comm >= 0: the socket on which it hands the descriptor over. Its exit code or
  * -errno; what it said is in `said`, without its name and the newline. */
 static int fuse_helper(char *const argv[], int comm, char *said, size_t said_len)
 {
-	size_t n = 0, got = 0;
+	size_t n = 0;
 	char var[40], **env = NULL;
 	posix_spawn_file_actions_t fa;
 	posix_spawnattr_t at;
 	sigset_t none, pipes;
-	int p[2], status = 0, r;
+	int p[2], r;
 	pid_t pid;
 
 	said[0] = 0;
@@ -77,22 +96,8 @@ static int fuse_helper(char *const argv[], int comm, char *said, size_t said_len
 	posix_spawnattr_destroy(&at);
 	free(env);
 	close(p[1]);
-	if (r == 0) {
-		far_io_read_some(p[0], said, said_len - 1, &got);
-		while (got && said[got - 1] == '\n')
-			got--;
-		said[got] = 0;
-		char *colon = strstr(said, ": ");
-		if (colon && !strncmp(said, "fusermount", 10))
-			memmove(said, colon + 2, strlen(colon + 2) + 1);
-		while (waitpid(pid, &status, 0) < 0) {
-			if (errno != EINTR) {
-				status = 0; /* the program reaps all children itself: judge by what was done */
-				break;
-			}
-		}
-		r = WIFEXITED(status) ? WEXITSTATUS(status) : -EIO;
-	}
+	if (r == 0)
+		r = fuse_helper_end(pid, p[0], said, said_len);
 	close(p[0]);
 	return r;
 }

@@ -548,11 +548,13 @@ static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64
 		return -EBUSY;
 	far_mem_not_whole(m, off, len);
 	int err = far_uffd_move(m->c.uffd, (uint64_t)(uintptr_t)at, addr, pages, 0, &done);
-	/* After a failure in the middle (a page that is pinned or locked) all of it goes back. */
+	/* After a failure in the middle (a page that is pinned or locked) all of it goes back, however long that takes. */
 	if (!err && track_attic_is(m, at, off, len, hash, epoch)) {
 		m->attic_at += pages;
 		return 0;
 	}
+	uint64_t old = far_deadline();
+	far_deadline_restore(FAR_NEVER);
 	for (back = 0; back < pages;) {
 		uint64_t n = 0;
 		int e = far_uffd_move(m->c.uffd, addr + back, (uint64_t)(uintptr_t)at + back, pages - back, 0, &n);
@@ -566,6 +568,7 @@ static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64
 		}
 		back += MEM_PAGE;
 	}
+	far_deadline_restore(old);
 	m->attic_at += pages; /* what could not be moved back lies there until the attic is cleared */
 	far_memory_suspect(m, off, len);
 	return -EBUSY;

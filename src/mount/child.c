@@ -307,6 +307,26 @@ static bool child_hand_over(struct child *m, int *socket, int *r, struct far_err
 	return true;
 }
 
+static void child_command(const struct child *m, struct child_args *a, const char *uri, const char *target)
+{
+	child_arg(a, "farpage-serve");
+	child_arg(a, "--life=%d", CHILD_LIFE_FD);
+	if (m->backend)
+		child_arg(a, "--backend=%d", CHILD_BACKEND_FD);
+	if (m->hand_over)
+		child_arg(a, "--memory=%d", CHILD_MEMORY_FD);
+	if (child_has_hooks(&m->o))
+		child_arg(a, "--hooks=%s", m->hooks_path);
+	child_arg(a, "mount");
+	child_arg(a, "--quiet");
+	child_arg(a, "--control=%s", m->control);
+	child_args_options(a, &m->o);
+	child_arg(a, "--");
+	child_arg(a, "%s", uri);
+	child_arg(a, "%s", target);
+	a->v[a->n] = NULL;
+}
+
 static int child_start(struct child *m, const char *uri, const char *target, struct far_error *err)
 {
 	struct child_args a = { .n = 0 };
@@ -333,22 +353,7 @@ static int child_start(struct child *m, const char *uri, const char *target, str
 			goto out;
 		back[0] = -1;
 	}
-	child_arg(&a, "farpage-serve");
-	child_arg(&a, "--life=%d", CHILD_LIFE_FD);
-	if (m->backend)
-		child_arg(&a, "--backend=%d", CHILD_BACKEND_FD);
-	if (m->hand_over)
-		child_arg(&a, "--memory=%d", CHILD_MEMORY_FD);
-	if (child_has_hooks(&m->o))
-		child_arg(&a, "--hooks=%s", m->hooks_path);
-	child_arg(&a, "mount");
-	child_arg(&a, "--quiet");
-	child_arg(&a, "--control=%s", m->control);
-	child_args_options(&a, &m->o);
-	child_arg(&a, "--");
-	child_arg(&a, "%s", uri);
-	child_arg(&a, "%s", target);
-	a.v[a.n] = NULL;
+	child_command(m, &a, uri, target);
 	r = a.lost ? -ENOMEM : child_spawn(m, exe, a.v, life[1], back[1], memory[1], errors);
 	if (r) {
 		far_error_set(err, -r, "cannot start %s: %s", exe, far_strerror(r));

@@ -94,7 +94,29 @@ static const char *oidc_text(struct json_object *o, const char *key)
 {
 	struct json_object *v;
 
-	return json_object_object_get_ex(o, key, &v) && json_object_is_type(v, json_type_string) ? json_object_get_string(v) : NULL;
+	if (!json_object_object_get_ex(o, key, &v) || !json_object_is_type(v, json_type_string))
+		return NULL;
+	const char *text = json_object_get_string(v);
+	return strlen(text) == (size_t)json_object_get_string_len(v) ? text : NULL;
+}
+
+int far_oidc_document(const char *text, size_t n, const char *expect, char **uri, struct far_error *err)
+{
+	struct json_tokener *tok = json_tokener_new_ex(16);
+	struct json_object *doc = tok ? json_tokener_parse_ex(tok, text, (int)n) : NULL;
+	const char *issuer = json_object_is_type(doc, json_type_object) ? oidc_text(doc, "issuer") : NULL;
+	const char *keys = issuer ? oidc_text(doc, "jwks_uri") : NULL;
+	int r = 0;
+
+	json_tokener_free(tok);
+	if (!issuer || strcmp(issuer, expect))
+		r = far_error_set(err, EACCES, "%s has the document of another issuer: '%.100s'", expect, issuer ? issuer : "");
+	else if (!keys || strncmp(keys, "https://", 8) || strlen(keys) > 2048)
+		r = far_error_set(err, EACCES, "%s tells no https:// address of its keys", expect);
+	else if (!(*uri = strdup(keys)))
+		r = far_error_set(err, ENOMEM, "out of memory");
+	json_object_put(doc);
+	return r;
 }
 
 /* Where the keys are, by the issuer's own word. *uri is malloc'd. */
@@ -110,22 +132,7 @@ static int oidc_discover(struct far_oidc *o, struct oidc_body *b, uint64_t until
 	b->n = 0;
 	b->max = OIDC_DOCUMENT_MAX;
 	int r = oidc_get(o, url, b, until, err);
-	if (r)
-		return r;
-	b->data[b->n] = 0;
-	struct json_tokener *tok = json_tokener_new_ex(16);
-	struct json_object *doc = tok ? json_tokener_parse_ex(tok, b->data, (int)b->n) : NULL;
-	json_tokener_free(tok);
-	const char *issuer = json_object_is_type(doc, json_type_object) ? oidc_text(doc, "issuer") : NULL;
-	const char *keys = issuer ? oidc_text(doc, "jwks_uri") : NULL;
-	if (!issuer || strcmp(issuer, o->issuer))
-		r = far_error_set(err, EACCES, "%s is the document of another issuer: '%.100s'", url, issuer ? issuer : "");
-	else if (!keys || strncmp(keys, "https://", 8) || strlen(keys) > 2048)
-		r = far_error_set(err, EACCES, "%s tells no https:// address of its keys", url);
-	else if (!(*uri = strdup(keys)))
-		r = far_error_set(err, ENOMEM, "out of memory");
-	json_object_put(doc);
-	return r;
+	return r ? r : far_oidc_document(b->data, b->n, o->issuer, uri, err);
 }
 
 static int oidc_fetch(struct far_oidc *o, uint64_t until, struct far_jwks **out, struct far_error *err)

@@ -16,4 +16,8 @@ void far_oidc_close(struct far_oidc *o);
  * the thread's deadline. -EAGAIN: it would have to be fetched; -EACCES: it was fetched a short time ago, or cannot be. */
 int far_oidc_keys(struct far_oidc *o, const struct far_jwks *than, bool wait, struct far_jwks **out, struct far_error *err);
 
+/* The pure half. A discovery document: is it the one of `issuer`, and where are the keys? *uri is malloc'd, "https://...".
+ * 0, -EACCES, -ENOMEM. */
+int far_oidc_document(const char *text, size_t n, const char *issuer, char **uri, struct far_error *err);
+
 #endif

@@ -447,7 +447,8 @@ static int server_address(const struct far_server *s, const struct far_uri *u, c
 	to->scheme = server_scheme(u->scheme);
 	if (!to->scheme || (u->variant[0] && !local))
 		return far_error_set(err, EINVAL, "cannot listen on '%s': use grpc://HOST:PORT, nbd://HOST:PORT, grpcs:// or nbds:// "
-				     "for TLS, any://HOST:PORT for both, grpc+unix:///?socket=PATH or nbd+unix:///?socket=PATH", u->text);
+				     "for TLS, any://HOST:PORT for both, grpc+unix:///?socket=PATH, nbd+unix:///?socket=PATH, "
+				     "or of the farpage command stdio: or nbd+stdio:", u->text);
 	if (to->scheme->tls && !s->tls)
 		return far_error_set(err, EINVAL, "cannot listen on '%s': TLS needs a certificate and its key; give --tls-cert and "
 				     "--tls-key", u->text);

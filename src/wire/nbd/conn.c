@@ -32,8 +32,8 @@
 #define CONN_CROWD (200 * FAR_USEC)     /* a yield that takes longer: others want this CPU */
 #define CONN_CALM 256
 #define CONN_CALM_MAX 16384
-#define CONN_LINGER (40 * FAR_USEC)     /* a sleep; the kernel adds its slack of about as much */
-#define CONN_MANY 8                     /* so many requests make one worth while */
+#define CONN_LINGER (20 * FAR_USEC)     /* a sleep */
+#define CONN_MANY 6                     /* so many requests make one worth while */
 #define CONN_DOUBTS 3                   /* so many sleeps in a row for too little end them */
 #define CONN_TRIAL 32
 
@@ -527,8 +527,10 @@ static void conn_linger(struct far_nbd_conn *c)
 		conn_judge(c);
 	}
 	c->lingered = came && c->lingers == (c->stage != CONN_OTHER);
-	if (c->lingered)
+	if (c->lingered) {
+		far_thread_on_time();
 		far_sleep_until(far_now() + CONN_LINGER, false);
+	}
 }
 
 static ssize_t conn_read_some(struct far_nbd_conn *c, const struct iovec *iov, int n)

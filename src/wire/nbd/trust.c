@@ -89,7 +89,7 @@ int far_nbd_trust_open(struct far_nbd_trust *t, struct far_error *err)
 
 	t->made = false;
 	if (file && access(file, R_OK))
-		return far_error_set(err, errno, "cannot read %s, which SSL_CERT_FILE names: %s", file, far_strerror(errno));
+		return far_error_set(err, errno, "cannot read the certificates in %s, which SSL_CERT_FILE names: %s", file, far_strerror(errno));
 	if (!file && trust_libnbd(t))
 		return 0;
 	if (!file && !(file = trust_system()))
