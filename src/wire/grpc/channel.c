@@ -16,10 +16,10 @@
  *
  * Invariants:
  *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
- *     token back wakes one waiting caller (channel_pass). A caller who has begun calls and not finished them is awake.
+ *     token back wakes one waiting caller (far_chan_pass). A caller who has begun calls and not finished them is awake.
  *  2. The reader never blocks in sending. It waits for room in the socket only together with waiting for input. A sender
  *     who is not the reader waits for room in short slices, because the reader may leave meanwhile.
- *  3. A call's memory is touched by others only while it is on the list; its caller leaves (channel_leave), or is taken off
+ *  3. A call's memory is touched by others only while it is on the list; its caller leaves (far_chan_leave), or is taken off
  *     it (far_channel_done), only when no reader is reading into it (`pinned`) and the batch borrows nothing of it.
  *  4. A channel dies once: `error` is set, every pending call gets it, the session is not used again.
  *
@@ -27,61 +27,18 @@
  * for `dead` more neither a byte comes nor the peer's system takes any (a slow path is not a dead one), the channel dies.
  * grpc-go hangs up on a client that pings a third time without being told anything in between, hence `max_pings`.
  */
-#include "wire/grpc/channel.h"
+#include "wire/grpc/channel_int.h"
 
 #include "net/tls.h"
 
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define CHANNEL_SPARE 16384
 #define CHANNEL_SLICE (10 * FAR_MSEC)
-#define CHANNEL_WAKE 64
 #define CHANNEL_GATHER 4 /* so large a part of the calls may wait to be sent together */
 #define CHANNEL_SMALL 16384 /* a longer body is sent by its own caller: the reader has to read */
 #define CHANNEL_STALE (5 * FAR_MSEC) /* after so long without a call look at what the peer said meanwhile */
-
-struct far_channel {
-	/* fixed */
-	struct far_conn conn;
-	char *authority, *authorization;
-	bool tls;
-	/* atomic */
-	_Atomic unsigned refs;
-	_Atomic int64_t load;
-	_Atomic uint64_t tag, marks;
-	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
-
-	_Atomic bool output; /* there is something to send: the reader ends its spin for it */
-	_Atomic bool awake;  /* there is a reader, and it looks into the inbox before it sleeps or goes */
-	_Atomic(struct far_call *) inbox; /* calls that came while another thread had the lock, newest first */
-
-	struct far_mutex lock;
-	struct far_h2 h2 FAR_GUARDED_BY(lock);
-	struct far_call *calls FAR_GUARDED_BY(lock), *last FAR_GUARDED_BY(lock);
-	bool sending FAR_GUARDED_BY(lock), reading FAR_GUARDED_BY(lock);
-	bool asleep FAR_GUARDED_BY(lock); /* the reader, until something comes */
-	bool dead FAR_GUARDED_BY(lock), draining FAR_GUARDED_BY(lock);
-	bool spoken FAR_GUARDED_BY(lock), wants_tls FAR_GUARDED_BY(lock); /* the peer has said something; what it was */
-	int error FAR_GUARDED_BY(lock);
-	unsigned linked FAR_GUARDED_BY(lock), unsent FAR_GUARDED_BY(lock); /* calls on the list; begun since something was sent */
-	unsigned leaving FAR_GUARDED_BY(lock); /* callers whose memory the batch still borrows */
-	uint64_t heard FAR_GUARDED_BY(lock); /* when bytes came last */
-	uint64_t quiet FAR_GUARDED_BY(lock), patience FAR_GUARDED_BY(lock); /* FAR_NEVER: no pings */
-	uint64_t pinged FAR_GUARDED_BY(lock);  /* when the PING was sent that is not answered yet; 0: none */
-	unsigned pings FAR_GUARDED_BY(lock), max_pings FAR_GUARDED_BY(lock); /* sent since the peer said something */
-	uint64_t written FAR_GUARDED_BY(lock), taken FAR_GUARDED_BY(lock);   /* bytes; taken: acknowledged by its system */
-	uint64_t moved FAR_GUARDED_BY(lock);   /* when `taken` was last seen to grow */
-	/* whom to wake, after the lock has been let go: they would only wait for it */
-	const struct far_event *wake[CHANNEL_WAKE] FAR_GUARDED_BY(lock);
-	unsigned wake_n FAR_GUARDED_BY(lock);
-	/* token: reading */
-	uint8_t *spare;
-	struct far_spin spin;
-	uint64_t dry; /* since when nothing comes; 0: something came last */
-};
 
 static struct far_channel *channel_of(struct far_h2 *h)
 {
@@ -92,12 +49,11 @@ enum channel_event { CHANNEL_LOOK = 1, CHANNEL_LEFT }; /* look again; the call i
 
 static void channel_drain(struct far_channel *c) FAR_REQUIRES(c->lock);
 static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock);
-static void channel_pass(struct far_channel *c) FAR_REQUIRES(c->lock);
 static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock);
 static bool channel_wants_sender(struct far_channel *c) FAR_REQUIRES(c->lock);
 
 /* The only way to let go of the lock: whoever does takes in what was put into the inbox meanwhile, and wakes whom it has to. */
-static void channel_unlock(struct far_channel *c) FAR_RELEASE(c->lock)
+void far_chan_unlock(struct far_channel *c)
 {
 	const struct far_event *wake[CHANNEL_WAKE];
 
@@ -114,7 +70,7 @@ static void channel_unlock(struct far_channel *c) FAR_RELEASE(c->lock)
 		channel_drain(c);
 		if (channel_wants_sender(c))
 			channel_send(c);
-		channel_pass(c);
+		far_chan_pass(c);
 	}
 }
 
@@ -135,7 +91,7 @@ static void channel_wake(struct far_channel *c, struct far_call *call, enum chan
 static void channel_sleep(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
 {
 	call->waiting = true;
-	channel_unlock(c);
+	far_chan_unlock(c);
 	far_event_wait_until(&call->event, FAR_NEVER);
 	far_mutex_lock(&c->lock);
 	call->waiting = false;
@@ -154,7 +110,7 @@ static void channel_frame(struct far_h2 *h, const nghttp2_frame *frame) FAR_NO_T
 	}
 }
 
-static const struct far_h2_ops channel_ops = {
+const struct far_h2_ops far_chan_ops = {
 	.header = far_call_header,
 	.data = far_call_data,
 	.closed = far_call_closed,
@@ -162,7 +118,7 @@ static const struct far_h2_ops channel_ops = {
 	.frame = channel_frame,
 };
 
-static void channel_die(struct far_channel *c, int err) FAR_REQUIRES(c->lock)
+void far_chan_die(struct far_channel *c, int err)
 {
 	if (c->dead)
 		return;
@@ -197,7 +153,7 @@ static void channel_let_go(struct far_channel *c) FAR_REQUIRES(c->lock)
 		if (!call->leaving)
 			continue;
 		if (!c->dead && far_h2_detach(&c->h2, call->req.body, call->req.body_n))
-			channel_die(c, -ENOMEM);
+			far_chan_die(c, -ENOMEM);
 		call->leaving = false;
 		c->leaving--;
 		channel_wake(c, call, CHANNEL_LOOK);
@@ -219,7 +175,7 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 		c->h2.writing = true;
 		const struct iovec *iov = c->h2.iov + c->h2.iov_at;
 		int n = (int)(c->h2.iov_n - c->h2.iov_at);
-		channel_unlock(c);
+		far_chan_unlock(c);
 		ssize_t k = c->conn.ops->writev(&c->conn, iov, n);
 		far_mutex_lock(&c->lock);
 		c->h2.writing = false;
@@ -239,7 +195,7 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock)
 	if (!r && !c->dead && all && far_h2_over(&c->h2))
 		r = c->draining ? -ECONNRESET : -EPROTO;
 	if (r)
-		channel_die(c, r);
+		far_chan_die(c, r);
 	c->sending = false;
 	return all;
 }
@@ -250,7 +206,7 @@ static void channel_wait_room(struct far_channel *c, uint64_t deadline) FAR_REQU
 	bool in = !c->reading;
 
 	c->sending = true;
-	channel_unlock(c);
+	far_chan_unlock(c);
 	c->conn.ops->wait(&c->conn, in, true, far_min(deadline, far_now() + CHANNEL_SLICE));
 	far_mutex_lock(&c->lock);
 	c->sending = false;
@@ -277,7 +233,7 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 		pin->pinned++;
 	}
 	iov[n++] = (struct iovec){ c->spare, CHANNEL_SPARE };
-	channel_unlock(c);
+	far_chan_unlock(c);
 	ssize_t k = c->conn.ops->readv(&c->conn, iov, n);
 	if (k == -EAGAIN && spin && !c->dry)
 		c->dry = far_now();
@@ -339,10 +295,10 @@ static void channel_look(struct far_channel *c) FAR_REQUIRES(c->lock)
 	uint64_t since = far_max(c->heard, c->moved);
 	if (c->pinged) {
 		if (now >= far_max(since, c->pinged) + c->patience)
-			channel_die(c, -ETIMEDOUT);
+			far_chan_die(c, -ETIMEDOUT);
 	} else if (c->pings < c->max_pings && now >= since + c->quiet) {
 		if (nghttp2_submit_ping(c->h2.session, NGHTTP2_FLAG_NONE, NULL)) {
-			channel_die(c, -ENOMEM);
+			far_chan_die(c, -ENOMEM);
 			return;
 		}
 		c->h2.dirty = true;
@@ -371,15 +327,15 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 		if (k > 0 || call->done)
 			continue;
 		if (k != -EAGAIN) {
-			channel_die(c, (int)k);
+			far_chan_die(c, (int)k);
 			break;
 		}
 		if (!c->sending && channel_has_output(c) && room)
 			continue;
 		uint64_t until = channel_look_at(c, deadline);
 		c->asleep = true;
-		atomic_store_explicit(&c->awake, false, memory_order_relaxed); /* channel_unlock() looks into the inbox after it */
-		channel_unlock(c);
+		atomic_store_explicit(&c->awake, false, memory_order_relaxed); /* far_chan_unlock() looks into the inbox after it */
+		far_chan_unlock(c);
 		int r = c->conn.ops->wait(&c->conn, true, !room, until);
 		far_mutex_lock(&c->lock);
 		c->asleep = false;
@@ -389,7 +345,7 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 		if (r == -ETIMEDOUT)
 			channel_look(c);
 		else if (r)
-			channel_die(c, r);
+			far_chan_die(c, r);
 	}
 	c->reading = false;
 	atomic_store_explicit(&c->awake, false, memory_order_relaxed);
@@ -400,7 +356,7 @@ static void channel_read(struct far_channel *c, struct far_call *call, uint64_t 
 
 /* ---------------------------------------------------------------------------------------------------- calls */
 
-static void channel_link(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+void far_chan_link(struct far_channel *c, struct far_call *call)
 {
 	call->next = NULL;
 	call->prev = c->last;
@@ -427,7 +383,7 @@ static void channel_unlink(struct far_channel *c, struct far_call *call) FAR_REQ
 }
 
 /* Put the request into the session. */
-static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t deadline) FAR_REQUIRES(c->lock)
+int far_chan_submit(struct far_channel *c, struct far_call *call, uint64_t deadline)
 {
 	static const nghttp2_nv fixed[] = {
 		FAR_H2_NV(":method", "POST"),
@@ -493,7 +449,7 @@ static int channel_submit(struct far_channel *c, struct far_call *call, uint64_t
 }
 
 /* The call ends without a reply: the peer is told, and nothing of it is reported any more. */
-static void channel_abandon(struct far_channel *c, struct far_call *call, int err) FAR_REQUIRES(c->lock)
+void far_chan_abandon(struct far_channel *c, struct far_call *call, int err)
 {
 	int32_t id = call->s.id;
 
@@ -507,7 +463,7 @@ static void channel_abandon(struct far_channel *c, struct far_call *call, int er
 }
 
 /* Leave the list; nobody touches the call's memory afterwards. */
-static void channel_leave(struct far_channel *c, struct far_call *call) FAR_REQUIRES(c->lock)
+void far_chan_leave(struct far_channel *c, struct far_call *call)
 {
 	while (call->pinned)
 		channel_sleep(c, call);
@@ -544,7 +500,7 @@ void far_channel_done(struct far_call *call) FAR_NO_TSA
 }
 
 /* Give the tokens to somebody: wake one caller who waits. */
-static void channel_pass(struct far_channel *c) FAR_REQUIRES(c->lock)
+void far_chan_pass(struct far_channel *c)
 {
 	if (c->reading && !channel_wants_sender(c))
 		return;
@@ -565,8 +521,8 @@ static bool channel_work(struct far_channel *c, struct far_call *call, uint64_t 
 		if (now >= deadline) {
 			/* Silence on the whole connection for the full patience of a call: the peer is gone. */
 			if (now - c->heard >= silence)
-				channel_die(c, -ETIMEDOUT);
-			channel_abandon(c, call, -ETIMEDOUT);
+				far_chan_die(c, -ETIMEDOUT);
+			far_chan_abandon(c, call, -ETIMEDOUT);
 			if (!c->sending && channel_has_output(c))
 				channel_send(c);
 			break;
@@ -589,7 +545,7 @@ static bool channel_work(struct far_channel *c, struct far_call *call, uint64_t 
 }
 
 /* Read what has come; nobody reads now. */
-static void channel_hear(struct far_channel *c) FAR_REQUIRES(c->lock)
+void far_chan_hear(struct far_channel *c)
 {
 	ssize_t k;
 
@@ -597,7 +553,7 @@ static void channel_hear(struct far_channel *c) FAR_REQUIRES(c->lock)
 	while ((k = channel_read_some(c, false)) > 0)
 		;
 	if (k != -EAGAIN)
-		channel_die(c, (int)k);
+		far_chan_die(c, (int)k);
 	c->reading = false;
 }
 
@@ -611,7 +567,7 @@ static void channel_catch_up(struct far_channel *c) FAR_REQUIRES(c->lock)
 	c->heard = now; /* silence is counted from the first call that waits */
 	c->moved = c->pinged = 0;
 	if (stale)
-		channel_hear(c);
+		far_chan_hear(c);
 }
 
 static void channel_prepare(struct far_channel *c, struct far_call *call, uint64_t deadline)
@@ -630,11 +586,11 @@ static void channel_begin(struct far_channel *c, struct far_call *call) FAR_REQU
 		call->untouched = true;
 		call->result = c->dead ? c->error : -ECONNRESET;
 	} else {
-		call->result = channel_submit(c, call, call->deadline);
+		call->result = far_chan_submit(c, call, call->deadline);
 		call->linked = call->result == 0;
 	}
 	if (call->linked)
-		channel_link(c, call);
+		far_chan_link(c, call);
 }
 
 /* Begin what lies in the inbox, in the order in which it came. */
@@ -671,16 +627,16 @@ static void channel_finish(struct far_channel *c, struct far_call *call, uint64_
 {
 	while (call->linked && channel_work(c, call, deadline, silence)) {
 		call->waiting = true;
-		channel_unlock(c);
+		far_chan_unlock(c);
 		if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
 			return;
 		far_mutex_lock(&c->lock);
 		channel_awake(c, call);
 	}
 	if (call->linked)
-		channel_leave(c, call);
-	channel_pass(c);
-	channel_unlock(c);
+		far_chan_leave(c, call);
+	far_chan_pass(c);
+	far_chan_unlock(c);
 }
 
 void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline)
@@ -688,7 +644,7 @@ void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t de
 	channel_prepare(c, call, deadline);
 	far_mutex_lock(&c->lock);
 	channel_begin(c, call);
-	channel_unlock(c);
+	far_chan_unlock(c);
 }
 
 int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
@@ -706,7 +662,7 @@ static bool channel_leave_word(struct far_channel *c, struct far_call *call) FAR
 	call->next = atomic_load_explicit(&c->inbox, memory_order_relaxed);
 	while (!atomic_compare_exchange_weak(&c->inbox, &call->next, call))
 		;
-	atomic_thread_fence(memory_order_seq_cst); /* partner: channel_unlock() */
+	atomic_thread_fence(memory_order_seq_cst); /* partner: far_chan_unlock() */
 	if (atomic_load_explicit(&c->awake, memory_order_relaxed) || !far_mutex_trylock(&c->lock)) {
 		if (far_event_wait_until(&call->event, call->deadline) == CHANNEL_LEFT)
 			return false;
@@ -732,195 +688,4 @@ int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t dead
 	channel_begin(c, call);
 	channel_finish(c, call, deadline, silence);
 	return call->result;
-}
-
-void far_channel_kill(struct far_channel *c, int err)
-{
-	far_mutex_lock(&c->lock);
-	channel_die(c, err);
-	channel_unlock(c);
-}
-
-void far_channel_retire(struct far_channel *c)
-{
-	far_mutex_lock(&c->lock);
-	c->draining = true;
-	atomic_store_explicit(&c->gone, true, memory_order_release);
-	channel_unlock(c);
-}
-
-bool far_channel_alive(struct far_channel *c)
-{
-	far_mutex_lock(&c->lock);
-	if (!c->calls && !c->reading && !c->dead) {
-		channel_hear(c);
-		channel_pass(c);
-	}
-	bool alive = !c->dead && !c->draining;
-	channel_unlock(c);
-	return alive;
-}
-
-void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead, unsigned max_pings)
-{
-	far_mutex_lock(&c->lock);
-	c->quiet = quiet;
-	c->patience = dead;
-	c->max_pings = max_pings;
-	channel_unlock(c);
-}
-
-bool far_channel_usable(const struct far_channel *c)
-{
-	return !atomic_load_explicit(&c->gone, memory_order_acquire);
-}
-
-bool far_channel_why(struct far_channel *c, char *buf, size_t n)
-{
-	far_mutex_lock(&c->lock);
-	bool wants_tls = c->wants_tls;
-	channel_unlock(c);
-	if (c->conn.ops)
-		far_conn_why(&c->conn, buf, n);
-	else
-		buf[0] = 0;
-	if (wants_tls)
-		snprintf(buf, n, "it speaks TLS: write grpcs://");
-	return buf[0];
-}
-
-uint64_t far_channel_tag(struct far_channel *c, uint64_t tag)
-{
-	if (tag)
-		atomic_store_explicit(&c->tag, tag, memory_order_relaxed);
-	return atomic_load_explicit(&c->tag, memory_order_relaxed);
-}
-
-uint64_t far_channel_mark(struct far_channel *c, int64_t change)
-{
-	return (uint64_t)(atomic_fetch_add_explicit(&c->marks, change, memory_order_relaxed) + change);
-}
-
-uint64_t far_channel_load(struct far_channel *c, int64_t change)
-{
-	return (uint64_t)(atomic_fetch_add_explicit(&c->load, change, memory_order_relaxed) + change);
-}
-
-/* ------------------------------------------------------------------------------------------- life, tests */
-
-int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out)
-{
-	struct far_channel *c = calloc(1, sizeof *c);
-
-	if (!c)
-		return -ENOMEM;
-	far_mutex_init(&c->lock);
-	c->authority = strdup(authority);
-	c->spare = malloc(CHANNEL_SPARE);
-	atomic_init(&c->refs, 1);
-	far_mutex_lock(&c->lock);
-	c->heard = far_now();
-	c->quiet = c->patience = FAR_NEVER;
-	int r = c->authority && c->spare ? far_h2_init(&c->h2, false, &channel_ops) : -ENOMEM;
-	channel_unlock(c);
-	if (r) {
-		far_mutex_fini(&c->lock);
-		free(c->authority);
-		free(c->spare);
-		free(c);
-		return r;
-	}
-	if (conn) {
-		c->conn = *conn;
-		c->tls = far_conn_is_tls(conn);
-		conn->ops = NULL;
-	}
-	*out = c;
-	return 0;
-}
-
-void far_channel_get(struct far_channel *c)
-{
-	atomic_fetch_add_explicit(&c->refs, 1, memory_order_relaxed);
-}
-
-void far_channel_put(struct far_channel *c) FAR_NO_TSA
-{
-	if (!c || atomic_fetch_sub_explicit(&c->refs, 1, memory_order_acq_rel) != 1)
-		return;
-	FAR_ASSERT(!c->calls);
-	far_h2_fini(&c->h2);
-	far_conn_close(&c->conn);
-	far_mutex_fini(&c->lock);
-	free(c->authority);
-	free(c->authorization);
-	free(c->spare);
-	free(c);
-}
-
-void far_channel_authorize(struct far_channel *c, char *value)
-{
-	c->authorization = value;
-}
-
-int far_channel_submit(struct far_channel *c, struct far_call *call)
-{
-	call->channel = c;
-	far_event_init(&call->event);
-	far_mutex_lock(&c->lock);
-	int r = channel_submit(c, call, FAR_NEVER);
-	if (r == 0)
-		channel_link(c, call);
-	channel_unlock(c);
-	return r;
-}
-
-int far_channel_feed(struct far_channel *c, const uint8_t *data, size_t len)
-{
-	far_mutex_lock(&c->lock);
-	int r = c->dead ? c->error : 0;
-	while (r == 0 && len) {
-		uint8_t *dst;
-		size_t n = (size_t)far_min(len, far_h2_direct(&c->h2, &dst));
-		if (n) {
-			memcpy(dst, data, n);
-			r = far_h2_feed(&c->h2, dst, n);
-		} else {
-			n = (size_t)far_min(len, 64);
-			r = far_h2_feed(&c->h2, data, n);
-		}
-		data += n;
-		len -= n;
-	}
-	if (r)
-		channel_die(c, r);
-	channel_unlock(c);
-	return r;
-}
-
-size_t far_channel_take(struct far_channel *c, uint8_t *buf, size_t cap)
-{
-	size_t n = 0;
-	int r = 0;
-
-	far_mutex_lock(&c->lock);
-	while (!c->dead && n < cap && far_h2_fill(&c->h2, &r)) {
-		const struct iovec *v = &c->h2.iov[c->h2.iov_at];
-		size_t k = (size_t)far_min(v->iov_len, cap - n);
-		memcpy(buf + n, v->iov_base, k);
-		n += k;
-		far_h2_wrote(&c->h2, k);
-	}
-	if (r)
-		channel_die(c, r);
-	channel_unlock(c);
-	return n;
-}
-
-void far_channel_end(struct far_channel *c, struct far_call *call, int err)
-{
-	far_mutex_lock(&c->lock);
-	channel_abandon(c, call, err);
-	channel_leave(c, call);
-	channel_unlock(c);
 }
