@@ -5,6 +5,7 @@
 packets are lost, also while they are written back. How fast it is, bench/run path tells. TAP."""
 import os
 import random
+import subprocess
 import sys
 
 TUNDELAY = os.path.abspath(sys.argv[2])
@@ -92,6 +93,31 @@ def demand_fetches_pass_the_pull(w):
     m.wait(60)
 
 
+def only_a_path_that_loses_is_paced_by_tcp(w):
+    """Where the system's choice is bbr: no connection has it at first, and bulk gets it when packets are lost."""
+    need_fuse()
+    for loss in (0, 5):
+        w.file('region', 32 * MIB)
+        p = path(w, 10, 1000, loss)
+        try:
+            for side in 'ab':
+                p.call(side, 'sysctl', '-qw', 'net.ipv4.tcp_congestion_control=bbr')
+        except subprocess.CalledProcessError as e:
+            raise Skip('this kernel has no bbr: ' + e.stderr.strip())
+        uri = serve(w, p, '--read-only')
+        w.file('t', 0)
+        m = p.start('b', FARPAGE, 'mount', uri, w.path('t'), '--mode', 'managed', '--read-only')
+        true(m.stdout.readline().strip(), 'it was not mounted')
+        w.run('wait', w.path('t'), '--local', '100%', '--timeout', '100s', code=0)
+        lines = p.call('a', 'ss', '-tinH').splitlines()
+        control = {int(l.split('bytes_sent:')[1].split()[0]): l.split()[0] for l in lines if 'bytes_sent:' in l}
+        equal(control[max(control)] == 'bbr', loss > 0, 'bulk is paced by %s' % control)
+        true(control[min(control)] != 'bbr', 'a connection of few bytes is paced by %s' % control)
+        m.terminate()
+        equal(m.wait(60), 0, 'exit code')
+        p.close()
+
+
 def alone(case):
     """The mount ends before the path does."""
     def run(w):
@@ -105,4 +131,4 @@ def alone(case):
 
 
 main([alone(c) for c in (ten_ms_and_a_gigabit, forty_ms_and_half_a_gigabit, one_packet_in_a_thousand_is_lost,
-                         demand_fetches_pass_the_pull)])
+                         demand_fetches_pass_the_pull, only_a_path_that_loses_is_paced_by_tcp)])

@@ -698,29 +698,38 @@ int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t de
 	return call->result;
 }
 
+/* Leave the call to whoever reads, or has the lock, with what others bring: one batch for all. False: it is done already;
+ * true: the lock is held, and the rest is to be done as usual. */
+static bool channel_leave_word(struct far_channel *c, struct far_call *call) FAR_TRY_ACQUIRE(true, c->lock)
+{
+	call->waiting = true;
+	call->next = atomic_load_explicit(&c->inbox, memory_order_relaxed);
+	while (!atomic_compare_exchange_weak(&c->inbox, &call->next, call))
+		;
+	atomic_thread_fence(memory_order_seq_cst); /* partner: channel_unlock() */
+	if (atomic_load_explicit(&c->awake, memory_order_relaxed) || !far_mutex_trylock(&c->lock)) {
+		if (far_event_wait_until(&call->event, call->deadline) == CHANNEL_LEFT)
+			return false;
+		far_mutex_lock(&c->lock);
+	}
+	channel_awake(c, call);
+	return true;
+}
+
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 {
-	bool small = call->req.body_n <= CHANNEL_SMALL;
-
 	channel_prepare(c, call, deadline);
-	if (!small)
+	if (call->req.body_n > CHANNEL_SMALL) {
 		far_mutex_lock(&c->lock);
-	if (!small || (!atomic_load_explicit(&c->awake, memory_order_relaxed) && far_mutex_trylock(&c->lock))) {
-		channel_begin(c, call);
 	} else {
-		/* Whoever reads, or has the lock, takes it in, and what others bring with it: one batch for all. */
-		call->waiting = true;
-		call->next = atomic_load_explicit(&c->inbox, memory_order_relaxed);
-		while (!atomic_compare_exchange_weak(&c->inbox, &call->next, call))
-			;
-		atomic_thread_fence(memory_order_seq_cst); /* partner: channel_unlock() */
-		if (atomic_load_explicit(&c->awake, memory_order_relaxed) || !far_mutex_trylock(&c->lock)) {
-			if (far_event_wait_until(&call->event, deadline) == CHANNEL_LEFT)
-				return call->result;
-			far_mutex_lock(&c->lock);
+		bool alone = !atomic_load_explicit(&c->awake, memory_order_relaxed);
+		if (!alone || !far_mutex_trylock(&c->lock)) {
+			if (channel_leave_word(c, call))
+				channel_finish(c, call, deadline, silence);
+			return call->result;
 		}
-		channel_awake(c, call);
 	}
+	channel_begin(c, call);
 	channel_finish(c, call, deadline, silence);
 	return call->result;
 }
