@@ -153,6 +153,28 @@ def a_flush_covers_what_other_connections_wrote(w):
     equal(m.end(), 0, m.err())
 
 
+def a_lease_keeps_nbd_writers_out(w):
+    path = w.path('s')
+    s = w.start('serve', 'mem:4M', '--listen', 'nbd+unix:///?socket=' + path, '--listen', 'grpc://127.0.0.1:0')
+    wait_for(lambda: s.out().count('\n') == 2, 'both listeners')
+    uri = s.out().split()[4]
+    c = Client(path).go(CHUNKED)
+    equal(c.error(WRITE, 0, 4 * MIB, 0, b'a' * (4 * MIB)), 0, 'write')
+    os.mkdir(w.path('t'))
+    m = w.start('mount', uri, 't', '--mode', 'managed', '--as', 'nbd-socket', '--quiet')
+    m.line()
+
+    def outcomes():
+        return [c.error(WRITE, 5, n, 0, b'b' * n) for n in (1, 4096, 70000, 2 * MIB)] + [c.error(TRIM, 0, 4096),
+                                                                                          c.error(ZEROES, 0, 4096)]
+    wait_for(lambda: outcomes() == [EPERM] * 6, 'the lease')
+    c.error(FLUSH)
+    equal(m.end(), 0, m.err())
+    equal(outcomes(), [0] * 6, 'changes when nobody holds a lease')
+    equal(c.read(4096, 2 * MIB), b'b' * (2 * MIB - 4091) + b'a' * 4091, 'what was written')
+    equal(s.end(), 0, s.err())
+
+
 def what_is_here_overtakes_what_is_far_away(w):
     w.file('a', 4 * MIB)
     server, uri = w.serve('file:a')
@@ -258,5 +280,6 @@ def commands_get_where_the_export_is(w):
 
 main([long_writes_land_where_they_belong, a_long_write_that_breaks_off_harms_nothing_else,
       long_writes_and_reads_of_others_are_whole, each_failure_of_a_store_has_its_number,
-      a_flush_covers_what_other_connections_wrote, what_is_here_overtakes_what_is_far_away, over_standard_input_and_output,
-      over_two_pipes, libnbd_opens_the_socket, the_real_systemd_opens_the_socket, commands_get_where_the_export_is])
+      a_flush_covers_what_other_connections_wrote, a_lease_keeps_nbd_writers_out,
+      what_is_here_overtakes_what_is_far_away, over_standard_input_and_output, over_two_pipes,
+      libnbd_opens_the_socket, the_real_systemd_opens_the_socket, commands_get_where_the_export_is])
