@@ -541,8 +541,8 @@ def nbd_fio(server, rw, block, depth, seconds):
 
 def nbd_replay(server, seconds, batch=32):
     before = cpu_seconds(server[1])
-    rate = numbers(os.path.join(BUILD, 'bench', 'nbdreplay'), server[0], '', batch, seconds)[0]
-    return rate, (cpu_seconds(server[1]) - before) * 1e6 / (rate * seconds), 0
+    rate, most = numbers(os.path.join(BUILD, 'bench', 'nbdreplay'), server[0], '', batch, seconds)
+    return rate, (cpu_seconds(server[1]) - before) * 1e6 / (rate * seconds), most
 
 
 def nbd_copy(*where):
@@ -590,7 +590,7 @@ def row_nbd_server(o):
         rate, cpu, most = max(r for r, _, _ in a), min(c for _, c, _ in a), max(m for _, _, m in a)
         rate_b, cpu_b = max(r for r, _, _ in b), min(c for _, c, _ in b)
         more = '%.0f against %.0f a second, server CPU %.2f against %.2f us each' % (rate, rate_b, cpu, cpu_b)
-        if most and rate < target * rate_b: # as much as this client can ask for if no server ever let it wait
+        if rate < target * rate_b:  # as much as this client can ask for if no server ever let it wait
             more += '; this client\'s own CPU allows %.0f, %.2f x' % (most, most / rate_b)
         show(name, rate / rate_b, 'x', target, more, against)
         return cpu / cpu_b

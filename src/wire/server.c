@@ -17,13 +17,13 @@
 #include "base/uri.h"
 #include "net/net.h"
 #include "wire/loans.h"
+#include "wire/tell.h"
 #include "wire/wire.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #define SERVER_MAX_REQUEST (32 * FAR_MIB)
@@ -34,8 +34,6 @@
 #define SERVER_MEMORY (512 * FAR_MIB)
 #define SERVER_PORT 1337
 #define SERVER_NBD_PORT 10809
-#define SERVER_SILENCE (100 * FAR_MSEC) /* who says nothing for so long waits to be greeted */
-#define SERVER_PIECES (5 * FAR_MSEC)    /* how often it is looked whether the rest of the first bytes has come */
 
 enum server_wire { SERVER_GRPC, SERVER_NBD, SERVER_ANY };
 
@@ -50,7 +48,7 @@ static const struct server_scheme {
 	{ "grpcs", SERVER_GRPC, true, SERVER_PORT },
 	{ "nbd", SERVER_NBD, false, SERVER_NBD_PORT },
 	{ "nbds", SERVER_NBD, true, SERVER_NBD_PORT },
-	{ "any", SERVER_ANY, false, SERVER_PORT }, /* by the first bytes; see server_tell() */
+	{ "any", SERVER_ANY, false, SERVER_PORT }, /* by the first bytes; see wire/tell.h */
 };
 
 struct server_address {
@@ -166,6 +164,8 @@ int far_server_new(const struct far_server_opts *opts, struct far_server **out, 
 	s->env.handshake = 10 * FAR_SEC;
 	s->env.stall = 30 * FAR_SEC;
 	s->env.memory_max = far_max(SERVER_MEMORY, 8 * s->env.max_request);
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	s->env.spinning_max = cpus > 3 ? (unsigned)cpus / 2 : 1;
 	s->cancel = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int r = s->cancel < 0 ? -errno : 0;
 	if (r == 0) {
@@ -316,28 +316,6 @@ static int server_add(struct far_server *s, enum server_wire wire, struct far_co
 	return r;
 }
 
-/* Whoever speaks gRPC does so at once, in the clear or over TLS; an NBD client is silent until it is greeted. *tls: the
- * first bytes are TLS. They stay where they are; that more have come than were seen cannot be waited for. */
-static enum server_wire server_tell(struct server_conn *sc, struct far_conn *conn, bool *tls)
-{
-	struct far_server *s = sc->server;
-	uint64_t until = far_now() + s->env.handshake;
-	uint8_t p[3];
-
-	*tls = false;
-	if (conn->ops->wait(conn, true, false, far_now() + SERVER_SILENCE))
-		return SERVER_NBD;
-	for (;;) {
-		ssize_t n = recv(conn->fd, p, sizeof p, MSG_PEEK | MSG_DONTWAIT);
-		if (n == sizeof p) {
-			*tls = far_tls_looks_like(p, sizeof p);
-			return *tls || !memcmp(p, "PRI", sizeof p) ? SERVER_GRPC : SERVER_NBD;
-		}
-		if (n <= 0 || far_now() > until || far_net_wait_readable(s->cancel, -1, far_now() + SERVER_PIECES) == 0)
-			return SERVER_NBD; /* which greets it and finds that it is gone, or speaks too early */
-	}
-}
-
 /* A seat that lasts until it is known what the peer speaks. The connection then has one of its own. */
 static bool server_tell_run(void *opaque, struct far_seat *seat)
 {
@@ -345,7 +323,7 @@ static bool server_tell_run(void *opaque, struct far_seat *seat)
 	struct far_server *s = sc->server;
 	struct far_conn conn = sc->conn; /* only shut down by others meanwhile */
 	bool tls;
-	enum server_wire wire = server_tell(sc, &conn, &tls);
+	enum server_wire wire = far_tell_grpc(&conn, far_now() + s->env.handshake, s->cancel, &tls) ? SERVER_GRPC : SERVER_NBD;
 	int r = 0;
 
 	far_mutex_lock(&s->lock);

@@ -35,6 +35,7 @@ struct far_server_env {
 	uint64_t max_request;
 	uint64_t handshake, stall; /* patience, ns: for a greeting; for a peer that neither sends nor takes what it must */
 	uint64_t memory_max;
+	unsigned spinning_max;
 	/* Put TLS over a connection in the clear; NULL: there is no certificate. Nothing is read ahead. 0 or -errno. */
 	int (*starttls)(void *tls, struct far_conn *conn);
 	void *tls;
@@ -43,6 +44,8 @@ struct far_server_env {
 	/* atomic: bytes of requests and replies that are held for peers. A connection whose peer makes it hold much is
 	 * made to wait once all together hold memory_max. */
 	_Atomic uint64_t memory;
+	/* Connections that wait without sleeping. They must leave CPUs to what they wait for. */
+	_Atomic unsigned spinning;
 };
 
 /* What a caller may do with an export of env's. */

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, true, wait_for
+from cli_lib import FARPAGE, SLACK, Skip, cell, equal, has, main, message, true, wait_for
 from tls_lib import certificate, openssl, place
 
 CERT = ['--tls-cert', 's.pem', '--tls-key', 's.key']
@@ -640,7 +640,6 @@ def an_issuer_that_lies_is_not_believed(w):
         ('keys without end', then(lambda h: say(h, endless)), 'longer'),
         ('a document without end', lambda h: say(h, (b' ' * 65536 for _ in iter(lambda: over.is_set(), True))), 'longer'),
         ('deep as a well', lambda h: say(h, '[' * 100000), 'another issuer'),
-        ('nothing, ever', lambda h: over.wait(60), 'fetched'),
     ]
     try:
         claims = dict(iss=url, aud='farpage', sub='me', exp=int(time.time()) + 600)
@@ -652,15 +651,15 @@ def an_issuer_that_lies_is_not_believed(w):
             began = time.monotonic()
             refused(w, bearer(w, s, good), word)
             true(time.monotonic() - began < 20, '%s: %.1f s' % (name, time.monotonic() - began))
-            true(rss(s) - before < 60, '%s: grown by %d MiB' % (name, rss(s) - before))
+            true(rss(s) - before < 60 * SLACK, '%s: grown by %d MiB' % (name, rss(s) - before))
             equal(asked, [], 'questions in the clear: ' + name)
             s.end()
         # One that hangs keeps nobody waiting who does not ask it.
         answers['do'] = then(lambda h: say(h, json.dumps({'keys': [honest]})))
         s = serve(w, *CERT, '--oidc-issuer', url, '--oidc-ca', 'ca.pem', '--audience', 'farpage')
         where = bearer(w, s, good)
-        began = time.monotonic()
         works(w, where)
+        began = time.monotonic()
         answers['do'] = lambda h: over.wait(60)
         wait_for(lambda: time.monotonic() - began > 5.5, 'the pause between two questions')
         key(w, 'two')
@@ -672,6 +671,7 @@ def an_issuer_that_lies_is_not_believed(w):
         works(w, where)
         true(slow.p.poll() is None or time.monotonic() - began < 4, 'a known key waited for the issuer')
         equal(slow.p.wait(60), 1, 'an unknown key')
+        has(slow.err(), 'fetched')
     finally:
         over.set()
         server.shutdown()
@@ -859,8 +859,8 @@ def examples(page, word):
 
 def the_manuals_examples_run(w):
     place(w)
-    w.file('x.db', 65536)
-    w.file('disk.img', 65536)
+    for name in ('x.db', 'disk.img', 'a.img', 'b.img'):
+        w.file(name, 65536)
     shutil.copy(w.path('ca.pem'), w.path('clients.pem'))
     with open(w.path('keys.json'), 'w') as f:
         json.dump({'keys': [key(w, 'one')]}, f)

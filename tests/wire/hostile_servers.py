@@ -16,7 +16,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'system'))
-from cli_lib import FARPAGE, SLACK, main, true
+from cli_lib import FARPAGE, SLACK, cell, main, true
 
 LIMIT_MIB = 120 * SLACK  # of a whole process; an honest copy takes some 30
 LIMIT_S = 25
@@ -389,4 +389,6 @@ def http_servers(w):
     run(HTTP, 'http://127.0.0.1:%d/object?timeout=1s')
 
 
+for case in (grpc_servers, nbd_servers, http_servers):
+    cell('hostile servers', 'farpage is the client')(case)
 main([grpc_servers, nbd_servers, http_servers])

@@ -12,7 +12,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', 'system'))
-from cli_lib import DEADLINE, SLACK, equal, main, true, wait_for
+from cli_lib import DEADLINE, SLACK, cell, equal, main, true, wait_for
 
 OPT = 0x49484156454f5054
 EXPORT_NAME, LIST, STARTTLS, INFO, GO, STRUCTURED, LIST_META, SET_META = 1, 3, 5, 6, 7, 8, 9, 10
@@ -125,7 +125,7 @@ def rss(s):
         return next(int(x.split()[1]) for x in f if x.startswith('VmRSS')) / 1024
 
 
-def flood(s, first, again, takes, seconds=0.4):
+def flood(s, first, again, takes, seconds):
     """True if the server ended it."""
     c = connect(s.path)
     gone = threading.Event()
@@ -165,7 +165,7 @@ def floods(w, takes, *args):
     for name, first, again, ends in ROWS:
         before = rss(s)
         ends = True if ends is None and takes else ends
-        c, ended = flood(s, first, again, takes, DEADLINE if ends else 0.4)
+        c, ended = flood(s, first, again, takes, DEADLINE if ends else 0.2)
         grown = rss(s) - before
         worst = max(worst, grown)
         if os.environ.get('FARPAGE_VERBOSE'):
@@ -217,4 +217,7 @@ def data_that_does_not_come(w):
     equal(s.end(), 0, 'exit code')
 
 
-main([answers_are_taken, answers_are_not_taken, answers_are_late_and_not_taken, data_that_does_not_come])
+CASES = [answers_are_taken, answers_are_not_taken, answers_are_late_and_not_taken, data_that_does_not_come]
+for case in CASES:
+    cell('raw bytes', 'farpage is the server')(case)
+main(CASES)

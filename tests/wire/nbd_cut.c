@@ -242,7 +242,7 @@ static struct {
 	struct far_backend *b;
 	uint8_t want[SIZE];
 	uint32_t rng;
-	unsigned told, forgotten; /* errors that the caller was told of; flushes that could not vouch */
+	_Atomic unsigned told, forgotten; /* errors that a caller was told of; flushes that could not vouch */
 } scene;
 
 #define FAIL(...)                                                                                                      \

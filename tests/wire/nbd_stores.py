@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 
-from nbd_raw import (CHUNKED, Client, DISC, EINVAL, EIO, ENOSPC, EPERM, EXT, FLUSH, FUA, READ, SIMPLE, TRIM, WRITE, ZEROES, alive,
-                     serve)
-from cli_lib import DEADLINE, Skip, equal, has, main, true, wait_for
+from nbd_raw import (CHUNKED, Client, DISC, EINVAL, EIO, ENOSPC, EPERM, EXT, FLUSH, FUA, READ, SIMPLE, TRIM, WRITE, ZEROES,
+                     alive, serve)
+from cli_lib import DEADLINE, Skip, cell, equal, has, main, true, wait_for
 
 ENOMEM = 12
 MIB = 1 << 20
@@ -27,7 +27,7 @@ def write(off, data, cookie=1, flags=0):
 # --------------------------------------------------------------------------------------------------- long writes
 
 def long_writes_land_where_they_belong(w):
-    """Long writes between short ones, in pieces, over pages that are there and that are not; memory takes them as they come."""
+    """Long writes between short ones, in pieces, over pages that are there or not; memory takes them as they come."""
     seed = int(os.environ.get('FARPAGE_SEED', random.randrange(1 << 30)))
     print('# seed %d' % seed)
     for source in ('mem:4M', 'mem:4M?private=1', 'file:f?size=4M'):
@@ -116,8 +116,8 @@ def each_failure_of_a_store_has_its_number(w):
         s = serve(w, 'file:a', args=['--layer', 'fault:rate=1,ops=read+write,errno=' + name])
         for form in (SIMPLE, CHUNKED, EXT):
             c = Client(s.path).go(form)
-            for kind, *args in ((READ, 0, 10), (READ, 0, 300000), (WRITE, 0, 3, 0, b'abc'), (WRITE, 0, 100000, FUA, b'x' * 100000),
-                                (TRIM, 0, 4096), (ZEROES, 0, 4096)):
+            for kind, *args in ((READ, 0, 10), (READ, 0, 300000), (WRITE, 0, 3, 0, b'abc'),
+                                (WRITE, 0, 100000, FUA, b'x' * 100000), (TRIM, 0, 4096), (ZEROES, 0, 4096)):
                 equal(c.error(kind, *args), number, '%s of command %d, %s' % (name, kind, form))
             c.send(DISC)
             true(c.gone(), 'the end')
@@ -153,6 +153,22 @@ def a_flush_covers_what_other_connections_wrote(w):
     equal(m.end(), 0, m.err())
 
 
+def what_is_here_overtakes_what_is_far_away(w):
+    w.file('a', 4 * MIB)
+    server, uri = w.serve('file:a')
+    os.mkdir(w.path('t'))
+    m = w.start('mount', uri, 't', '--mode', 'managed', '--as', 'nbd-socket', '--pull-workers', '0', '--quiet', '--layer',
+                'delay:rtt=400ms')
+    c = Client(m.line()).go()
+    c.read(0, 4096)
+    far = c.send(READ, 2 * MIB, 4096)
+    near = [c.send(READ, i * 512, 4096) for i in range(8)]
+    got = [c.reply(4096)[0] for _ in range(9)]
+    equal((sorted(got[:8]), got[8]), (near, far), 'the order of the replies')
+    c.s.close()
+    equal(m.end(), 0, m.err())
+
+
 # -------------------------------------------------------------------------------------------------- how to come in
 
 def talks(c, data):
@@ -162,6 +178,7 @@ def talks(c, data):
     true(c.gone(), 'the end')
 
 
+@cell('libnbd over standard input and output', 'farpage is the server')
 def over_standard_input_and_output(w):
     data = w.file('a', 100000)
     here, there = socket.socketpair()
@@ -172,7 +189,8 @@ def over_standard_input_and_output(w):
     equal(p.wait(DEADLINE), 0, 'exit code')
     if subprocess.run(['/usr/bin/python3', '-c', 'import nbd'], stderr=subprocess.DEVNULL).returncode:
         raise Skip('the Python module nbd is missing (package python3-libnbd)')
-    script = 'import nbd,sys\nh=nbd.NBD()\nh.connect_command(sys.argv[1:])\nprint(h.get_size(),h.pread(9,99).hex())\nh.shutdown()'
+    script = ('import nbd,sys\nh=nbd.NBD()\nh.connect_command(sys.argv[1:])\n'
+              'print(h.get_size(),h.pread(9,99).hex())\nh.shutdown()')
     got = subprocess.run(['/usr/bin/python3', '-c', script, FARPAGE, 'serve', 'file:a', '--listen', 'nbd+stdio:'], cwd=w.dir,
                          capture_output=True, text=True, timeout=DEADLINE)
     equal((got.returncode, got.stdout), (0, '100000 %s\n' % data[99:108].hex()), got.stderr)
@@ -193,6 +211,7 @@ def over_two_pipes(w):
     equal(p.wait(DEADLINE), 0, 'exit code')
 
 
+@cell('libnbd, which opens the socket', 'farpage is the server')
 def libnbd_opens_the_socket(w):
     if not shutil.which('nbdinfo'):
         raise Skip('nbdinfo is missing (package libnbd-bin)')
@@ -203,6 +222,7 @@ def libnbd_opens_the_socket(w):
     equal(got.stdout.split()[-1], '100000', 'size')
 
 
+@cell('systemd-socket-activate', 'farpage is the server')
 def the_real_systemd_opens_the_socket(w):
     tool = shutil.which('systemd-socket-activate')
     if not tool:
@@ -238,5 +258,5 @@ def commands_get_where_the_export_is(w):
 
 main([long_writes_land_where_they_belong, a_long_write_that_breaks_off_harms_nothing_else,
       long_writes_and_reads_of_others_are_whole, each_failure_of_a_store_has_its_number,
-      a_flush_covers_what_other_connections_wrote, over_standard_input_and_output, over_two_pipes, libnbd_opens_the_socket,
-      the_real_systemd_opens_the_socket, commands_get_where_the_export_is])
+      a_flush_covers_what_other_connections_wrote, what_is_here_overtakes_what_is_far_away, over_standard_input_and_output,
+      over_two_pipes, libnbd_opens_the_socket, the_real_systemd_opens_the_socket, commands_get_where_the_export_is])

@@ -25,8 +25,10 @@
 /* Frames that nghttp2 packs itself are at most 16 KiB. */
 #define H2_ROOM (16384 + 64)
 #define H2_BATCH_MAX (4u << 20)
-#define H2_HEADERS_MAX (4 * FAR_H2_HEADERS) /* of one block, unpacked: what is over the limit of a request, but not far, gets an answer */
-#define H2_QUEUE_MAX (4 * FAR_H2_MAX_STREAMS + 2000) /* frames; an honest peer causes three a stream, and acknowledgements */
+/* Of one block, unpacked: what is over the limit of a request, but not far, gets an answer. */
+#define H2_HEADERS_MAX (4 * FAR_H2_HEADERS)
+/* Frames; an honest peer causes three a stream, and acknowledgements. */
+#define H2_QUEUE_MAX (4 * FAR_H2_MAX_STREAMS + 2000)
 
 static struct far_h2_stream *h2_stream(struct far_h2 *h, int32_t id)
 {

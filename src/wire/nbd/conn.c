@@ -18,6 +18,8 @@
  *  3. The seat waits where it must: for room in the socket, for jobs to end when they hold too much. All of these waits
  *     end when `dead` is set, with the deadline for a peer that takes nothing, or with the jobs.
  *  4. What jobs hold (their buffers) is counted in `held` here and in the environment's `memory`.
+ *  5. Bytes of a long write that are read straight to their `place` change the store only within far_nbd_receive(), which
+ *     tells its owner and those who have it on loan. A write that breaks off leaves what had come, as any write may.
  */
 #include "wire/nbd/conn.h"
 
@@ -542,10 +544,13 @@ static ssize_t conn_read_some(struct far_nbd_conn *c, const struct iovec *iov, i
 		return k; /* iov is not what is to be read into any more */
 	if (k == -EAGAIN && !c->dry)
 		c->dry = far_now();
-	if (k == -EAGAIN && c->crowded)
+	if (k == -EAGAIN && c->crowded) {
 		c->crowded--;
-	else if (k == -EAGAIN && !c->lingered && far_spin_wanted(&c->spin))
-		k = conn_spin(c, iov, n);
+	} else if (k == -EAGAIN && !c->lingered && far_spin_wanted(&c->spin)) {
+		if (atomic_fetch_add_explicit(&c->env->spinning, 1, memory_order_relaxed) < c->env->spinning_max)
+			k = conn_spin(c, iov, n);
+		atomic_fetch_sub_explicit(&c->env->spinning, 1, memory_order_relaxed);
+	}
 	if (k > 0 && c->dry) {
 		far_spin_learn(&c->spin, far_now() - c->dry);
 		c->dry = 0;

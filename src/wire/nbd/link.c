@@ -25,9 +25,12 @@
 #include "wire/nbd/link.h"
 
 #include "net/net.h"
+#include "wire/nbd/refusal.h"
 #include "wire/nbd/trust.h"
 
 #include <libnbd.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -481,42 +484,15 @@ void far_nbd_link_put(struct far_nbd_link *l)
 
 /* ------------------------------------------------------------------------------------------------ opening */
 
-/* What libnbd and GnuTLS say, and what it means to somebody who has written a URI. `keys`: only if a shared key is, or is
- * not, in use. Without a code it was an alert, or else the connection may have been lost. */
-static const struct link_word {
-	const char *said;
-	enum { ALWAYS, WITH_KEY, WITHOUT_KEY } keys;
-	int code;
-	const char *means;
-} link_words[] = {
-	{ "requires TLS", ALWAYS, EACCES, "the server speaks TLS only: use nbds://" },
-	{ "server refused TLS", ALWAYS, EPROTO, "the server speaks no TLS, and nbds:// sends nothing in the clear" },
-	{ "certificate verification", ALWAYS, EACCES,
-	  "the server's certificate is signed by an unknown authority, has expired, or is for another name; tls-certificates=DIR "
-	  "says whom to believe" },
-	{ "Insufficient credentials", WITH_KEY, EACCES,
-	  "the server has a certificate and asks for no shared key: use tls-certificates=DIR" },
-	{ "gnutls_handshake", WITH_KEY, 0, "the server does not know this name with this key" },
-	{ "gnutls_handshake", WITHOUT_KEY, 0,
-	  "the server has broken off the handshake of TLS; it may want a shared key (tls-psk-file=FILE), or another version" },
-	{ "gnutls_record", WITHOUT_KEY, 0,
-	  "the server has ended the connection after the handshake of TLS; it may want another client-cert.pem, or one at all" },
-	{ "disconnected unexpectedly", WITHOUT_KEY, 0,
-	  "the server has ended the connection; it may want another client-cert.pem, or one at all" },
-};
-
 /* The reason that libnbd gives, in words of our own or at least without the names of its functions before it. */
 static int link_refused(const struct far_nbd_peer *p, struct far_error *err)
 {
 	const char *text = nbd_get_error();
 	int e = nbd_get_errno();
 
-	for (size_t i = 0; text && i < sizeof link_words / sizeof *link_words; i++) {
-		const struct link_word *w = &link_words[i];
-		int code = w->code ? w->code : strstr(text, "fatal alert") ? EACCES : ECONNRESET;
-		if (strstr(text, w->said) && (w->keys == ALWAYS || (p->tls && (w->keys == WITH_KEY) == (p->tls_psk_file != NULL))))
-			return far_error_set(err, code, "cannot open %s: %s", p->where, w->means);
-	}
+	const char *means = text ? far_nbd_refusal(text, p->tls, p->tls_psk_file != NULL, &e) : NULL;
+	if (means)
+		return far_error_set(err, e, "cannot open %s: %s", p->where, means);
 	for (const char *colon; text && !strncmp(text, "nbd_", 4) && (colon = strstr(text, ": ")); text = colon + 2)
 		;
 	/* Without a number: the server ended the connection, or speaks something else. */
@@ -581,6 +557,14 @@ static int link_lost(struct far_nbd_link *l, const struct far_nbd_peer *p, struc
 	return link_refused(p, err);
 }
 
+/* Some servers send an answer in pieces, the next when the last was acknowledged, which by itself takes 40 ms each. */
+static void link_acknowledge(int fd)
+{
+	int on = 1;
+
+	(void)!setsockopt(fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on); /* a unix socket has none */
+}
+
 /* Until commands can be sent. */
 static int link_shake(struct far_nbd_link *l, const struct far_nbd_peer *p, uint64_t until, int cancel,
 			  struct far_error *err)
@@ -600,8 +584,10 @@ static int link_shake(struct far_nbd_link *l, const struct far_nbd_peer *p, uint
 			return far_error_set(err, ESHUTDOWN, "cannot open %s: %s", p->where, far_strerror(ESHUTDOWN));
 		if (far_now() >= until)
 			return link_lost(l, p, err);
-		if (n > 0)
+		if (n > 0) {
 			link_turn(l, direction, fd[0].revents);
+			link_acknowledge(fd[0].fd);
+		}
 	}
 	return 0;
 }
