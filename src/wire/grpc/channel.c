@@ -11,8 +11,8 @@
  *                                                                   |
  *                                  pass both tokens on: wake one waiting caller, who takes them
  *
- * Who finds the lock taken, or a reader that is awake, leaves its call in the inbox and sleeps: the reader, or whoever lets go
- * of the lock, takes it in. Long requests are sent by their own callers.
+ * Who finds the lock taken, or a reader that is awake, leaves its call in the inbox and sleeps: the reader, or whoever lets
+ * go of the lock, takes it in. Long requests are sent by their own callers.
  *
  * Invariants:
  *  1. While a call is pending and both tokens are free, some caller is awake and on its way to take them: whoever gives a
@@ -52,7 +52,6 @@ static bool channel_send(struct far_channel *c) FAR_REQUIRES(c->lock);
 static bool channel_has_output(struct far_channel *c) FAR_REQUIRES(c->lock);
 static bool channel_wants_sender(struct far_channel *c) FAR_REQUIRES(c->lock);
 
-/* The only way to let go of the lock: whoever does takes in what was put into the inbox meanwhile, and wakes whom it has to. */
 void far_chan_unlock(struct far_channel *c)
 {
 	const struct far_event *wake[CHANNEL_WAKE];

@@ -53,7 +53,8 @@ struct far_channel {
 
 extern const struct far_h2_ops far_chan_ops;
 
-/* The only way to let go of the lock: whoever does takes in what was put into the inbox meanwhile, and wakes whom it has to. */
+/* The only way to let go of the lock: whoever does takes in what was put into the inbox meanwhile, and wakes whom it has
+ * to. */
 void far_chan_unlock(struct far_channel *c) FAR_RELEASE(c->lock);
 /* Every pending call gets err. */
 void far_chan_die(struct far_channel *c, int err) FAR_REQUIRES(c->lock);
