@@ -34,8 +34,10 @@
 #define CONN_CROWD (200 * FAR_USEC)     /* a yield that takes longer: others want this CPU */
 #define CONN_CALM 256
 #define CONN_CALM_MAX 16384
-#define CONN_LINGER (20 * FAR_USEC)     /* a sleep */
+#define CONN_LINGER (20 * FAR_USEC)     /* a sleep, at first and at most */
+#define CONN_LINGER_MAX (80 * FAR_USEC)
 #define CONN_MANY 6                     /* so many requests make one worth while */
+#define CONN_SOME 3                     /* so many make a longer one worth while */
 #define CONN_DOUBTS 3                   /* so many sleeps in a row for too little end them */
 #define CONN_TRIAL 32
 
@@ -517,7 +519,9 @@ static void conn_linger(struct far_nbd_conn *c)
 
 	c->came = 0;
 	c->tried += came;
-	if (c->lingered && came)
+	if (c->lingered && came >= CONN_SOME && came < CONN_MANY && c->nap < CONN_LINGER_MAX)
+		c->nap *= 2; /* many are on their way, but slowly */
+	else if (c->lingered && came)
 		c->few = came < CONN_MANY ? c->few + 1 : 0;
 	if (c->few >= (c->lingers ? CONN_DOUBTS : 1)) {
 		c->calm = c->lingers ? CONN_CALM : (unsigned)far_min(c->calm * 2, CONN_CALM_MAX);
@@ -525,13 +529,14 @@ static void conn_linger(struct far_nbd_conn *c)
 		c->stage = CONN_QUIET;
 		c->lingers = false;
 		c->few = 0;
+		c->nap = CONN_LINGER;
 	} else if (--c->trial == 0) {
 		conn_judge(c);
 	}
 	c->lingered = came && c->lingers == (c->stage != CONN_OTHER);
 	if (c->lingered) {
 		far_thread_on_time();
-		far_sleep_until(far_now() + CONN_LINGER, false);
+		far_sleep_until(far_now() + c->nap, false);
 	}
 }
 
@@ -657,6 +662,7 @@ int far_nbd_conn_start(const struct far_server_env *env, struct far_crew *crew, 
 	c->opaque = opaque;
 	c->queue_end = &c->queue;
 	c->calm = c->trial = CONN_CALM;
+	c->nap = CONN_LINGER;
 	c->born = c->moved = far_now();
 	c->room = CONN_IN;
 	c->in = far_buf_get(CONN_IN);

@@ -70,6 +70,7 @@ struct far_nbd_conn {
 	unsigned crowded, crowd; /* so many times not to spin; how many it was at first */
 	unsigned came;           /* requests since the last read */
 	unsigned trial, calm;    /* so many reads until the next stage; how long the quiet one is */
+	uint64_t nap;            /* how long a sleep is */
 	unsigned few;            /* sleeps in a row that brought too little */
 	unsigned stage;          /* of conn_judge(): nothing, this way is measured, the other one */
 	uint64_t tried, tried_at, rate; /* requests in this stage; when it began; what this way brought in a second */
