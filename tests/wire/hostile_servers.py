@@ -315,6 +315,7 @@ NBD = [
     ('empty chunks without end', status_then(lambda p, k, off, n: p.endless(chunk(k, 0)))),
     ('holes without end', status_then(lambda p, k, off, n: p.endless(chunk(k, 2, struct.pack('>QI', off, n))))),
     ('errors at an offset without end', status_then(lambda p, k, off, n: p.endless(chunk(k, 0x8002, struct.pack('>IHQ', 5, 0, off))))),
+    ('errors without end', status_then(lambda p, k, off, n: p.endless(chunk(k, 0x8001, struct.pack('>IH', 5, 0)) * 9999))),
     ('an error that writes to the terminal', at(7, lambda p: p.put(answer(7, 0x80000002, ESCAPES)))),
     ('an error with 60 KiB of text', status_then(lambda p, k, off, n: p.put(chunk(k, 0x8001, struct.pack('>IH', 5, 60000) + b'e' * 60000, 1)))),
     ('an unknown chunk of 4 GiB', status_then(lambda p, k, off, n: (p.put(chunk(k, 99, b'', 1, 0xffffffff)), p.endless(bytes(65536))))),

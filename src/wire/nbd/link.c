@@ -17,8 +17,10 @@
  * 3. libnbd has a lock of its own, held while it calls us back. Order: libnbd's lock, then `lock`. So nothing of libnbd's
  *    is called under `lock`.
  * 4. libnbd reads as long as there is something to read. A server that never ends what it says would keep the driver inside:
- *    so it calls us back now and then, and what has no end, or no end in time, is ended by a shutdown (link_enough()). One thing
- *    escapes that, errors without end for one read: then another call's deadline ends it, or far_stop().
+ *    so it calls us back now and then, and what has no end, or no end in time, is ended by a shutdown (link_enough()). It does
+ *    not for errors without end for one read: there the driver's own look at the clock ends it, as soon as the socket was empty
+ *    for a moment, which it is again and again because libnbd reads in small pieces while the kernel fills in large ones; or
+ *    another call's deadline, or far_stop().
  * 5. `users` counts who is inside libnbd to add a command; the handle is closed when there is none.
  */
 #define _GNU_SOURCE
@@ -260,7 +262,7 @@ static int link_drive(struct far_nbd_link *l, struct far_nbd_op *op, uint64_t un
 			{ .fd = l->wake, .events = POLLIN },
 		};
 		int n = link_poll(l, p, until);
-		if (n == 0 && far_now() >= until)
+		if (far_now() >= until) /* also if something comes, again and again, that is not the reply */
 			return -ETIMEDOUT;
 		uint64_t v;
 		if (n > 0 && p[1].revents && read(l->wake, &v, sizeof v) < 0 && errno != EAGAIN)
