@@ -33,8 +33,10 @@ static int fence_establish(struct far_client *c, uint64_t gen, uint64_t deadline
 	for (int i = 0; i < FENCE_TRIES; i++) {
 		struct far_channel *channel;
 		r = far_lanes_pick(&c->lanes, FAR_LANE_DEMAND, deadline, &channel, NULL);
+		if (r == -EPROTO || r == -EBADMSG)
+			continue; /* the greeting was garbled, most likely */
 		if (r)
-			return r;
+			break;
 		far_mutex_lock(&c->lock);
 		bool known = c->acked >= gen;
 		far_mutex_unlock(&c->lock);
