@@ -171,9 +171,40 @@ static void test_chaos(void **state)
 	free(c);
 }
 
+/* A change and then what was done about it garbled: the greeting of the connection that fences, for example. */
+static void test_garbled_twice(void **state)
+{
+	struct chaos *c = calloc(1, sizeof *c);
+	struct far_backend *b;
+	char uri[100], data[100], back[100];
+	uint32_t rng = 1;
+
+	assert_true(proxy_start(&c->proxy, 1));
+	assert_int_equal(far_open("mem:512K", NULL, &c->store, NULL), 0);
+	chaos_serve(c);
+	snprintf(uri, sizeof uri, "grpc://127.0.0.1:%d?silence=200ms&timeout=1s", c->proxy.port);
+	assert_int_equal(far_open(uri, NULL, &b, NULL), 0);
+	assert_int_equal(far_layer_open("retry:deadline=20s,backoff=5ms,max-backoff=50ms,budget=100000", b, &c->far, NULL), 0);
+	for (unsigned k = 0; k < 120; k++) {
+		memset(data, (int)k, sizeof data);
+		proxy_set_twice(&c->proxy, PROXY_FLIP, k % 6, 1 + k / 6 % 10, next(&rng));
+		int r = far_write(c->far, 1000, data, sizeof data, 0);
+		proxy_set(&c->proxy, PROXY_NONE, 0, 0);
+		if (r)
+			fail_msg("messages %u and %u: %s", k % 6, k % 6 + 1 + k / 6 % 10, far_strerror(r));
+		assert_int_equal(far_read(c->store, 1000, back, sizeof back, 0), 0);
+		assert_memory_equal(data, back, sizeof data);
+	}
+	far_close(c->far);
+	proxy_stop(&c->proxy);
+	chaos_end(c);
+	far_close(c->store);
+	free(c);
+}
+
 int main(void)
 {
-	const struct CMUnitTest tests[] = { cmocka_unit_test(test_chaos) };
+	const struct CMUnitTest tests[] = { cmocka_unit_test(test_chaos), cmocka_unit_test(test_garbled_twice) };
 
 	signal(SIGPIPE, SIG_IGN);
 	far_log_set_level(getenv("FAR_DEBUG") ? FAR_LOG_DEBUG : FAR_LOG_ERROR);

@@ -55,7 +55,8 @@ static enum proxy_fault proxy_judge(struct proxy *p)
 	enum proxy_fault f = PROXY_NONE;
 
 	far_mutex_lock(&p->lock);
-	if (p->messages++ == p->at && p->fault != PROXY_NONE && !p->done) {
+	unsigned n = p->messages++;
+	if (p->fault != PROXY_NONE && ((n == p->at && !p->done) || (p->second && n == p->at + p->second))) {
 		p->done = true;
 		f = p->fault;
 		p->held += f == PROXY_HOLD;
@@ -266,9 +267,15 @@ bool proxy_start(struct proxy *p, int server_port)
 
 void proxy_set(struct proxy *p, enum proxy_fault fault, unsigned at, unsigned seed)
 {
+	proxy_set_twice(p, fault, at, 0, seed);
+}
+
+void proxy_set_twice(struct proxy *p, enum proxy_fault fault, unsigned at, unsigned second, unsigned seed)
+{
 	far_mutex_lock(&p->lock);
 	p->fault = fault;
 	p->at = at;
+	p->second = second;
 	p->seed = seed;
 	p->messages = 0;
 	p->done = p->release = false;

@@ -41,6 +41,7 @@ struct proxy {
 	/* under the lock: what to do, and what was seen */
 	enum proxy_fault fault;
 	unsigned at;       /* the message it is done to */
+	unsigned second;   /* ... and once more, so many messages later; 0: not */
 	uint64_t delay;
 	unsigned seed;
 	unsigned messages; /* HEADERS and DATA frames of both directions so far */
@@ -54,6 +55,8 @@ struct proxy {
 
 bool proxy_start(struct proxy *p, int server_port);
 void proxy_set(struct proxy *p, enum proxy_fault fault, unsigned at, unsigned seed);
+/* The same, and once more so many messages after the first. */
+void proxy_set_twice(struct proxy *p, enum proxy_fault fault, unsigned at, unsigned second, unsigned seed);
 /* Let what is held go, and wait until the server has taken it and has ended the connection. False: not in time. */
 bool proxy_release(struct proxy *p);
 /* Refuse new connections, and end those that are there; or not any more. */

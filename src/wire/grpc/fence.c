@@ -20,7 +20,15 @@
  */
 #include "wire/grpc/client.h"
 
+#include "backend/backend.h"
+
 #define FENCE_TRIES 3
+
+/* A greeting that failed so was most likely garbled; who says it three times is believed. */
+static bool fence_garbled(int r)
+{
+	return r != -ESTALE && r != -ESHUTDOWN && (r == -EBADMSG || !far_error_is_transient(r));
+}
 
 /* Tell the peer of generation `gen` on a connection that was made for it. */
 static int fence_establish(struct far_client *c, uint64_t gen, uint64_t deadline)
@@ -33,10 +41,10 @@ static int fence_establish(struct far_client *c, uint64_t gen, uint64_t deadline
 	for (int i = 0; i < FENCE_TRIES; i++) {
 		struct far_channel *channel;
 		r = far_lanes_pick(&c->lanes, FAR_LANE_DEMAND, deadline, &channel, NULL);
-		if (r == -EPROTO || r == -EBADMSG)
-			continue; /* the greeting was garbled, most likely */
-		if (r)
+		if (r && !fence_garbled(r))
 			break;
+		if (r)
+			continue;
 		far_mutex_lock(&c->lock);
 		bool known = c->acked >= gen;
 		far_mutex_unlock(&c->lock);
@@ -44,7 +52,7 @@ static int fence_establish(struct far_client *c, uint64_t gen, uint64_t deadline
 		if (!known)
 			r = far_hello_greet(c, channel, deadline, NULL);
 		far_channel_put(channel);
-		if (r != -EPROTO && r != -EBADMSG && r != -ECONNRESET)
+		if (!r || (r != -ECONNRESET && !fence_garbled(r)))
 			break;
 	}
 	return r;
