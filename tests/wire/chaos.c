@@ -185,7 +185,7 @@ static void test_garbled_twice(void **state)
 	snprintf(uri, sizeof uri, "grpc://127.0.0.1:%d?silence=200ms&timeout=1s", c->proxy.port);
 	assert_int_equal(far_open(uri, NULL, &b, NULL), 0);
 	assert_int_equal(far_layer_open("retry:deadline=20s,backoff=5ms,max-backoff=50ms,budget=100000", b, &c->far, NULL), 0);
-	for (unsigned k = 0; k < 120; k++) {
+	for (unsigned k = 0; k < 60; k++) {
 		memset(data, (int)k, sizeof data);
 		proxy_set_twice(&c->proxy, PROXY_FLIP, k % 6, 1 + k / 6 % 10, next(&rng));
 		int r = far_write(c->far, 1000, data, sizeof data, 0);
