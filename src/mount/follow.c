@@ -130,6 +130,8 @@ static void follower_step(struct far_follower *f)
 	}
 	if (!r)
 		r = follower_apply(f, n, all);
+	if (r == -ESHUTDOWN) /* it is this mount that ends */
+		return;
 	if (r) {
 		follower_lost(f, far_strerror(r));
 		return;
