@@ -183,6 +183,7 @@ int far_region_flush(struct far_region *r)
 	err = far_region_collect(r);
 	if (err)
 		return err;
+	far_stored_settle(r);
 	if (r->o.durable == FAR_DURABLE_LOCAL)
 		return r->persist ? far_persist_commit(r->persist) : far_flush(r->local);
 	/* The local store is flushed beside it: persist.c, rule 5. */

@@ -41,6 +41,7 @@ struct far_region {
 
 	/* atomic */
 	_Atomic uint64_t last_fault; /* chunk that a program last waited for */
+	_Atomic unsigned allowing[2], allow_turn; /* stores that are being allowed, see far_stored_settle() */
 	_Atomic uint64_t fault_run;  /* how often in a row that was forward */
 	_Atomic bool stopped;
 	_Atomic bool fenced;
@@ -131,5 +132,8 @@ bool far_push_unstable(struct far_region *r, uint64_t i);
 int far_push_settle(struct far_region *r);
 bool far_push_settle_soon(struct far_region *r);
 void far_push_status(struct far_region *r, struct far_status *st);
+
+/* Wait until every chunk whose stores have been allowed so far counts as dirty. Nobody who allows one waits for anything. */
+void far_stored_settle(struct far_region *r);
 
 #endif

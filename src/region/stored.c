@@ -7,7 +7,7 @@
  *
  *     write_begin                  the chunk cannot go away
  *     allow()                      a store that waits for it may happen now (synchronous tracking)
- *     write_end                    dirty
+ *     write_end                    dirty; a flush that begins in between waits for this (far_stored_settle())
  *
  * A store that happens after write_end finds the page armed again by the push that read it, or is in what that push
  * reads.
@@ -193,14 +193,31 @@ static int stored_chunk(struct far_region *r, uint64_t i, uint64_t from, uint64_
 		far_chunkmap_write_end(r->map, i, from, to, claim, ragged, false);
 		return to - from > STORED_PAGE ? -EALREADY : 0; /* then page by page */
 	}
+	unsigned turn = atomic_load(&r->allow_turn) & 1;
+	atomic_fetch_add(&r->allowing[turn], 1);
 	if (allow)
 		allow(opaque, (i << r->shift) + from, to - from);
 	if (r->trace)
 		far_trace_touch(r->trace, i, 1);
 	far_chunkmap_write_end(r->map, i, from, to, claim, ragged, true);
+	atomic_fetch_sub(&r->allowing[turn], 1);
 	if (claim != FAR_CLAIM_PRESENT)
 		far_cache_arrived(r);
 	return 0;
+}
+
+/*
+ * Another thread of the program may store into what has just been allowed, and flush, before the chunk is dirty. That store
+ * came before this flush, so who allowed it is counted: once each count has been seen at zero, it is through. The turn sends
+ * those who come meanwhile to the other count.
+ */
+void far_stored_settle(struct far_region *r)
+{
+	for (unsigned k = 0; k < 2; k++) {
+		atomic_store(&r->allow_turn, !k);
+		while (atomic_load(&r->allowing[k]))
+			far_thread_yield();
+	}
 }
 
 int far_region_stored(struct far_region *r, uint64_t off, uint64_t len, unsigned flags,
