@@ -622,6 +622,50 @@ static void traces_are_merged_and_joined(void **state)
 	unlink(path);
 }
 
+struct allowed {
+	struct fixture f;
+	struct far_thread t;
+	_Atomic bool flushed;
+	unsigned writes; /* that the remote had seen when the flush was over */
+	int err;
+};
+
+static void *flush_what_was_allowed(void *opaque)
+{
+	struct allowed *a = opaque;
+
+	a->err = far_region_flush(a->f.r);
+	a->writes = a->f.s.writes;
+	a->flushed = true;
+	return NULL;
+}
+
+/* The program stores as soon as it may, and flushes before whoever allowed it has come to say so. */
+static void allow_and_flush(void *opaque, uint64_t off, uint64_t len)
+{
+	struct allowed *a = opaque;
+	uint64_t end = far_now() + 200 * FAR_MSEC;
+
+	assert_int_equal(far_thread_start(&a->t, "flush", flush_what_was_allowed, a), 0);
+	while (!a->flushed && far_now() < end)
+		far_thread_yield();
+}
+
+static void a_flush_covers_stores_that_are_being_allowed(void **state)
+{
+	struct far_mount_opts o = quiet();
+	struct allowed a = { .flushed = false };
+	char c;
+
+	setup(&a.f, 8, &o);
+	assert_int_equal(far_read(a.f.face, 3 * CHUNK, &c, 1, 0), 0);
+	assert_int_equal(far_region_stored(a.f.r, 3 * CHUNK, CHUNK, 0, allow_and_flush, &a), 0);
+	far_thread_join(&a.t);
+	assert_int_equal(a.err, 0);
+	assert_int_equal(a.writes, 1);
+	teardown(&a.f);
+}
+
 static void bad_options_are_refused_with_a_sentence(void **state)
 {
 	const struct {
@@ -853,6 +897,7 @@ int main(void)
 		cmocka_unit_test(the_order_is_kept),
 		cmocka_unit_test(a_recorded_order_can_be_played),
 		cmocka_unit_test(traces_are_merged_and_joined),
+		cmocka_unit_test(a_flush_covers_stores_that_are_being_allowed),
 		cmocka_unit_test(bad_options_are_refused_with_a_sentence),
 		cmocka_unit_test(writers_past_the_budget_wait_for_the_push),
 		cmocka_unit_test(the_local_budget_is_kept),
