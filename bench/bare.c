@@ -5,7 +5,6 @@
  *
  *     bare seq SIZE BYTES same|each       touch every page in order            MiB/s, us a fault
  *     bare single SIZE BYTES N PAUSE_US   touch N random chunks of BYTES       p50 and p99 in us
- *     bare first SIZE BYTES N PAUSE_US    the same, the touched page first     p50 and p99 in us
  *     bare plain SIZE                     map shared memory, populated; read   MiB/s
  *     bare read SIZE 4k|huge              read private memory again and again  MiB/s
  *     bare store SIZE 4k|huge             store into each page again and again ns a page
@@ -15,9 +14,6 @@
  * A handler is a thread that is pinned to a CPU: a blocking read(2) of the userfaultfd, one UFFDIO_COPY of BYTES around
  * the fault out of memory, and again. "same" has one, on the CPU of the program, which is the fastest there is for one
  * program that stays where it is; "each" has one on every CPU.
- *
- * "first" is no opponent but the ceiling of who brings more than the page that is waited for: that page, then the rest around
- * it, and only then the next fault. Copying the rest has cleared the caches of what the next fault needs.
  *
  * "most" is no opponent but the ceiling: a thread on every CPU that does nothing but copy from memory and call UFFDIO_COPY
  * for 256 KiB each, or UFFDIO_MOVE for a huge page that it has filled, or fill a huge page of a tmpfs and have it entered into
@@ -49,8 +45,6 @@
 struct bare {
 	int fd;
 	uint64_t bytes;     /* one fault brings */
-	uint64_t rest;      /* "first": and then what is around it, so much */
-	uint64_t answered;  /* such faults, atomic */
 	char *memory, *source;
 	char *alias;        /* "most", continue: the other mapping of what is memory then */
 	size_t size;
@@ -94,29 +88,6 @@ static void bare_pin(int cpu)
 	pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 }
 
-static int bare_copy(const struct bare *b, uint64_t from, uint64_t to)
-{
-	struct uffdio_copy c = { .dst = (uintptr_t)b->memory + from, .src = (uintptr_t)b->source + from, .len = to - from };
-
-	return from < to ? ioctl(b->fd, UFFDIO_COPY, &c) : 0;
-}
-
-static void bare_bring_rest(struct bare *b, uint64_t off)
-{
-	uint64_t first = off & ~(b->rest - 1), end = first + b->rest < b->size ? first + b->rest : b->size;
-
-	bare_copy(b, first, off);
-	bare_copy(b, off + b->bytes, end);
-	__atomic_fetch_add(&b->answered, 1, __ATOMIC_RELEASE);
-}
-
-/* The chunks of the first n touches are all there. */
-static void bare_settled(void *arg, size_t n)
-{
-	while (__atomic_load_n(&((struct bare *)arg)->answered, __ATOMIC_ACQUIRE) < n)
-		touch_pause(1000);
-}
-
 static void *bare_handler(void *arg)
 {
 	struct bare *b = arg;
@@ -127,11 +98,10 @@ static void *bare_handler(void *arg)
 		if (read(b->fd, &msg, sizeof msg) != (ssize_t)sizeof msg || msg.event != UFFD_EVENT_PAGEFAULT)
 			continue;
 		uint64_t off = (msg.arg.pagefault.address - (uintptr_t)b->memory) & ~(b->bytes - 1);
-		uint64_t end = b->bytes < b->size - off ? off + b->bytes : b->size;
-		if (bare_copy(b, off, end) < 0 && errno == EEXIST)
-			ioctl(b->fd, UFFDIO_WAKE, &(struct uffdio_range){ (uintptr_t)b->memory + off, end - off });
-		if (b->rest)
-			bare_bring_rest(b, off);
+		struct uffdio_copy c = { .dst = (uintptr_t)b->memory + off, .src = (uintptr_t)b->source + off,
+					 .len = b->bytes < b->size - off ? b->bytes : b->size - off };
+		if (ioctl(b->fd, UFFDIO_COPY, &c) < 0 && errno == EEXIST)
+			ioctl(b->fd, UFFDIO_WAKE, &(struct uffdio_range){ c.dst, c.len });
 	}
 	return NULL;
 }
@@ -202,15 +172,14 @@ static int bare_open(struct bare *b, size_t size, uint64_t bytes, uint64_t featu
 	return 0;
 }
 
-/* And the handlers; rest: see struct bare; `same`: one, on this thread's CPU, which is CPU 0 from now on. */
-static int bare_start(struct bare *b, size_t size, uint64_t bytes, uint64_t rest, int same)
+/* And the handlers; `same`: one, on this thread's CPU, which is CPU 0 from now on. */
+static int bare_start(struct bare *b, size_t size, uint64_t bytes, int same)
 {
 	int n = same ? 1 : (int)sysconf(_SC_NPROCESSORS_ONLN);
 	pthread_t t;
 
 	if (bare_open(b, size, bytes, 0))
 		return 1;
-	b->rest = rest;
 	for (int i = 0; i < n; i++)
 		if ((errno = pthread_create(&t, NULL, bare_handler, b)) != 0)
 			return bare_fail("pthread_create");
@@ -234,7 +203,7 @@ static int bare_seq(size_t size, uint64_t bytes, int same)
 {
 	struct bare b;
 
-	if (bare_start(&b, size, bytes, 0, same))
+	if (bare_start(&b, size, bytes, same))
 		return 1;
 	uint64_t begin = touch_now();
 	touch_pages(b.memory, size);
@@ -243,7 +212,7 @@ static int bare_seq(size_t size, uint64_t bytes, int same)
 	return bare_check(&b);
 }
 
-static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause, int first)
+static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause)
 {
 	uint32_t *order = touch_shuffled((uint32_t)(size / bytes), 1);
 	uint64_t *ns;
@@ -252,9 +221,9 @@ static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause, in
 	if (n > size / bytes)
 		n = size / bytes;
 	ns = calloc(n, sizeof *ns);
-	if (!order || !ns || bare_start(&b, size, first ? TOUCH_PAGE : bytes, first ? bytes : 0, 0))
+	if (!order || !ns || bare_start(&b, size, bytes, 0))
 		return bare_fail("single");
-	uint64_t wrong = touch_chunks(b.memory, order, n, bytes, pause, 1, ns, bare_word, first ? bare_settled : NULL, &b);
+	uint64_t wrong = touch_chunks(b.memory, order, n, bytes, pause, 1, ns, bare_word, NULL, NULL);
 	struct touch_times t = touch_times(ns, n);
 	printf("%.2f %.2f\n", (double)t.p50 / 1e3, (double)t.p99 / 1e3);
 	free(order);
@@ -399,9 +368,8 @@ int main(int argc, char **argv)
 
 	if (size && argc == 5 && pages && strcmp(argv[1], "seq") == 0)
 		return bare_seq(size, bytes, strcmp(argv[4], "same") == 0);
-	if (size && argc == 6 && pages && (strcmp(argv[1], "single") == 0 || strcmp(argv[1], "first") == 0))
-		return bare_single(size, bytes, strtoull(argv[4], NULL, 10), strtoull(argv[5], NULL, 10) * 1000,
-				   argv[1][0] == 'f');
+	if (size && argc == 6 && pages && strcmp(argv[1], "single") == 0)
+		return bare_single(size, bytes, strtoull(argv[4], NULL, 10), strtoull(argv[5], NULL, 10) * 1000);
 	if (size && argc == 3 && strcmp(argv[1], "plain") == 0)
 		return bare_plain(size);
 	if (size && argc == 4 && (strcmp(argv[1], "read") == 0 || strcmp(argv[1], "store") == 0))
@@ -410,7 +378,7 @@ int main(int argc, char **argv)
 		return bare_hash(size);
 	if (size && argc == 4 && strcmp(argv[1], "most") == 0)
 		return bare_most(size, argv[3]);
-	fprintf(stderr, "usage: bare seq SIZE BYTES same|each, single|first SIZE BYTES N PAUSE_US, plain SIZE, read SIZE 4k|huge,\n"
+	fprintf(stderr, "usage: bare seq SIZE BYTES same|each, single SIZE BYTES N PAUSE_US, plain SIZE, read SIZE 4k|huge,\n"
 			"       store SIZE 4k|huge, hash SIZE, most SIZE copy|move|continue\n");
 	return 2;
 }
