@@ -301,6 +301,8 @@ int far_member_add(struct far_receivers *v, const struct far_member_conf *conf, 
 		return -ENOMEM;
 	x->v = v;
 	x->c = *conf;
+	for (int k = 0; k < PAGER_SLOTS; k++)
+		x->slot[k].until = FAR_NEVER; /* a slot is taken before its `until` is known */
 	far_mutex_lock(&v->lock);
 	x->next = v->members;
 	v->members = x;
