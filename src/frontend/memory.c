@@ -527,7 +527,7 @@ int far_mem_look(struct far_memory *m, uint64_t addr)
 
 int far_memory_appear(struct far_memory *m, uint64_t addr)
 {
-	uint64_t off, n, done;
+	uint64_t off, n;
 
 	addr = addr / MEM_PAGE * MEM_PAGE;
 	if (!far_memory_off(m, addr, &off))
@@ -536,6 +536,7 @@ int far_memory_appear(struct far_memory *m, uint64_t addr)
 		far_memory_heal(m, off, MEM_PAGE);
 	bool gone = far_memory_is_gone(m, off);
 	bool zero = !m->zero || off >= m->c.bytes || gone || mem_zero_chunk(m, off);
+	far_mem_drops_met(m, addr, off);
 	int err = zero ? mem_exist(m, addr) : far_mem_look(m, addr);
 	if (err == -EEXIST)
 		return far_uffd_wake(m->c.uffd, addr, MEM_PAGE);
@@ -549,7 +550,7 @@ int far_memory_appear(struct far_memory *m, uint64_t addr)
 	if (m->c.mechanism != FAR_MECH_CONTINUE && off + MEM_PAGE < end && far_memory_addr(m, off, &n)) {
 		n = far_min(n, end - off) - MEM_PAGE;
 		if (n)
-			far_uffd_copy(m->c.uffd, addr + MEM_PAGE, mem_zeros, n, m->arms ? FAR_UFFD_ARM : 0, &done);
+			far_mem_guarded_zeros(m, addr + MEM_PAGE, off + MEM_PAGE, mem_zeros, n);
 	}
 	return 0;
 }

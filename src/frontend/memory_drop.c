@@ -11,11 +11,12 @@
  *
  *     event read      `dropping`: fills leave the range alone, faults there wait; the range is also in `drops_late`
  *     told            far_memory_discarded(): the region knows that it is zero; faults and fills go on
- *     seen            the pages are absent: told once more, for a push may have read them before. Gone from `drops_late`
+ *     seen            a page is absent, when a collect looks or a fault meets it: told once more, for a push may have read
+ *                     it before. Gone from `drops_late`, page by page
  *
- * Until then the chunk is not evicted: pushed as it was and let go, it would come back from the remote as it was. After
- * MADV_FREE the pages stay until memory is short, and a page may have come back before anybody looked; so after
- * DROP_LATE it counts as seen.
+ * Until then the chunk is not evicted: pushed as it was and let go, it would come back from the remote as it was. No page
+ * there may come back, as zeros, without being seen: a fault meets it, and the zeros that are brought ahead of faults stop
+ * before it. After MADV_FREE the pages stay until memory is short; so after DROP_LATE they count as seen.
  */
 #define _GNU_SOURCE
 #include "frontend/memory_int.h"
@@ -141,98 +142,132 @@ int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len)
 
 /* ------------------------------------------------------------------------------------------------ not seen to be done */
 
-static int drop_present_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
-{
-	struct far_memory *m = opaque;
-	bool here[64];
-	int err = 0;
-
-	for (uint64_t at = 0, n; addr && at < len && !err; at += n) {
-		n = far_min(len - at, sizeof here * MEM_PAGE);
-		err = far_uffd_present(m->c.pagemap, addr + at, n, here);
-		for (uint64_t k = 0; k < n / MEM_PAGE && !err; k++)
-			err = here[k] ? -EEXIST : 0;
-	}
-	return err;
-}
-
-/* None of the pages is there, and nobody who changes mappings has yet to wake up. What cannot be told counts as there. */
-static bool drop_is_done(struct far_memory *m, const struct mem_drop *d)
-{
-	static const _Alignas(4096) char zeros[MEM_PAGE];
-	uint64_t down = d->off / MEM_PAGE * MEM_PAGE, done;
-
-	return m->c.pagemap >= 0 && far_uffd_copy(m->c.uffd, MEM_PAGE, zeros, MEM_PAGE, FAR_UFFD_ONCE, &done) != -EAGAIN &&
-	       far_mem_each(m, down, far_mem_page_up(d->end) - down, drop_present_piece, m) == 0;
-}
-
 /* Of shared memory the bytes themselves are dropped by us. */
 static bool drop_may_be_late(const struct far_memory *m)
 {
 	return m->c.mechanism != FAR_MECH_CONTINUE;
 }
 
-static struct mem_drop drop_late_add(struct far_memory *m, uint64_t off, uint64_t end)
+static bool drop_late_add_locked(struct far_memory *m, struct mem_drop d) FAR_REQUIRES(m->lock)
+{
+	if (m->n_drops_late == m->cap_drops_late) {
+		size_t cap = m->cap_drops_late ? 2 * m->cap_drops_late : 16;
+		struct mem_drop *v = reallocarray(m->drops_late, cap, sizeof *v);
+		if (!v)
+			return false;
+		m->drops_late = v;
+		m->cap_drops_late = cap;
+	}
+	m->drops_late[m->n_drops_late++] = d;
+	return true;
+}
+
+static void drop_late_add(struct far_memory *m, uint64_t off, uint64_t end)
 {
 	struct mem_drop d = { off, end, far_now() };
 
 	far_mutex_lock(&m->lock);
-	if (m->n_drops_late == m->cap_drops_late) {
-		size_t cap = m->cap_drops_late ? 2 * m->cap_drops_late : 16;
-		struct mem_drop *v = reallocarray(m->drops_late, cap, sizeof *v);
-		m->drops_late = v ? v : m->drops_late;
-		m->cap_drops_late = v ? cap : m->cap_drops_late;
-	}
-	if (m->n_drops_late < m->cap_drops_late)
-		m->drops_late[m->n_drops_late++] = d;
-	else
+	if (!drop_late_add_locked(m, d))
 		m->drops_unknown = d.at + DROP_LATE;
+	atomic_store(&m->any_late, true);
 	far_mutex_unlock(&m->lock);
-	return d;
 }
 
-static void drop_late_end(struct far_memory *m, const struct mem_drop *d)
+/* [off, end) is told by the next collect, and late no more. Without memory to cut one in two it stays, and is told again. */
+static void drop_seen(struct far_memory *m, uint64_t off, uint64_t end)
 {
+	far_memory_suspect(m, off, end - off);
 	far_mutex_lock(&m->lock);
-	for (size_t k = 0; k < m->n_drops_late; k++)
-		if (m->drops_late[k].off == d->off && m->drops_late[k].end == d->end && m->drops_late[k].at == d->at) {
+	for (size_t k = m->n_drops_late; k--;) { /* backwards: the last takes the place of one that ends */
+		struct mem_drop d = m->drops_late[k];
+		if (d.end <= off || end <= d.off)
+			continue;
+		if (d.off < off && end < d.end && !drop_late_add_locked(m, (struct mem_drop){ end, d.end, d.at }))
+			continue;
+		if (d.off < off)
+			m->drops_late[k].end = off;
+		else if (end < d.end)
+			m->drops_late[k].off = end;
+		else
 			m->drops_late[k] = m->drops_late[--m->n_drops_late];
-			break;
-		}
+	}
+	atomic_store(&m->any_late, m->n_drops_late || m->drops_unknown);
 	far_mutex_unlock(&m->lock);
 }
 
 bool far_mem_drops_late(struct far_memory *m, uint64_t off, uint64_t len)
 {
+	if (!atomic_load(&m->any_late))
+		return false;
 	far_mutex_lock(&m->lock);
-	bool late = m->drops_unknown && far_now() < m->drops_unknown;
+	bool late = m->drops_unknown != 0;
 	for (size_t k = 0; k < m->n_drops_late && !late; k++)
 		late = m->drops_late[k].off < off + len && off < m->drops_late[k].end;
 	far_mutex_unlock(&m->lock);
 	return late;
 }
 
-/* By index: what is passed over because the list changes meanwhile is met at the next look. */
-int far_mem_drops_look(struct far_memory *m, struct far_region *r)
+void far_mem_drops_met(struct far_memory *m, uint64_t addr, uint64_t off)
 {
-	struct mem_drop d;
+	if (far_mem_drops_late(m, off, MEM_PAGE) && far_mem_look(m, addr) == -ENODATA)
+		drop_seen(m, off, off + MEM_PAGE);
+}
+
+/* Pages that are absent: they were dropped, or never were there. Nothing brings them back as they were. */
+static int drop_look_piece(void *opaque, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = opaque;
+	bool here[64];
 	int err = 0;
 
-	for (size_t k = 0;; k++) {
-		far_mutex_lock(&m->lock);
-		bool more = k < m->n_drops_late;
-		if (more)
-			d = m->drops_late[k];
-		far_mutex_unlock(&m->lock);
-		if (!more)
-			return err;
-		if (far_now() - d.at < DROP_LATE && !drop_is_done(m, &d))
-			continue;
-		int e = d.off < m->c.bytes ? far_region_stored(r, d.off, far_min(d.end, m->c.bytes) - d.off, 0, NULL, NULL) : 0;
-		if (!e)
-			drop_late_end(m, &d);
-		err = err ? err : e;
+	for (uint64_t at = 0, n; at < len && !err; at += n) {
+		n = far_min(len - at, FAR_ARRAY_LEN(here) * MEM_PAGE);
+		memset(here, 0, sizeof here); /* unmapped is dropped, too */
+		err = addr ? far_uffd_present(m->c.pagemap, addr + at, n, here) : 0;
+		for (uint64_t k = 0, first; k < n / MEM_PAGE && !err; k++) {
+			for (first = k; k < n / MEM_PAGE && !here[k]; k++)
+				;
+			if (first < k)
+				drop_seen(m, off + at + first * MEM_PAGE, off + at + k * MEM_PAGE);
+		}
 	}
+	return err;
+}
+
+/* No eviction runs that began before this was late: it would have pages elsewhere for a moment. */
+static void drop_look(struct far_memory *m, uint64_t off, uint64_t end)
+{
+	if (m->c.pagemap >= 0)
+		far_mem_each(m, off, end - off, drop_look_piece, m); /* what cannot be told counts as there */
+}
+
+void far_mem_drops_look(struct far_memory *m)
+{
+	struct mem_drop *v = NULL;
+	size_t n;
+
+	if (!atomic_load(&m->any_late))
+		return;
+	far_mutex_lock(&m->lock);
+	n = m->n_drops_late;
+	if (n)
+		v = malloc(n * sizeof *v);
+	if (v)
+		memcpy(v, m->drops_late, n * sizeof *v);
+	/* Without memory for a list nobody knows: then all is told, each time. */
+	if ((n && !v) || m->drops_unknown)
+		atomic_store(&m->lost_track, true);
+	if (m->drops_unknown && far_now() >= m->drops_unknown)
+		m->drops_unknown = 0;
+	atomic_store(&m->any_late, m->n_drops_late || m->drops_unknown);
+	far_mutex_unlock(&m->lock);
+	for (size_t k = 0; v && k < n; k++) {
+		if (far_now() - v[k].at < DROP_LATE)
+			drop_look(m, v[k].off, v[k].end);
+		else
+			drop_seen(m, v[k].off, v[k].end);
+	}
+	free(v);
 }
 
 /* ------------------------------------------------------------------------------------------------------- dropped by it */
@@ -254,31 +289,31 @@ static int drop_tell(struct far_memory *m, struct far_region *r, uint64_t off, u
 }
 
 /*
- * Before the kernel drops the pages a push may read what is in them, so they are told once more by the next collect. Faults
- * there wait until this has ended. After MADV_FREE the program may go on storing into pages that stay: so pages of a chunk
- * that is local are not dropped here.
+ * Before the kernel drops the pages a push may read what is in them, so they are told once more by the next collect, and
+ * again when they are seen to be absent. Faults there wait until this has ended. After MADV_FREE the program may go on
+ * storing into pages that stay: so pages of a chunk that is local are not dropped here.
  */
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len)
 {
-	uint64_t end = far_min(off + len, m->c.bytes), until;
-	struct mem_drop d = { 0 };
+	uint64_t end = far_min(off + len, m->c.bytes), down = off / MEM_PAGE * MEM_PAGE, up = far_mem_page_up(off + len), until;
 	int err = 0;
 
 	if (m->c.tracking == FAR_TRACK_NONE) /* read-only: it is only forgotten, the next touch brings it again */
 		return 0;
 	if (drop_may_be_late(m))
-		d = drop_late_add(m, off, off + len);
+		drop_late_add(m, down, up);
 	for (uint64_t at = off, n; at < end && !err; at += n) {
 		n = far_min(end, at / far_mem_chunk(m) * far_mem_chunk(m) + far_mem_chunk(m)) - at;
 		err = drop_tell(m, r, at, n);
 	}
 	if (off < end)
 		far_memory_suspect(m, off, end - off);
-	for (until = far_now() + DROP_SOON; d.at && far_now() < until;) {
-		if (drop_is_done(m, &d)) {
-			drop_late_end(m, &d);
-			break;
-		}
+	for (until = far_now() + DROP_SOON; far_now() < until && far_mem_drops_late(m, down, up - down);) {
+		far_mutex_lock(&m->lock);
+		bool still = m->evictions == 0; /* one that begins now sees that this is late */
+		far_mutex_unlock(&m->lock);
+		if (still)
+			drop_look(m, down, up);
 		far_sleep_until(far_now() + 50 * FAR_USEC, false);
 	}
 	return err;

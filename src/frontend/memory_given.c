@@ -52,7 +52,7 @@ bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len)
 
 void far_memory_reading(struct far_memory *m, bool begin)
 {
-	if (begin && !m->gone && !atomic_load_explicit(&m->drops, memory_order_relaxed))
+	if (begin && !m->gone && m->c.tracking == FAR_TRACK_NONE)
 		return;
 	atomic_store(&m->reading, begin); /* in one order with `filling`: each sees the other */
 	while (begin && atomic_load(&m->filling))
@@ -132,6 +132,17 @@ int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, cons
 		at += done;
 	}
 	return err;
+}
+
+/* Zeros ahead of a fault, as far as nothing is there; none where the program drops pages, or has yet to do so. */
+void far_mem_guarded_zeros(struct far_memory *m, uint64_t addr, uint64_t off, const char *zeros, uint64_t len)
+{
+	uint64_t from, to, done;
+
+	given_fill_begin(m);
+	if (far_mem_kept(m, off, off + len, &from, &to) && from == off && !far_mem_drops_late(m, off, to - off))
+		far_uffd_copy(m->c.uffd, addr, zeros, to - off, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
+	atomic_fetch_sub(&m->filling, 1);
 }
 
 /* ------------------------------------------------------------------------------------------------ leaving it */

@@ -28,7 +28,7 @@ struct mem_runs {
 	size_t n, cap;
 };
 
-/* The program has been let go on to drop [off, end), and may not have done it yet. */
+/* The program has been let go on to drop [off, end), whole pages, and may not have done it yet. */
 struct mem_drop {
 	uint64_t off, end, at;
 };
@@ -47,9 +47,10 @@ struct far_memory {
 	_Atomic uint64_t *zero;   /* bit i: chunk i came as zeros. Read-only maps; NULL: any missing page of a local chunk is zero */
 	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
 	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
-	_Atomic bool reading;     /* with `gone`: an event may be read now */
+	_Atomic bool reading;     /* ... and where stores are tracked: an event may be read now */
 	_Atomic unsigned unpoisoned; /* fills that run, where poison is a mapping */
 	_Atomic unsigned n_poison;
+	_Atomic bool any_late;    /* of drops_late and drops_unknown */
 	_Atomic bool drops;       /* the program has dropped pages at least once */
 	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
 
@@ -67,7 +68,7 @@ struct far_memory {
 	} recent[MEM_RECENT] FAR_GUARDED_BY(lock);     /* the last pushes, a ring */
 	struct mem_drop *drops_late FAR_GUARDED_BY(lock); /* memory_drop.c */
 	size_t n_drops_late FAR_GUARDED_BY(lock), cap_drops_late FAR_GUARDED_BY(lock);
-	uint64_t drops_unknown FAR_GUARDED_BY(lock);   /* until then one of them could not be remembered */
+	uint64_t drops_unknown FAR_GUARDED_BY(lock);   /* one could not be remembered, and counts as late until then; 0: none */
 
 	struct far_mutex heal_lock; /* held while mappings of poisoned pages are replaced; taken before `lock` */
 
@@ -118,13 +119,16 @@ int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len);
 bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to);
 /* Whether the program may drop something of [off, off+len) yet that the region knows to be zero. */
 bool far_mem_drops_late(struct far_memory *m, uint64_t off, uint64_t len);
-/* What has been dropped by now is told once more. */
-int far_mem_drops_look(struct far_memory *m, struct far_region *r);
+/* What is absent by now of what was late becomes a suspect. No eviction runs. */
+void far_mem_drops_look(struct far_memory *m);
+/* The page at `off` is about to appear. */
+void far_mem_drops_met(struct far_memory *m, uint64_t addr, uint64_t off);
 
 /* memory_given.c */
 int far_mem_given_open(struct far_memory *m);
 int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
+void far_mem_guarded_zeros(struct far_memory *m, uint64_t addr, uint64_t off, const char *zeros, uint64_t len);
 
 /* memory_track.c */
 /* [off, off+len) was filled in, or is about to be dropped. */

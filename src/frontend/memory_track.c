@@ -467,9 +467,8 @@ static int track_collect(void *self, struct far_region *r)
 	if (err)
 		return err;
 
-	err = far_mem_drops_look(m, r);
-	e = track_suspects(m, r);
-	err = err ? err : e;
+	far_mem_drops_look(m);
+	err = track_suspects(m, r);
 	e = track_again(m, r);
 	err = err ? err : e;
 	if (m->c.tracking == FAR_TRACK_ASYNC)
