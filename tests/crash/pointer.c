@@ -17,7 +17,7 @@
  * Right is any word whose version is from acked to issued; zeros are wrong everywhere. The next life looks at all of it
  * through the pointer, the parent looks at the remote itself. At the end a life flushes and closes: then both are equal.
  *
- *   pointer [ROUNDS [SEED]]
+ *   pointer [ROUNDS [SEED [KIND]]]     KIND is one of ../pointer/face.c, in all rounds
  */
 #define _GNU_SOURCE
 #include "../pointer/face.h"
@@ -316,11 +316,13 @@ int main(int argc, char **argv)
 {
 	static const char *const kinds[] = { "copy-async", "continue-sync", "copy-sync", "copy-hash", "auto" };
 	unsigned rounds = argc > 1 ? (unsigned)atoi(argv[1]) : 9, bad = 0;
-	uint64_t seed = argc > 2 ? strtoull(argv[2], NULL, 0) : far_now() % 1000000;
+	uint64_t seed = argc > 2 && *argv[2] ? strtoull(argv[2], NULL, 0) : far_now() % 1000000;
+	const char *only = argc > 3 ? argv[3] : NULL;
 
 	printf("1..%u\n", rounds);
 	for (unsigned k = 0; k < rounds; k++) {
-		struct round r = { .kind = face_kind_find(kinds[(k / 3 + k) % FAR_ARRAY_LEN(kinds)]), .seed = seed + k };
+		const char *kind = only ? only : kinds[(k / 3 + k) % FAR_ARRAY_LEN(kinds)];
+		struct round r = { .kind = face_kind_find(kind), .seed = seed + k };
 		r.local = k % 3 != 0;
 		r.durable = k % 3 == 1 ? FAR_DURABLE_LOCAL : FAR_DURABLE_REMOTE;
 		r.how = k % 3 == 0 ? "no local store" : k % 3 == 1 ? "durable local" : "durable remote, a local store";
