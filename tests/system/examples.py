@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright the farpage authors
 """examples.py FARPAGE PAGE...: runs the examples of a manual page as they stand there, line by line: of farpage-serve(1) each
-line that begins with '$ ', of other pages and the README those with `--as nbd-socket`. What changes are ports (any free one in
-place of 1337 and 10809) and hosta, which is this host. TAP."""
+line that begins with '$ ', of other pages and the README those with `--as nbd-socket`; of farpage-mount(1) the others, too, each
+display as one script. What changes are ports (any free one in place of 1337 and 10809), hosta, which is this host, and /mnt.
+TAP."""
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import time
 farpage = os.path.abspath(sys.argv[1])
 SECONDS = 60
 NEEDS = {'nbdinfo': 'libnbd-bin', 'nbdcopy': 'libnbd-bin', 'nbdsh': 'python3-libnbd', 'qemu-img': 'qemu-utils', 'qemu-io': 'qemu-utils',
-         'systemd-socket-activate': 'systemd', 'openssl': 'openssl'}
+         'systemd-socket-activate': 'systemd', 'openssl': 'openssl', 'sqlite3': 'sqlite3', 'sudo': 'mount'}
 
 
 def lines(path):
@@ -26,6 +27,14 @@ def lines(path):
         text = f.read().replace('\\e\n\t', ' ').replace('\\e', '\\')
     found = re.findall(r'^(?:\.Dl )?(?:\$|    (?=farpage)) ?(.+)$', text, re.M)
     return found if path.endswith('farpage-serve.1') else [x for x in found if '--as nbd-socket' in x and x.startswith('farpage')]
+
+
+def scripts(path):
+    """The displays of farpage-mount(1) whose region is a file."""
+    with open(path) as f:
+        text = f.read().split('.Sh EXAMPLES')[-1]
+    found = [x or y for x, y in re.findall(r'^\.Bd -literal[^\n]*\n(.*?)^\.Ed|^\.Dl (\$ [^\n]*)$', text, re.M | re.S)]
+    return [re.sub(r'^\$ ', '', x, flags=re.M).strip() for x in found if '--as nbd-socket' not in x]
 
 
 def prepare(where):
@@ -40,9 +49,10 @@ def prepare(where):
     if os.path.exists('/usr/bin/python3'):
         os.symlink('/usr/bin/python3', os.path.join(where, 'bin', 'python3'))
     os.symlink(farpage, os.path.join(where, 'bin', 'farpage'))
-    with open(os.path.join(where, 'bin', 'ssh'), 'w') as f:
-        f.write('#!/bin/sh\nshift\nexec "$@"\n')
-    os.chmod(os.path.join(where, 'bin', 'ssh'), 0o755)
+    for name, says in ('ssh', 'shift\nexec "$@"'), ('sudo', 'exec "$@"'):
+        with open(os.path.join(where, 'bin', name), 'w') as f:
+            f.write('#!/bin/sh\n%s\n' % says)
+        os.chmod(os.path.join(where, 'bin', name), 0o755)
     with open(os.path.join(where, 'keys.json'), 'w') as f:
         # RFC 8037, appendix A
         json.dump({'keys': [{'kty': 'OKP', 'crv': 'Ed25519', 'kid': '1', 'x': '11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo'}]}, f)
@@ -119,9 +129,66 @@ def run(where, env, command, hosta):
     return None if good else 'exit %d: %s' % (code, ''.join(e.said))
 
 
+def region_server(where, env):
+    """hosta for scripts: a database, and a file system image as the export `disk`."""
+    subprocess.run(['sqlite3', os.path.join(where, 'orders.db'), 'CREATE TABLE orders(n); INSERT INTO orders VALUES(1)'], check=True)
+    with open(os.path.join(where, 'fs.img'), 'wb') as f:
+        f.truncate(8 << 20)
+    subprocess.run(['/sbin/mkfs.ext4', '-q', os.path.join(where, 'fs.img')], check=True)
+    return Example(where, env, 'exec farpage serve file:orders.db disk=file:fs.img --listen grpc://127.0.0.1:0')
+
+
+def run_script(where, env, script, hosta):
+    """What is wrong with it, or None. It gets a directory of its own; what it leaves running is stopped."""
+    place = tempfile.mkdtemp(dir=where)
+    os.mkdir(os.path.join(place, 'dir'))
+    os.mkdir(os.path.join(place, 'mnt'))
+    shutil.copy(os.path.join(where, 'orders.db'), os.path.join(place, 'x.db'))
+    wanted = [x for x in ('app.db',) if x in script]
+    for name in wanted:
+        open(os.path.join(place, name), 'w').close()
+    script = script.replace('hosta:1337', hosta).replace(' /mnt', ' mnt')
+    e = Example(place, env, 'set -e\n' + script)
+    code = e.ended(False)
+    said = ''.join(e.said)
+    good = code == 0 and ('sqlite3 app.db' not in script or '\n1\n' in '\n' + said)
+    if ' mnt' in script and code == 0:
+        good = good and os.path.isdir(os.path.join(place, 'mnt', 'lost+found'))
+        subprocess.run(['umount', os.path.join(place, 'mnt')])
+    if '--background' in script and (code or 'farpage stop' not in script):
+        target = wanted[0] if wanted else 'dir'
+        good = subprocess.run([farpage, 'stop', target], cwd=place, timeout=SECONDS, capture_output=True).returncode == 0 and good
+    return None if good else 'exit %d: %s' % (code, said)
+
+
+def run_scripts(paths, where, env, first):
+    """How many there were, and how many failed."""
+    todo = [x for path in paths if path.endswith('farpage-mount.1') for x in scripts(path)]
+    lacks = [x for x in ('sqlite3', 'mount') if not shutil.which(x)] + [x for x in ('/sbin/mkfs.ext4', '/dev/fuse') if not os.path.exists(x)]
+    server = region_server(where, env) if todo and not lacks else None
+    failed = 0
+    try:
+        hosta = server.line().split()[1].split('/')[2] if server else ''
+        for n, script in enumerate(todo, first):
+            name = script.replace('#', '').replace('\n', '; ')
+            loop = [] if os.geteuid() == 0 and os.path.exists('/dev/loop-control') else ['root with /dev/loop-control']
+            missing = lacks + (loop if 'sudo mount' in script else [])
+            if missing:
+                print('ok %d - %s # SKIP %s is missing' % (n, name, missing[0]))
+                continue
+            wrong = run_script(where, env, script, hosta)
+            failed += bool(wrong)
+            if wrong:
+                print('\n'.join('# ' + x for x in wrong.splitlines()))
+            print('%s %d - %s' % ('not ok' if wrong else 'ok', n, name), flush=True)
+    finally:
+        if server:
+            server.ended(True)
+    return len(todo), failed
+
+
 def main():
     todo = [x for path in sys.argv[2:] for x in lines(path)]
-    print('1..%d' % len(todo))
     where, failed = tempfile.mkdtemp(prefix='farpage-examples.'), 0
     server = None
     try:
@@ -139,6 +206,9 @@ def main():
                 failed += 1
                 print('\n'.join('# ' + x for x in wrong.splitlines()))
             print('%s %d - %s' % ('not ok' if wrong else 'ok', n, command.replace('#', '')), flush=True)
+        more, bad = run_scripts(sys.argv[2:], where, env, len(todo) + 1)
+        failed += bad
+        print('1..%d' % (len(todo) + more))
     finally:
         if server:
             server.ended(True)
