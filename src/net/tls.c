@@ -33,6 +33,7 @@
 #include <string.h>
 
 #define TLS_RECORD 16384
+#define TLS_TELL (10 * FAR_SEC)
 #define TLS_RECORD_ROOM (TLS_RECORD + 512)    /* encrypted; a message of the handshake may come before it */
 #define TLS_BATCH 7                           /* records a system call: with them `out` stays within 128 KiB */
 #define TLS_BUFFER (128 * FAR_KIB)
@@ -57,6 +58,7 @@ struct tls_conn {
 	bool farewell FAR_GUARDED_BY(lock);  /* the peer has said that it is its end */
 	int error FAR_GUARDED_BY(lock);
 	char why[300] FAR_GUARDED_BY(lock);
+	bool told FAR_GUARDED_BY(lock);      /* why a client was refused */
 	struct far_tls_seen seen FAR_GUARDED_BY(lock);
 };
 
@@ -246,6 +248,22 @@ static int tls_shake(struct tls_conn *t) FAR_REQUIRES(t->lock)
 	return t->error;
 }
 
+/* The client only sees an alert; who runs the server wants to know. A flood of them is told once in ten seconds. */
+static void tls_tell_refused(struct tls_conn *t)
+{
+	static _Atomic uint64_t last;
+	char why[sizeof t->why];
+
+	far_mutex_lock(&t->lock);
+	bool tell = t->keys->server && !t->open && t->why[0] && !t->told;
+	t->told |= tell;
+	memcpy(why, t->why, sizeof why);
+	far_mutex_unlock(&t->lock);
+	uint64_t now = far_now(), then = atomic_load(&last);
+	if (tell && (!then || now - then > TLS_TELL) && atomic_compare_exchange_strong(&last, &then, now))
+		far_log(FAR_LOG_WARNING, "a client's TLS handshake failed: %s", why);
+}
+
 static ssize_t tls_readv(struct far_conn *c, const struct iovec *iov, int n)
 {
 	struct tls_conn *t = tls_of(c);
@@ -283,6 +301,8 @@ static ssize_t tls_readv(struct far_conn *c, const struct iovec *iov, int n)
 	if (t->out_at < t->out_n && !t->flushing)
 		tls_flush(t); /* what reading made: an answer to a change of keys, an alert */
 	far_mutex_unlock(&t->lock);
+	if (r < 0 && r != -EAGAIN)
+		tls_tell_refused(t);
 	return total ? (ssize_t)total : r;
 }
 

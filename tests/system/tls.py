@@ -92,6 +92,7 @@ def clients_must_show_a_certificate(w):
     s = serve(w, *CERT, '--tls-ca', 'ca.pem')
     works(w, uri(s, tls_ca='ca.pem', tls_cert='alice.pem', tls_key='alice.key'))
     refused(w, uri(s, tls_ca='ca.pem'), 'wants a certificate')
+    wait_for(lambda: "a client's TLS handshake failed: the client has shown no certificate" in s.err(), 'the server tells why')
     refused(w, uri(s, tls_ca='ca.pem', tls_cert='eve.pem', tls_key='eve.key'), 'authority')
     refused(w, uri(s, tls_ca='ca.pem', tls_cert='gone.pem', tls_key='gone.key'), 'expired')
     r = w.run('copy', uri(s, tls_ca='ca.pem', tls_cert='alice.pem', tls_key='bob.key'), 'null:')
