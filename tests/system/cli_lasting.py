@@ -6,12 +6,12 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import threading
 import time
 
 from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
+from tcp_lib import Between, hang_up
 
 SIZE = 4 << 20
 KEPT = ['--mode', 'managed', '--local', 'file:cache.img']
@@ -68,52 +68,25 @@ def all_local(w, *args):
     equal(m.p.wait(30), 0, 'exit code: ' + m.err())
 
 
-class Link:
+class Link(Between):
     """A port that leads to a server and can be cut."""
 
     def __init__(self, uri):
-        self.to = int(uri.split(':')[2].split('/')[0])
-        self.server = socket.create_server(('127.0.0.1', 0))
-        self.uri = 'grpc://127.0.0.1:%d' % self.server.getsockname()[1]
         self.up, self.socks, self.lock = True, [], threading.Lock()
-        threading.Thread(target=self.accept, daemon=True).start()
+        super().__init__(int(uri.split(':')[2].split('/')[0]))
+        self.uri = 'grpc://127.0.0.1:%d' % self.port
 
-    def accept(self):
-        while True:
-            a = self.server.accept()[0]
-            with self.lock:
-                if not self.up:
-                    a.close()
-                    continue
-                b = socket.create_connection(('127.0.0.1', self.to))
-                self.socks += [a, b]
-            for x, y in ((a, b), (b, a)):
-                threading.Thread(target=self.carry, args=(x, y), daemon=True).start()
-
-    @staticmethod
-    def carry(x, y):
-        try:
-            while True:
-                data = x.recv(65536)
-                if not data:
-                    break
-                y.sendall(data)
-        except OSError:
-            pass
-        for s in (x, y):
-            try:
-                s.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+    def pass_on(self, way, x, y):
+        with self.lock:
+            self.socks += [x, y]
+            if not self.up:
+                hang_up(x, y)
+        super().pass_on(way, x, y)
 
     def cut(self):
         with self.lock:
             self.up = False
-            for s in self.socks:
-                try:
-                    s.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
+            hang_up(*self.socks)
             self.socks = []
 
     def mend(self):

@@ -14,6 +14,7 @@ import threading
 import time
 
 from cli_lib import Skip, cell, equal, has, main, message, need_fuse, true, wait_for
+from tcp_lib import Listener
 
 MIB = 1 << 20
 
@@ -317,33 +318,17 @@ def answers_that_are_none(w):
                        (head + b'Content-Range: bytes 0-0/10\r\n\r\n', b'endless' * 100),
                        (b'HTTP/1.1 500 x\r\n\r\n', b'endless' * 100), (b'', b'HTTP/1.1 100 Continue\r\n\r\n'),
                        (b'HTTP/1.1 302 x\r\nLocation: http://[::\r\n\r\n', None)):
-        s = socket.socket()
-        s.bind(('127.0.0.1', 0))
-        s.listen(16)
-
         def talk(c, say=say, again=again):
-            try:
-                c.recv(65536)
-                c.sendall(say)
-                end = time.monotonic() + 15
-                while again and time.monotonic() < end:
-                    c.sendall(again)
-            except OSError:
-                pass
-            finally:
-                c.close()
+            c.recv(65536)
+            c.sendall(say)
+            end = time.monotonic() + 15
+            while again and time.monotonic() < end:
+                c.sendall(again)
 
-        def accept(s=s, talk=talk):
-            while True:
-                try:
-                    c, _ = s.accept()
-                except OSError:
-                    return
-                threading.Thread(target=talk, args=(c,), daemon=True).start()
-        threading.Thread(target=accept, daemon=True).start()
+        s = Listener(talk)
         try:
             began = time.monotonic()
-            r = w.run('copy', 'http://127.0.0.1:%d/x' % s.getsockname()[1], 'null:', '--deadline', '1s')
+            r = w.run('copy', 'http://127.0.0.1:%d/x' % s.port, 'null:', '--deadline', '1s')
             true(r.returncode in (1, 4), 'exit %d for %r: %s' % (r.returncode, say, r.err))
             message(r.err)
             true(time.monotonic() - began < 10, 'it took too long for %r' % say)

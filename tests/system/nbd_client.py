@@ -9,11 +9,11 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 
 from cli_lib import FARPAGE, Skip, cell, equal, has, main, message, need_fuse, true, wait_for
 from nbd_lib import Other, answers, free_port, need
+from tcp_lib import Between, Listener
 
 MIB = 1 << 20
 
@@ -413,66 +413,20 @@ def tls_by_psk(w):
     refused(w, uri + '?tls-psk-file=/none', '/none')
 
 
-class Cut:
-    """Between client and server: lets through so many bytes each way, then ends the connection; once."""
-
-    def __init__(self, port, up, down):
-        self.port, self.left = port, [up, down]
-        self.cut = False
-        self.s = socket.socket()
-        self.s.bind(('127.0.0.1', 0))
-        self.s.listen(16)
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def uri(self):
-        return 'nbd://127.0.0.1:%d' % self.s.getsockname()[1]
-
-    def accept(self):
-        while True:
-            try:
-                a, _ = self.s.accept()
-            except OSError:
-                return
-            b = socket.create_connection(('127.0.0.1', self.port))
-            for i, (x, y) in enumerate(((a, b), (b, a))):
-                threading.Thread(target=self.pipe, args=(x, y, i), daemon=True).start()
-
-    def pipe(self, x, y, i):
-        try:
-            while True:
-                data = x.recv(65536)
-                if not data:
-                    break
-                n = len(data) if self.cut else min(len(data), self.left[i])
-                y.sendall(data[:n])
-                if not self.cut:
-                    self.left[i] -= n
-                    if not self.left[i]:
-                        self.cut = True
-                        break
-        except OSError:
-            pass
-        for s in (x, y):
-            try:
-                s.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-
-
 def cut_at(w, port, data, up, down):
     """The link is cut once: copying with retries still brings every byte, or opening fails with a message."""
-    c = Cut(port, up, down)
+    c = Between(port, cut=(up, down), once=True)
     try:
-        r = w.run('copy', c.uri() + '?connections=1&max-request=4K&timeout=2s', 'file:b', '--workers', '4', '--layer',
+        r = w.run('copy', 'nbd://127.0.0.1:%d?connections=1&max-request=4K&timeout=2s' % c.port, 'file:b', '--workers', '4', '--layer',
                   'retry:backoff=1ms,max-backoff=2ms')
         if r.returncode:
-            true(c.cut, 'a failure without a cut: ' + r.err)
+            true(c.was_cut, 'a failure without a cut: ' + r.err)
             message(r.err)
         else:
             equal(w.read('b'), data, 'cut after %d up, %d down' % (up, down))
-        return r.returncode == 0 and c.cut
+        return r.returncode == 0 and c.was_cut
     finally:
-        c.s.close()
+        c.close()
         if os.path.exists(w.path('b')):
             os.unlink(w.path('b'))
 
@@ -527,26 +481,15 @@ def refused_uris(w):
 
 # -------------------------------------------------------------------------------------------------- hostile servers
 
-class Hostile:
+class Hostile(Listener):
     """Fixed newstyle up to the transmission phase of a 1 MiB export; then each request is given to fn(conn, request)."""
 
     def __init__(self, fn, flags=1 | 4 | 8, size=MIB):
-        self.s = socket.socket()
-        self.s.bind(('127.0.0.1', 0))
-        self.s.listen(16)
-        self.fn, self.flags, self.size = fn, flags, size
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.then, self.flags, self.size = fn, flags, size
+        super().__init__(self.talk)
 
     def uri(self):
-        return 'nbd://127.0.0.1:%d?timeout=500ms' % self.s.getsockname()[1]
-
-    def accept(self):
-        while True:
-            try:
-                c, _ = self.s.accept()
-            except OSError:
-                return
-            threading.Thread(target=self.serve, args=(c,), daemon=True).start()
+        return 'nbd://127.0.0.1:%d?timeout=500ms' % self.port
 
     def need(self, c, n):
         b = b''
@@ -557,31 +500,26 @@ class Hostile:
             b += x
         return b
 
-    def serve(self, c):
-        try:
-            c.sendall(b'NBDMAGICIHAVEOPT' + struct.pack('>H', 3))
-            self.need(c, 4)
-            while True:
-                _, opt, n = struct.unpack('>8sII', self.need(c, 16))
-                self.need(c, n)
-                reply = lambda t, b=b'': c.sendall(struct.pack('>QIII', 0x3e889045565a9, opt, t, len(b)) + b)
-                if opt == 8 and self.flags & 1 << 20:
-                    reply(1)
-                elif opt == 7:
-                    reply(3, struct.pack('>HQH', 0, self.size, self.flags & 0xffff))
-                    reply(1)
-                    break
-                else:
-                    reply(0x80000001)
-            while True:
-                _, flags, cmd, cookie, off, n = struct.unpack('>IHHQQI', self.need(c, 28))
-                if cmd == 2:
-                    return
-                self.fn(c, cmd, cookie, off, n)
-        except OSError:
-            pass
-        finally:
-            c.close()
+    def talk(self, c):
+        c.sendall(b'NBDMAGICIHAVEOPT' + struct.pack('>H', 3))
+        self.need(c, 4)
+        while True:
+            _, opt, n = struct.unpack('>8sII', self.need(c, 16))
+            self.need(c, n)
+            reply = lambda t, b=b'': c.sendall(struct.pack('>QIII', 0x3e889045565a9, opt, t, len(b)) + b)
+            if opt == 8 and self.flags & 1 << 20:
+                reply(1)
+            elif opt == 7:
+                reply(3, struct.pack('>HQH', 0, self.size, self.flags & 0xffff))
+                reply(1)
+                break
+            else:
+                reply(0x80000001)
+        while True:
+            _, flags, cmd, cookie, off, n = struct.unpack('>IHHQQI', self.need(c, 28))
+            if cmd == 2:
+                return
+            self.then(c, cmd, cookie, off, n)
 
 
 def hostile(fn, **kw):
@@ -594,7 +532,7 @@ def hostile(fn, **kw):
             message(r.err)
             true(time.monotonic() - began < 30, 'it took too long')
         finally:
-            h.s.close()
+            h.close()
     return run
 
 
@@ -628,34 +566,18 @@ STRUCTURED = {
 
 def spoken(w, *parts, pause=0):
     """A server that only ever says these bytes, one part an answer, and keeps or ends the connection."""
-    s = socket.socket()
-    s.bind(('127.0.0.1', 0))
-    s.listen(16)
-
     def talk(c):
-        try:
-            for p in parts:
-                if p is None:
-                    time.sleep(30)
-                    return
-                c.sendall(p)
-                c.recv(65536)
-        except OSError:
-            pass
-        finally:
-            c.close()
-
-    def accept():
-        while True:
-            try:
-                c, _ = s.accept()
-            except OSError:
+        for p in parts:
+            if p is None:
+                time.sleep(30)
                 return
-            threading.Thread(target=talk, args=(c,), daemon=True).start()
-    threading.Thread(target=accept, daemon=True).start()
+            c.sendall(p)
+            c.recv(65536)
+
+    s = Listener(talk)
     try:
         began = time.monotonic()
-        r = w.run('copy', 'nbd://127.0.0.1:%d' % s.getsockname()[1], 'null:', '--deadline', '1s')
+        r = w.run('copy', 'nbd://127.0.0.1:%d' % s.port, 'null:', '--deadline', '1s')
         true(r.returncode in (1, 4), 'exit %d: %s' % (r.returncode, r.err))
         message(r.err)
         true(time.monotonic() - began < 20, 'it took too long')

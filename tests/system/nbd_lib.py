@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import threading
 
 from cli_lib import Skip, true, wait_for
 from tls_lib import authority, certificate
@@ -67,52 +66,6 @@ def place():
     if not hasattr(place, 'it'):
         place.it = Place()
     return place.it
-
-
-# ---------------------------------------------------------------------------------------------------- in between
-
-class Between:
-    """Passes bytes on and keeps them. `edit(direction, bytes)` may change them: 0 is towards the server. After `cut[way]`
-    bytes the connection ends."""
-
-    def __init__(self, port, edit=None, cut=(1 << 40, 1 << 40)):
-        self.to, self.seen, self.edit = port, [bytearray(), bytearray()], edit or (lambda way, data: data)
-        self.left = list(cut)
-        self.s = socket.socket()
-        self.s.bind(('127.0.0.1', 0))
-        self.s.listen(16)
-        self.port = self.s.getsockname()[1]
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                a, _ = self.s.accept()
-                b = socket.create_connection(('127.0.0.1', self.to))
-            except OSError:
-                return
-            for way, x, y in ((0, a, b), (1, b, a)):
-                x.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=self.pass_on, args=(way, x, y), daemon=True).start()
-
-    def pass_on(self, way, x, y):
-        try:
-            while True:
-                data = x.recv(65536)
-                if not data:
-                    break
-                self.seen[way] += data
-                y.sendall(self.edit(way, data[:self.left[way]]))
-                self.left[way] -= len(data)
-                if self.left[way] <= 0:
-                    break
-        except OSError:
-            pass
-        for s in (x, y):
-            try:
-                s.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 def free_port():

@@ -15,7 +15,8 @@ import tempfile
 import time
 
 from cli_lib import Skip, cell, equal, has, main, message, true
-from nbd_lib import PATH, SERVERS, Between, answers, end_of_daemons, farpage, nbd_server, need, place
+from nbd_lib import PATH, SERVERS, answers, end_of_daemons, farpage, nbd_server, need, place
+from tcp_lib import Between
 
 SIZE = 256 << 10
 OPT, REPLY = b'IHAVEOPT', struct.pack('>Q', 0x3e889045565a9)

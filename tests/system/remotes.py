@@ -5,56 +5,24 @@
 import errno
 import os
 import signal
-import socket
 import subprocess
-import threading
 import time
 
 from cli_lib import Skip, equal, has, main, message, need_fuse, true, wait_for
+from tcp_lib import Listener
 
 
-class Peer:
-    """A TCP server whose every connection is given to fn(socket)."""
-
-    def __init__(self, fn):
-        self.s = socket.socket()
-        self.s.bind(('127.0.0.1', 0))
-        self.s.listen(16)
-        self.fn = fn
-        self.conns = []
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def uri(self):
-        return 'grpc://127.0.0.1:%d?size=1M' % self.s.getsockname()[1]
-
-    def accept(self):
-        while True:
-            try:
-                c, _ = self.s.accept()
-            except OSError:
-                return
-            self.conns.append(c)
-            threading.Thread(target=self.serve, args=(c,), daemon=True).start()
-
-    def serve(self, c):
-        try:
-            self.fn(c)
-        except OSError:
-            pass
-
-    def close(self):
-        self.s.close()
-        for c in self.conns:
-            c.close()
+def uri_of(listener):
+    return 'grpc://127.0.0.1:%d?size=1M' % listener.port
 
 
 def refused_by(w, fn, *words, code=1):
     """Mounting from such a peer ends before the deadline is far behind, with a message."""
     w.file('t', 0)
-    p = Peer(fn)
+    p = Listener(fn, keep=True)
     try:
         began = time.monotonic()
-        r = w.run('mount', p.uri(), 't', '--deadline', '2s', '--quiet')
+        r = w.run('mount', uri_of(p), 't', '--deadline', '2s', '--quiet')
         true(time.monotonic() - began < 30, 'it took too long')
         true(r.returncode in (code, 4), 'exit %d: %s' % (r.returncode, r.err))
         message(r.err)
