@@ -102,12 +102,9 @@ def we_read_from_it(w):
     finish(server)
 
 
-def we_write_to_it(w):
-    region(w)
-    server, address = go_serve(w, w.path('region'))
-    p, first = ours(w, 'grpc://%s?size=%d' % (address, SIZE))
-    equal(first, 'open')
-    for k, chunk in enumerate(CHUNKS + (2 * MIB, GRPC_WRITE_MAX, SIZE)):
+def written(w, p, chunks):
+    """Through client p, to the file `region`: all of it in pieces of each size, then odd ones; what is in it then."""
+    for k, chunk in enumerate(chunks):
         data, path = region(w, 'next', seed=k + 2)
         equal_answer(ask(p, 'put', path, chunk, 16), SIZE)
         equal(ask(p, 'sync'), 'ok')
@@ -116,9 +113,18 @@ def we_write_to_it(w):
     for off, piece in ((0, b'a'), (4095, b'bcd'), (SIZE - 1, b'z'), (MIB - 1, b'x' * 1000)):
         equal(ask(p, 'write', off, piece.hex()), 'ok %d' % len(piece))
         expected[off:off + len(piece)] = piece
+    return bytes(expected)
+
+
+def we_write_to_it(w):
+    region(w)
+    server, address = go_serve(w, w.path('region'))
+    p, first = ours(w, 'grpc://%s?size=%d' % (address, SIZE))
+    equal(first, 'open')
+    expected = written(w, p, CHUNKS + (2 * MIB, GRPC_WRITE_MAX, SIZE))
     finish(p)
     finish(server)
-    equal(w.read('region'), bytes(expected), 'content of the file')
+    equal(w.read('region'), expected, 'content of the file')
 
 
 def its_errors_reach_us(w):
@@ -184,18 +190,10 @@ def it_writes_to_us(w):
     region(w)
     s, uri = w.serve('file:region')
     p = go(w, 'grpc-client', where(uri))
-    for k, chunk in enumerate(CHUNKS + (2 * MIB, GRPC_WRITE_MAX)):
-        data, path = region(w, 'next', seed=k + 2)
-        equal_answer(ask(p, 'put', path, chunk, 16), SIZE)
-        equal(ask(p, 'sync'), 'ok')
-        equal(w.read('region'), data, 'content of the file, pieces of %d' % chunk)
-    expected = bytearray(data)
-    for off, piece in ((0, b'a'), (4095, b'bcd'), (SIZE - 1, b'z'), (MIB - 1, b'x' * 1000)):
-        equal(ask(p, 'write', off, piece.hex()), 'ok %d' % len(piece))
-        expected[off:off + len(piece)] = piece
+    expected = written(w, p, CHUNKS + (2 * MIB, GRPC_WRITE_MAX))
     finish(p)
     equal(s.end(), 0, s.err())
-    equal(w.read('region'), bytes(expected), 'content of the file')
+    equal(w.read('region'), expected, 'content of the file')
 
 
 def it_hears_the_same_errors(w):
