@@ -227,7 +227,7 @@ static void remote_free(struct remote *s)
 }
 
 /* Which part of the fixture is out of the ordinary. */
-enum { FORGETS = 1, OWN_LOCAL = 2 };
+enum { FORGETS = 1, OWN_LOCAL = 2, HALF_FAILS = 4 };
 
 static void setup_how(struct fixture *f, uint64_t bytes, const struct far_mount_opts *o, unsigned how)
 {
@@ -244,6 +244,11 @@ static void setup_how(struct fixture *f, uint64_t bytes, const struct far_mount_
 		memcpy(f->s.disk, f->s.data, (size_t)bytes);
 		f->s.tells = true;
 		f->s.instance = 1;
+	}
+	if (how & HALF_FAILS) { /* reads of the second half; pulling begins with the region */
+		f->s.fail_from = bytes / 2;
+		f->s.fail_to = bytes;
+		f->s.fail_reads = ECONNRESET;
 	}
 	snprintf(uri, sizeof uri, "mem:%llu", (unsigned long long)bytes);
 	if (how & OWN_LOCAL)
