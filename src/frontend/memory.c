@@ -188,8 +188,6 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 
 	if (f->m->c.mechanism == FAR_MECH_CONTINUE) {
 		err = mem_fill_alias(f->m, addr, off, src, len);
-	} else if (f->m->gone) {
-		err = far_mem_given_fill(f->m, addr, off, src, len);
 	} else {
 		if (f->staged && !(addr % FAR_STAGE) && !(len % FAR_STAGE))
 			err = far_mem_fill_moved(f->m, addr, (char *)(uintptr_t)src, len, &done);
@@ -206,7 +204,7 @@ static int mem_fill_one(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_
 
 	if (!addr) /* the program has unmapped it */
 		return 0;
-	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->gone)
+	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) && !f->m->gone)
 		err = mem_fill_kept(f, addr, off, len);
 	else if (f->m->c.mechanism != FAR_MECH_CONTINUE)
 		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);

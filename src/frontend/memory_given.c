@@ -71,56 +71,34 @@ static void given_fill_begin(struct far_memory *m)
 	}
 }
 
-/* As many bytes from `off` on, at most len, as are all gone or all not. */
-static uint64_t given_run(struct far_memory *m, uint64_t off, uint64_t len, bool *gone)
+/* From `off` on what the program has not dropped, or is not dropping now: [*from, *to). False: nothing before end. */
+static bool given_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
 {
-	uint64_t n = MEM_PAGE;
-
-	for (*gone = far_memory_is_gone(m, off); n < len && far_memory_is_gone(m, off + n) == *gone; n += MEM_PAGE)
-		;
-	return n;
+	if (!m->gone)
+		return far_mem_kept(m, off, end, from, to);
+	while (off < end && far_memory_is_gone(m, off))
+		off += MEM_PAGE;
+	*from = *to = off;
+	while (*to < end && !far_memory_is_gone(m, *to))
+		*to += MEM_PAGE;
+	return off < end;
 }
 
-int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
-{
-	unsigned turns = 0;
-	int err = 0;
-
-	for (uint64_t at = 0, done; at < len && !err; at += done) {
-		bool gone;
-		given_fill_begin(m);
-		uint64_t n = given_run(m, off + at, far_min(len - at, GIVEN_PIECE), &gone);
-		done = n;
-		if (!gone)
-			err = far_uffd_copy(m->c.uffd, addr + at, src + at, n, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
-		atomic_fetch_sub(&m->filling, 1);
-		turns = err == -EAGAIN && !done ? turns : 0;
-		if (err == -EEXIST) /* the program has it already */
-			done += MEM_PAGE;
-		if (err == -EEXIST)
-			err = 0;
-		else if (err == -EAGAIN)
-			err = far_uffd_wait(&turns);
-	}
-	return err;
-}
-
-/* The same for memory of ours, whose program has dropped pages before: what it is dropping now is passed over. (The fills
- * that ran when it did so for the first time are not held against that drop.) */
+/* What is gone, or leaves now, is passed over. (Fills that ran when memory of ours was dropped for the first time are not held
+ * against that drop.) */
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
 {
 	unsigned turns = 0;
 	int err = 0;
 
-	for (uint64_t at = 0, from, to, done; at < len && !err;) {
+	for (uint64_t at = 0, from, to, done; at < len && !err; at += done) {
+		done = far_min(len - at, GIVEN_PIECE);
 		given_fill_begin(m);
-		if (!far_mem_kept(m, off + at, off + len, &from, &to)) {
-			atomic_fetch_sub(&m->filling, 1);
-			break;
+		if (given_kept(m, off + at, off + at + done, &from, &to)) {
+			at = from - off;
+			done = to - from;
+			err = far_uffd_copy(m->c.uffd, addr + at, src + at, done, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
 		}
-		at = from - off;
-		done = far_min(to - from, GIVEN_PIECE);
-		err = far_uffd_copy(m->c.uffd, addr + at, src + at, done, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
 		atomic_fetch_sub(&m->filling, 1);
 		turns = err == -EAGAIN && !done ? turns : 0;
 		if (err == -EEXIST) /* the program has it already */
@@ -129,7 +107,6 @@ int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, cons
 			err = 0;
 		else if (err == -EAGAIN)
 			err = far_uffd_wait(&turns);
-		at += done;
 	}
 	return err;
 }

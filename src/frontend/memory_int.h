@@ -126,7 +126,6 @@ void far_mem_drops_met(struct far_memory *m, uint64_t addr, uint64_t off);
 
 /* memory_given.c */
 int far_mem_given_open(struct far_memory *m);
-int far_mem_given_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
 void far_mem_guarded_zeros(struct far_memory *m, uint64_t addr, uint64_t off, const char *zeros, uint64_t len);
 
