@@ -22,6 +22,8 @@
 #define MEM_PAGE ((uint64_t)4096)
 #define MEM_SHORT 65536 /* a longer read the kernel makes as fast; a write never: it locks each page */
 #define MEM_AROUND ((uint64_t)65536) /* what the kernel maps at one fault of a read */
+#define MEM_LINE 64
+#define MEM_SOON 1024
 #define MEM_MAPPED_MAX ((uint64_t)1 << 44)
 
 /*
@@ -242,4 +244,16 @@ char *far_backend_place(const struct far_backend *b, uint64_t off, size_t len)
 		return NULL;
 	mem_touch(m, off, len);
 	return m->map + off;
+}
+
+/* Enough for the machine to see that it goes on from there. */
+void far_backend_soon(const struct far_backend *b, uint64_t off, size_t len)
+{
+	if (!far_backend_is(b, mem_read))
+		return;
+	const struct mem *m = far_backend_self(b, mem_read);
+	if (!len || len > m->bytes || off > m->bytes - len || !mem_is_there(m, off, len))
+		return;
+	for (size_t k = 0; k < len && k < MEM_SOON; k += MEM_LINE)
+		__builtin_prefetch(m->map + off + k);
 }

@@ -585,9 +585,31 @@ static int teardown(void **state)
 	return system(cmd);
 }
 
+/* What a peer asks for next is taken as it came, before anybody has checked it; and no hole gets a page by it. */
+static void memory_is_foreseen_anywhere(void **state)
+{
+	static const uint64_t offs[] = { 0, 4096, 9999, 10000, 65536, UINT64_MAX - 4096, UINT64_MAX };
+	static const size_t lens[] = { 0, 1, 4096, 10000, 10001, SIZE_MAX };
+	struct far_backend *b;
+	struct far_extent e[2];
+	size_t n;
+
+	opens("mem:10000", &b);
+	for (int filled = 0; filled < 2; filled++) {
+		for (size_t i = 0; i < sizeof offs / sizeof offs[0]; i++)
+			for (size_t k = 0; k < sizeof lens / sizeof lens[0]; k++)
+				far_backend_soon(b, offs[i], lens[k]);
+		assert_int_equal(far_extents(b, 0, 10000, e, 2, &n), 0);
+		assert_int_equal(e[0].kind, filled ? FAR_EXTENT_DATA : FAR_EXTENT_ZERO);
+		assert_int_equal(far_write(b, 0, "x", 1, 0), 0);
+	}
+	far_close(b);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(memory_is_foreseen_anywhere),
 		cmocka_unit_test(contradictions_are_refused),
 		cmocka_unit_test(older_structs_are_taken),
 		cmocka_unit_test(long_requests_are_cut),

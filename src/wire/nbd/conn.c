@@ -334,6 +334,17 @@ static enum nbd_next conn_fill(struct far_nbd_conn *c, const struct far_nbd_requ
 	return NBD_MORE;
 }
 
+/* A read that stands behind the one that is about to be made: the bytes of the two shall not come one after the other from
+ * where memory is slow, which takes as long as all the rest. */
+static void conn_foresee(struct far_nbd_conn *c, size_t head)
+{
+	struct far_nbd_request q;
+
+	if (c->peer.memory && c->in_n - c->in_at >= head && !far_nbd_decode_request(c->peer.form, c->in + c->in_at, &q) &&
+	    q.type == FAR_NBD_READ)
+		far_backend_soon(c->peer.e->b, q.off, (size_t)far_min(q.len, CONN_INLINE));
+}
+
 /* Deal with what stands next in `in`. */
 static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 {
@@ -382,6 +393,8 @@ static enum nbd_next conn_next(struct far_nbd_conn *c, struct far_seat *seat)
 	if (q.payload > there)
 		return conn_fill(c, &q, data, there);
 	c->in_at += q.payload;
+	if (q.type == FAR_NBD_READ)
+		conn_foresee(c, head);
 	return conn_perform(c, seat, &q, data);
 }
 
