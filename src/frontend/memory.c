@@ -209,7 +209,7 @@ static int mem_fill_one(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_
 	else if (f->m->c.mechanism != FAR_MECH_CONTINUE)
 		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
 	else
-		for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, &from, &to); at = to)
+		for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, false, &from, &to); at = to)
 			err = mem_fill_kept(f, addr + (from - off), from, to - from);
 	return err;
 }

@@ -324,6 +324,7 @@ void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
 	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = far_mem_page_up(off + len);
 
 	atomic_store_explicit(&m->drops, true, memory_order_release);
+	atomic_store(&m->apart, true);
 	far_mutex_lock(&m->lock);
 	if (m->dropping.n == m->dropping.cap) { /* without memory for it what was there before may be seen again */
 		size_t cap = m->dropping.cap ? 2 * m->dropping.cap : 16;
@@ -333,6 +334,7 @@ void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
 	}
 	if (m->dropping.n < m->dropping.cap)
 		m->dropping.v[m->dropping.n++] = (struct mem_run){ down, up - down };
+	atomic_store(&m->any_dropping, m->dropping.n != 0);
 	far_mutex_unlock(&m->lock);
 }
 
@@ -346,29 +348,39 @@ void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len)
 			m->dropping.v[k] = m->dropping.v[--m->dropping.n];
 			break;
 		}
+	atomic_store(&m->any_dropping, m->dropping.n != 0);
 	far_mutex_unlock(&m->lock);
 }
 
-bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
+/* [off, end) takes the place at *a away, or ends what can be taken from there. */
+static bool drop_passes(uint64_t off, uint64_t end, uint64_t *a, uint64_t *b)
 {
-	uint64_t a = off, b = end;
+	bool passes = *a >= off && *a < end;
 
+	if (passes)
+		*a = end;
+	else if (off > *a)
+		*b = far_min(*b, off);
+	return passes;
+}
+
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, bool late, uint64_t *from, uint64_t *to)
+{
+	*from = off;
+	*to = end;
+	if (!atomic_load(&m->any_dropping) && !(late && atomic_load(&m->any_late)))
+		return off < end;
 	far_mutex_lock(&m->lock);
-	for (bool moved = true; moved;) {
-		moved = false;
+	for (bool passed = true; passed;) {
+		passed = false;
+		*to = end;
 		for (size_t k = 0; k < m->dropping.n; k++)
-			if (a - m->dropping.v[k].off < m->dropping.v[k].len) {
-				a = m->dropping.v[k].off + m->dropping.v[k].len;
-				moved = true;
-			}
+			passed |= drop_passes(m->dropping.v[k].off, m->dropping.v[k].off + m->dropping.v[k].len, from, to);
+		for (size_t k = 0; late && k < m->n_drops_late; k++)
+			passed |= drop_passes(m->drops_late[k].off, m->drops_late[k].end, from, to);
 	}
-	for (size_t k = 0; k < m->dropping.n; k++)
-		if (m->dropping.v[k].off >= a)
-			b = far_min(b, m->dropping.v[k].off);
 	far_mutex_unlock(&m->lock);
-	*from = a;
-	*to = b;
-	return a < end;
+	return *from < end;
 }
 
 /* ---------------------------------------------------------------------------------------- what the program changed */

@@ -28,6 +28,7 @@ int far_mem_given_open(struct far_memory *m)
 	if (!m->c.foreign || !(m->c.have & FAR_UFFD_EVENTS))
 		return 0;
 	m->gone = calloc((size_t)(m->pages_len / MEM_PAGE / 64 + 1), sizeof *m->gone);
+	m->apart = true;
 	return m->gone ? 0 : -ENOMEM;
 }
 
@@ -52,14 +53,14 @@ bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len)
 
 void far_memory_reading(struct far_memory *m, bool begin)
 {
-	if (begin && !m->gone && m->c.tracking == FAR_TRACK_NONE)
+	if (begin && !atomic_load_explicit(&m->apart, memory_order_relaxed))
 		return;
 	atomic_store(&m->reading, begin); /* in one order with `filling`: each sees the other */
-	while (begin && atomic_load(&m->filling))
-		far_cpu_relax();
+	for (unsigned n = 0; begin && atomic_load(&m->filling); n++)
+		n < 200 ? far_cpu_relax() : far_thread_yield(); /* it may want this CPU */
 }
 
-static void given_fill_begin(struct far_memory *m)
+void far_mem_fill_begin(struct far_memory *m)
 {
 	for (;;) {
 		atomic_fetch_add(&m->filling, 1);
@@ -71,11 +72,16 @@ static void given_fill_begin(struct far_memory *m)
 	}
 }
 
+void far_mem_fill_end(struct far_memory *m)
+{
+	atomic_fetch_sub(&m->filling, 1);
+}
+
 /* From `off` on what the program has not dropped, or is not dropping now: [*from, *to). False: nothing before end. */
 static bool given_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to)
 {
 	if (!m->gone)
-		return far_mem_kept(m, off, end, from, to);
+		return far_mem_kept(m, off, end, false, from, to);
 	while (off < end && far_memory_is_gone(m, off))
 		off += MEM_PAGE;
 	*from = *to = off;
@@ -93,13 +99,13 @@ int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, cons
 
 	for (uint64_t at = 0, from, to, done; at < len && !err; at += done) {
 		done = far_min(len - at, GIVEN_PIECE);
-		given_fill_begin(m);
+		far_mem_fill_begin(m);
 		if (given_kept(m, off + at, off + at + done, &from, &to)) {
 			at = from - off;
 			done = to - from;
 			err = far_uffd_copy(m->c.uffd, addr + at, src + at, done, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
 		}
-		atomic_fetch_sub(&m->filling, 1);
+		far_mem_fill_end(m);
 		turns = err == -EAGAIN && !done ? turns : 0;
 		if (err == -EEXIST) /* the program has it already */
 			done += MEM_PAGE;
@@ -116,10 +122,10 @@ void far_mem_guarded_zeros(struct far_memory *m, uint64_t addr, uint64_t off, co
 {
 	uint64_t from, to, done;
 
-	given_fill_begin(m);
-	if (far_mem_kept(m, off, off + len, &from, &to) && from == off && !far_mem_drops_late(m, off, to - off))
+	far_mem_fill_begin(m);
+	if (far_mem_kept(m, off, off + len, true, &from, &to) && from == off)
 		far_uffd_copy(m->c.uffd, addr, zeros, to - off, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
-	atomic_fetch_sub(&m->filling, 1);
+	far_mem_fill_end(m);
 }
 
 /* ------------------------------------------------------------------------------------------------ leaving it */

@@ -46,12 +46,14 @@ struct far_memory {
 	_Atomic uint64_t *fresh;  /* bit i: chunk i was moved in, so it counts as written, and nobody has looked at it yet */
 	_Atomic uint64_t *zero;   /* bit i: chunk i came as zeros. Read-only maps; NULL: any missing page of a local chunk is zero */
 	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
-	_Atomic unsigned filling; /* with `gone`: fills that are in the kernel */
-	_Atomic bool reading;     /* ... and where stores are tracked: an event may be read now */
+	_Atomic bool apart;       /* events are read while nothing is filled: with `gone`, from `drops` or the first put-back on */
+	_Atomic unsigned filling; /* fills that are in the kernel */
+	_Atomic bool reading;     /* an event may be read now */
 	_Atomic unsigned unpoisoned; /* fills that run, where poison is a mapping */
 	_Atomic unsigned n_poison;
 	_Atomic bool any_late;    /* of drops_late and drops_unknown */
 	_Atomic bool drops;       /* the program has dropped pages at least once */
+	_Atomic bool any_dropping;
 	_Atomic bool lost_track;  /* no memory to remember a suspect: everything is one */
 
 	struct far_mutex lock;
@@ -115,8 +117,9 @@ int far_mem_own_begin(struct far_memory *m, uint64_t addr, uint64_t len);
 void far_mem_own_cancel(struct far_memory *m, uint64_t addr, uint64_t len);
 /* Drop pages of this process, whatever is in them. */
 int far_mem_drop(struct far_memory *m, uint64_t addr, uint64_t len);
-/* From `off` on, what the program is not dropping at this moment: [*from, *to). False: nothing before end. */
-bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_t *from, uint64_t *to);
+/* From `off` on, what the program is not dropping at this moment, nor, with `late`, may have yet to drop: [*from, *to). False:
+ * nothing before end. */
+bool far_mem_kept(struct far_memory *m, uint64_t off, uint64_t end, bool late, uint64_t *from, uint64_t *to);
 /* Whether the program may drop something of [off, off+len) yet that the region knows to be zero. */
 bool far_mem_drops_late(struct far_memory *m, uint64_t off, uint64_t len);
 /* What is absent by now of what was late becomes a suspect. No eviction runs. */
@@ -126,6 +129,10 @@ void far_mem_drops_met(struct far_memory *m, uint64_t addr, uint64_t off);
 
 /* memory_given.c */
 int far_mem_given_open(struct far_memory *m);
+/* With `apart`: in between no event is read, so a program that drops pages does so later, or it is noted already.
+ * For nothing that waits for an event to be read (with FAR_UFFD_ONCE it does not). */
+void far_mem_fill_begin(struct far_memory *m);
+void far_mem_fill_end(struct far_memory *m);
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
 void far_mem_guarded_zeros(struct far_memory *m, uint64_t addr, uint64_t off, const char *zeros, uint64_t len);
 

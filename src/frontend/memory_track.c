@@ -536,38 +536,61 @@ static bool track_attic_is(struct far_memory *m, const char *at, uint64_t off, u
 	return same;
 }
 
+/*
+ * Pages that the eviction found changed go back, however long that takes. The program may have dropped some of them while
+ * they were in the attic, and found nothing to drop: what is being dropped stays behind, as zeros. No event is read while it
+ * is looked which those are.
+ */
+static void track_put_back(struct far_memory *m, uint64_t off, char *at, uint64_t pages)
+{
+	uint64_t old = far_deadline(), src = (uint64_t)(uintptr_t)at, from, to, n;
+	unsigned turns = 0;
+
+	far_deadline_restore(FAR_NEVER);
+	if (!atomic_exchange(&m->apart, true) && m->c.settle)
+		m->c.settle(m->c.opaque); /* who reads an event now did not know that it has to wait for fills */
+	for (uint64_t done = 0; done < pages; done += n) {
+		far_mem_fill_begin(m);
+		if (!far_mem_kept(m, off + done, off + pages, true, &from, &to)) {
+			far_mem_fill_end(m);
+			break;
+		}
+		done = from - off;
+		uint64_t together, addr = far_memory_addr(m, from, &together); /* it may have been moved */
+		uint64_t len = far_min(to - from, together);
+		n = addr ? 0 : len;
+		int e = addr ? far_uffd_move(m->c.uffd, addr, src + done, len, FAR_UFFD_ONCE, &n) : 0;
+		if (e && e != -EAGAIN && e != -EEXIST && !n) /* nothing may be lost: by copying, which needs no more than memory */
+			e = far_uffd_copy(m->c.uffd, addr, at + done, MEM_PAGE, FAR_UFFD_ONCE, &n);
+		far_mem_fill_end(m);
+		if (e == -EAGAIN) {
+			turns = n ? 0 : turns;
+			far_uffd_wait(&turns);
+		} else if (e && !n) {
+			FAR_ASSERT(e == -EEXIST || e == -ENOENT);
+			n = MEM_PAGE;
+		}
+	}
+	far_deadline_restore(old);
+}
+
 static int track_evict_moving_locked(struct far_memory *m, uint64_t addr, uint64_t off, uint64_t len, uint64_t hash,
 				     uint64_t epoch)
 	FAR_REQUIRES(m->attic_lock)
 {
-	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE, done, back;
+	uint64_t pages = far_div_up(len, MEM_PAGE) * MEM_PAGE, done;
 	char *at = track_attic_locked(m, pages);
 
 	if (!at)
 		return -EBUSY;
 	far_mem_not_whole(m, off, len);
 	int err = far_uffd_move(m->c.uffd, (uint64_t)(uintptr_t)at, addr, pages, 0, &done);
-	/* After a failure in the middle (a page that is pinned or locked) all of it goes back, however long that takes. */
+	/* After a failure in the middle (a page that is pinned or locked), too. */
 	if (!err && track_attic_is(m, at, off, len, hash, epoch)) {
 		m->attic_at += pages;
 		return 0;
 	}
-	uint64_t old = far_deadline();
-	far_deadline_restore(FAR_NEVER);
-	for (back = 0; back < pages;) {
-		uint64_t n = 0;
-		int e = far_uffd_move(m->c.uffd, addr + back, (uint64_t)(uintptr_t)at + back, pages - back, 0, &n);
-		back += n;
-		if (!e)
-			break;
-		if (e != -EEXIST) { /* nothing may be lost: by copying, which needs no more than memory */
-			uint64_t copied;
-			e = far_uffd_copy(m->c.uffd, addr + back, at + back, MEM_PAGE, 0, &copied);
-			FAR_ASSERT(!e || e == -EEXIST || e == -ENOENT);
-		}
-		back += MEM_PAGE;
-	}
-	far_deadline_restore(old);
+	track_put_back(m, off, at, pages);
 	m->attic_at += pages; /* what could not be moved back lies there until the attic is cleared */
 	far_memory_suspect(m, off, len);
 	return -EBUSY;
@@ -606,10 +629,11 @@ static void track_evict_end(struct far_memory *m)
 	far_mutex_unlock(&m->lock);
 }
 
-/* A suspect is told before it may go. */
+/* A suspect is told before it may go; and what the program drops. */
 static bool track_is_suspect(struct far_memory *m, uint64_t off, uint64_t len)
 {
-	bool is = far_mem_drops_late(m, off, len);
+	uint64_t from, to, end = off + len;
+	bool is = far_mem_drops_late(m, off, len) || !far_mem_kept(m, off, end, true, &from, &to) || from != off || to != end;
 
 	far_mutex_lock(&m->lock);
 	for (size_t k = 0; k < m->suspect.n && !is; k++)

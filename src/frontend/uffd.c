@@ -519,6 +519,11 @@ int far_uffd_move(int fd, uint64_t addr, uint64_t src, uint64_t len, unsigned fl
 		if (flags & FAR_UFFD_NO_WAKE)
 			m.mode |= FAR_MOVE_MODE_DONTWAKE;
 		r = ioctl(fd, FAR_UFFDIO_MOVE, &m);
+		if (r && errno == EAGAIN && (flags & FAR_UFFD_ONCE)) {
+			n += m.move > 0 ? far_min((uint64_t)m.move, len - n) : 0;
+			r = -EAGAIN;
+			break;
+		}
 		r = uffd_step(r, m.move, len - n, &n, &turns);
 	}
 	if (done)

@@ -9,7 +9,7 @@
  * The first page holds counters that all threads add to: a store that is lost on its way, by a push or by an eviction,
  * is a sum that is too small.
  *
- *   pointer [OPERATIONS [SEED [KIND]]]     a seed replays one run; KIND is one of ../pointer/face.c
+ *   pointer [OPERATIONS [SEED [KIND|N]]]     a seed replays one run; KIND is one of ../pointer/face.c, N is one setting
  */
 #define _GNU_SOURCE
 #include "../pointer/face.h"
@@ -426,7 +426,7 @@ int main(int argc, char **argv)
 	printf("1..%zu\n# seed %llu, FARPAGE_WITHOUT=%s\n", FAR_ARRAY_LEN(settings), (unsigned long long)seed,
 	       getenv("FARPAGE_WITHOUT") ? getenv("FARPAGE_WITHOUT") : "");
 	for (unsigned k = 0; k < FAR_ARRAY_LEN(settings); k++)
-		if (!only || !strcmp(only, settings[k].kind))
+		if (!only || !strcmp(only, settings[k].kind) || strtoul(only, NULL, 10) == k + 1)
 			run(k + 1, &settings[k], seed, settings[k].layer ? ops / 3 : settings[k].part ? ops / settings[k].part : ops);
 	return 0;
 }

@@ -34,6 +34,9 @@ static struct {
 	struct far_region *r;
 	char *p, *beside; /* beside: registered as well, and nobody's */
 	int uffd, pagemap;
+	struct far_mutex evicting;
+	_Atomic bool over;
+	_Atomic unsigned put_back;
 } it;
 
 static char byte_at(uint64_t off)
@@ -41,7 +44,7 @@ static char byte_at(uint64_t off)
 	return (char)(1 + off % 251);
 }
 
-static void region_open(bool events)
+static void region_open(bool events, bool evicts)
 {
 	unsigned have = far_uffd_have() & ~(unsigned)(FAR_UFFD_FORK | (events ? 0 : FAR_UFFD_EVENTS));
 	struct far_mount_opts o = FAR_MOUNT_OPTS_INIT;
@@ -63,6 +66,7 @@ static void region_open(bool events)
 	struct far_handover_range range = { .addr = (uint64_t)(uintptr_t)it.p, .len = BYTES };
 	const struct far_memory_conf mc = { .uffd = it.uffd, .pagemap = it.pagemap, .mem = -1, .range = &range, .n = 1,
 					    .bytes = BYTES, .shift = SHIFT, .mechanism = FAR_MECH_COPY, .tracking = FAR_TRACK_ASYNC,
+					    .evicts = evicts,
 					    .have = have & ~(unsigned)FAR_UFFD_EVENTS, .shared = -1, .remote = it.remote };
 	assert_int_equal(far_memory_new(&mc, &it.m, &store), 0);
 	o.chunk = CHUNK;
@@ -144,7 +148,7 @@ static void told_and_pushed(uint64_t off, uint64_t len)
 static void seen_when_absent(void **state)
 {
 
-	region_open(false);
+	region_open(false, false);
 	told_and_pushed(CHUNK + PAGE, 2 * CHUNK);
 	drop(CHUNK + PAGE, 2 * CHUNK);
 	flush();
@@ -158,7 +162,7 @@ static void seen_when_absent(void **state)
 static void touched_again(void **state)
 {
 
-	region_open(false);
+	region_open(false, false);
 	told_and_pushed(CHUNK, 2 * CHUNK);
 	drop(CHUNK, 2 * CHUNK);
 	touch(CHUNK + PAGE); /* and what lies behind it */
@@ -171,7 +175,7 @@ static void touched_again(void **state)
 /* A fault that was met by somebody else is no sign that the page has been dropped. */
 static void touched_before(void **state)
 {
-	region_open(false);
+	region_open(false, false);
 	told_and_pushed(0, CHUNK);
 	for (unsigned k = 0; k < CHUNK; k += PAGE)
 		assert_int_equal(far_memory_appear(it.m, (uint64_t)(uintptr_t)it.p + k), 0);
@@ -186,7 +190,7 @@ static void touched_before(void **state)
 static void dropped_in_two_steps(void **state)
 {
 
-	region_open(false);
+	region_open(false, false);
 	told_and_pushed(0, 2 * CHUNK);
 	drop(0, PAGE);
 	touch(0);
@@ -231,7 +235,7 @@ static void while_others_drop(void **state)
 
 	if (!(far_uffd_have() & FAR_UFFD_EVENTS))
 		skip();
-	region_open(true);
+	region_open(true, false);
 	told_and_pushed(0, CHUNK);
 	assert_int_equal(far_thread_start(&t, "first", drop_first, NULL), 0);
 	event_read();
@@ -261,7 +265,7 @@ static void pushed_while_it_is_told(void **state)
 	for (unsigned k = 0; k < 50; k++) {
 		struct far_thread t;
 		char buf[CHUNK];
-		region_open(false);
+		region_open(false, false);
 		assert_int_equal(far_thread_start(&t, "told", told_first, NULL), 0);
 		while (!far_mem_drops_late(it.m, 0, CHUNK))
 			far_cpu_relax();
@@ -279,6 +283,66 @@ static void pushed_while_it_is_told(void **state)
 	print_message("# %u of 50 in that moment\n", met);
 }
 
+/* Evicts a chunk that has been stored into, which nobody has noted: its pages are put back each time. */
+static void *evict_in_vain(void *arg)
+{
+	(void)arg;
+	while (!it.over) {
+		far_mutex_lock(&it.m->lock);
+		it.m->suspect.n = 0;
+		far_mutex_unlock(&it.m->lock);
+		far_mutex_lock(&it.evicting);
+		it.put_back += far_mem_evict(it.m, 0, CHUNK) == -EBUSY;
+		far_mutex_unlock(&it.evicting);
+	}
+	return NULL;
+}
+
+/* Pages that are elsewhere for a moment when the program drops them do not come back. */
+static void dropped_while_they_are_evicted(void **state)
+{
+	const uint64_t last = CHUNK - PAGE;
+	struct far_thread t;
+	bool here;
+
+	if (!(far_uffd_have() & FAR_UFFD_MOVE))
+		skip();
+	region_open(false, true);
+	far_mutex_init(&it.evicting);
+	it.over = false;
+	it.put_back = 0;
+	it.p[0] ^= 1;
+	it.p[last] = 7;
+	assert_int_equal(far_thread_start(&t, "evict", evict_in_vain, NULL), 0);
+	for (unsigned k = 0; k < 200; k++) {
+		unsigned began = it.put_back;
+		while (it.put_back < began + 2)
+			far_cpu_relax();
+		for (uint64_t until = far_now() + k * 37 % 20000; far_now() < until;)
+			;
+		far_memory_reading(it.m, true);
+		far_memory_dropping(it.m, last, PAGE);
+		far_memory_removed(it.m, (uint64_t)(uintptr_t)it.p + last, PAGE);
+		far_memory_reading(it.m, false);
+		drop(last, PAGE);
+		assert_int_equal(far_memory_discarded(it.m, it.r, last, PAGE), 0);
+		far_memory_dropped(it.m, last, PAGE);
+		far_mutex_lock(&it.evicting);
+		assert_int_equal(far_uffd_present(it.pagemap, (uint64_t)(uintptr_t)it.p + last, PAGE, &here), 0);
+		if (here)
+			fail_msg("what was dropped is there again, in round %u", k);
+		touch(last);
+		it.p[last] = 7;
+		far_mutex_unlock(&it.evicting);
+	}
+	it.over = true;
+	far_thread_join(&t);
+	print_message("# put back %u times\n", it.put_back);
+	assert_true(it.put_back > 0);
+	far_mutex_fini(&it.evicting);
+	region_close();
+}
+
 int main(void)
 {
 	const unsigned need = FAR_UFFD_ANY | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN;
@@ -286,7 +350,7 @@ int main(void)
 		cmocka_unit_test(seen_when_absent),  cmocka_unit_test(touched_again),
 		cmocka_unit_test(touched_before),
 		cmocka_unit_test(dropped_in_two_steps), cmocka_unit_test(while_others_drop),
-		cmocka_unit_test(pushed_while_it_is_told),
+		cmocka_unit_test(pushed_while_it_is_told), cmocka_unit_test(dropped_while_they_are_evicted),
 	};
 
 	if ((far_uffd_have() & need) != need) {
