@@ -180,6 +180,23 @@ static bool mem_moved(struct far_memory *m, uint64_t addr, uint64_t off)
 	return now && now != addr;
 }
 
+/* What the program drops must not come back by a fill that was on its way. */
+static int mem_fill_apart(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
+{
+	struct far_memory *m = f->m;
+	char *src = (char *)(uintptr_t)f->buf + (off - f->base);
+	uint64_t done = 0, from, to;
+	int err = -EAGAIN;
+
+	if (f->staged && !(addr % FAR_STAGE) && !(len % FAR_STAGE)) {
+		far_mem_fill_begin(m);
+		if (far_mem_kept(m, off, off + len, false, &from, &to) && from == off && to == off + len)
+			err = far_mem_fill_moved(m, addr, src, len, FAR_UFFD_ONCE, &done);
+		far_mem_fill_end(m);
+	}
+	return err ? far_mem_guarded_fill(m, addr + done, off + done, src + done, len - done) : 0;
+}
+
 static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_t len)
 {
 	const char *src = f->buf + (off - f->base);
@@ -190,7 +207,7 @@ static int mem_fill_kept(struct mem_fill *f, uint64_t addr, uint64_t off, uint64
 		err = mem_fill_alias(f->m, addr, off, src, len);
 	} else {
 		if (f->staged && !(addr % FAR_STAGE) && !(len % FAR_STAGE))
-			err = far_mem_fill_moved(f->m, addr, (char *)(uintptr_t)src, len, &done);
+			err = far_mem_fill_moved(f->m, addr, (char *)(uintptr_t)src, len, 0, &done);
 		if (err)
 			err = mem_fill_copy(f->m, addr + done, src + done, len - done);
 	}
@@ -204,10 +221,10 @@ static int mem_fill_one(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_
 
 	if (!addr) /* the program has unmapped it */
 		return 0;
-	if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) && !f->m->gone)
+	if (f->m->apart)
+		err = mem_fill_apart(f, addr, off, len);
+	else if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->c.mechanism != FAR_MECH_CONTINUE)
 		err = mem_fill_kept(f, addr, off, len);
-	else if (f->m->c.mechanism != FAR_MECH_CONTINUE)
-		err = far_mem_guarded_fill(f->m, addr, off, f->buf + (off - f->base), len);
 	else
 		for (uint64_t at = off; !err && far_mem_kept(f->m, at, end, false, &from, &to); at = to)
 			err = mem_fill_kept(f, addr + (from - off), from, to - from);

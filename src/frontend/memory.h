@@ -71,6 +71,7 @@ void far_memory_remapped(struct far_memory *m, uint64_t from, uint64_t to, uint6
 void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len);
 void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len);
 /* ... and it was the program, in a region that can be written: these are zeros now. */
+bool far_memory_drops(const struct far_memory *m); /* it has dropped pages at least once */
 int far_memory_discarded(struct far_memory *m, struct far_region *r, uint64_t off, uint64_t len);
 /* [off, off+len) may have been stored: the next collect tells. */
 void far_memory_suspect(struct far_memory *m, uint64_t off, uint64_t len);

@@ -324,7 +324,6 @@ void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
 	uint64_t down = off / MEM_PAGE * MEM_PAGE, up = far_mem_page_up(off + len);
 
 	atomic_store_explicit(&m->drops, true, memory_order_release);
-	atomic_store(&m->apart, true);
 	far_mutex_lock(&m->lock);
 	if (m->dropping.n == m->dropping.cap) { /* without memory for it what was there before may be seen again */
 		size_t cap = m->dropping.cap ? 2 * m->dropping.cap : 16;
@@ -336,6 +335,11 @@ void far_memory_dropping(struct far_memory *m, uint64_t off, uint64_t len)
 		m->dropping.v[m->dropping.n++] = (struct mem_run){ down, up - down };
 	atomic_store(&m->any_dropping, m->dropping.n != 0);
 	far_mutex_unlock(&m->lock);
+}
+
+bool far_memory_drops(const struct far_memory *m)
+{
+	return atomic_load_explicit(&m->drops, memory_order_relaxed);
 }
 
 void far_memory_dropped(struct far_memory *m, uint64_t off, uint64_t len)

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Copyright the farpage authors */
 /*
- * Another process' memory: pages that its program drops, and how it is left.
+ * Pages that a program drops while others are filled in; another process' memory, and how it is left.
  *
- * When the program drops pages (a balloon, madvise) they are zero from then on; `gone` has a bit for each. A fill passes them
+ * When the program of another process drops pages (a balloon, madvise) they are zero from then on; `gone` has a bit for each. A fill passes them
  * over, a touch finds zeros. If it was not handed over as writable its stores are its own business, and the region has
- * nothing to do with any of that; else it is told as well. The kernel lets the program go on, and so drop the
- * pages, as soon as the event has been read; a fill that had looked at `gone` before and reached the kernel after would
- * bring old bytes back, and nobody could take them away again. So reading events and filling exclude each other:
+ * nothing to do with any of that; else it is told as well. Of memory of ours that is tracked the ranges that are being
+ * dropped are known until the region has been told. The kernel lets the program go on, and so drop the pages, as soon as
+ * the event has been read; a fill that had looked at either before and reached the kernel after would bring old bytes back,
+ * and the program could read them. So reading events and filling exclude each other:
  *
- *     fill      filling++, look at `reading` (set: filling--, wait), look at `gone`, one ioctl that does not wait, filling--
+ *     fill      filling++, look at `reading` (set: filling--, wait), look at those, one ioctl that does not wait, filling--
  *     read      reading = true, wait for filling == 0, read and note, reading = false
  *
  * A fill that the kernel turns away until an event has been read waits outside, or the reader would wait for it.
@@ -25,10 +26,11 @@
 
 int far_mem_given_open(struct far_memory *m)
 {
+	/* Shared memory is dropped by us, once what was on its way has come. */
+	m->apart = (m->c.foreign || m->c.tracking != FAR_TRACK_NONE) && m->c.mechanism != FAR_MECH_CONTINUE;
 	if (!m->c.foreign || !(m->c.have & FAR_UFFD_EVENTS))
 		return 0;
 	m->gone = calloc((size_t)(m->pages_len / MEM_PAGE / 64 + 1), sizeof *m->gone);
-	m->apart = true;
 	return m->gone ? 0 : -ENOMEM;
 }
 
@@ -53,7 +55,7 @@ bool far_memory_forget(struct far_memory *m, uint64_t addr, uint64_t len)
 
 void far_memory_reading(struct far_memory *m, bool begin)
 {
-	if (begin && !atomic_load_explicit(&m->apart, memory_order_relaxed))
+	if (!m->apart)
 		return;
 	atomic_store(&m->reading, begin); /* in one order with `filling`: each sees the other */
 	for (unsigned n = 0; begin && atomic_load(&m->filling); n++)
@@ -90,8 +92,7 @@ static bool given_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_
 	return off < end;
 }
 
-/* What is gone, or leaves now, is passed over. (Fills that ran when memory of ours was dropped for the first time are not held
- * against that drop.) */
+/* What is gone, or leaves now, is passed over. */
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
 {
 	unsigned turns = 0;

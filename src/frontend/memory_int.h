@@ -46,7 +46,7 @@ struct far_memory {
 	_Atomic uint64_t *fresh;  /* bit i: chunk i was moved in, so it counts as written, and nobody has looked at it yet */
 	_Atomic uint64_t *zero;   /* bit i: chunk i came as zeros. Read-only maps; NULL: any missing page of a local chunk is zero */
 	_Atomic uint64_t *gone;   /* bit i: page i was dropped by its program. NULL: not kept (memory_given.c) */
-	_Atomic bool apart;       /* events are read while nothing is filled: with `gone`, from `drops` or the first put-back on */
+	bool apart;               /* events are read while nothing is filled; fixed (memory_given.c) */
 	_Atomic unsigned filling; /* fills that are in the kernel */
 	_Atomic bool reading;     /* an event may be read now */
 	_Atomic unsigned unpoisoned; /* fills that run, where poison is a mapping */
@@ -99,7 +99,7 @@ static inline uint64_t far_mem_chunk(const struct far_memory *m)
 /* memory_stage.c */
 /* Bytes that lie in the second mapping are shown as the huge pages they are; false: they are not, show them one by one. */
 bool far_mem_fill_huge(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
-int far_mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64_t len, uint64_t *done);
+int far_mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64_t len, unsigned flags, uint64_t *done);
 void *far_mem_stage(void *self, uint64_t off, uint64_t len);
 void far_mem_unstage(void *self, void *buf, uint64_t len);
 void far_mem_zeros(void *self, uint64_t off, const void *buf, uint64_t len);
@@ -129,7 +129,7 @@ void far_mem_drops_met(struct far_memory *m, uint64_t addr, uint64_t off);
 
 /* memory_given.c */
 int far_mem_given_open(struct far_memory *m);
-/* With `apart`: in between no event is read, so a program that drops pages does so later, or it is noted already.
+/* In between no event is read, so a program that drops pages does so later, or it is noted already.
  * For nothing that waits for an event to be read (with FAR_UFFD_ONCE it does not). */
 void far_mem_fill_begin(struct far_memory *m);
 void far_mem_fill_end(struct far_memory *m);

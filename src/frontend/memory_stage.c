@@ -122,9 +122,9 @@ static void stage_renew(char *stage, uint64_t len)
 	madvise(stage, (size_t)len, MADV_DONTFORK);
 }
 
-int far_mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64_t len, uint64_t *done)
+int far_mem_fill_moved(struct far_memory *m, uint64_t addr, char *src, uint64_t len, unsigned flags, uint64_t *done)
 {
-	int err = far_uffd_move(m->c.uffd, addr, (uint64_t)(uintptr_t)src, len, 0, done);
+	int err = far_uffd_move(m->c.uffd, addr, (uint64_t)(uintptr_t)src, len, flags, done);
 
 	for (uint64_t at = 0; at < len && !err; at += FAR_STAGE)
 		if (!far_uffd_huge(m->c.pagemap, addr + at))

@@ -547,8 +547,6 @@ static void track_put_back(struct far_memory *m, uint64_t off, char *at, uint64_
 	unsigned turns = 0;
 
 	far_deadline_restore(FAR_NEVER);
-	if (!atomic_exchange(&m->apart, true) && m->c.settle)
-		m->c.settle(m->c.opaque); /* who reads an event now did not know that it has to wait for fills */
 	for (uint64_t done = 0; done < pages; done += n) {
 		far_mem_fill_begin(m);
 		if (!far_mem_kept(m, off + done, off + pages, true, &from, &to)) {

@@ -183,6 +183,8 @@ static int pager_fetch(struct pager_work *w)
 		if (err)
 			break;
 		err = far_region_fault(x->c.region, w->off, pager_may_block, w);
+		if (err > 0 && far_memory_drops(x->c.memory)) /* a fill passes over what is being dropped: who waits looks again */
+			far_uffd_wake(w->v->uffd, w->e.addr, PAGER_PAGE);
 	}
 	return err > 0 ? 0 : err;
 }
