@@ -146,8 +146,9 @@ static int mem_fill_alias(struct far_memory *m, uint64_t addr, uint64_t off, con
 			if (src != m->c.alias + off)
 				memcpy(m->c.alias + off + at + from * MEM_PAGE, src + at + from * MEM_PAGE,
 				       (size_t)((k - from) * MEM_PAGE));
-			err = far_uffd_continue(m->c.uffd, addr + at + from * MEM_PAGE, (k - from) * MEM_PAGE,
-						m->arms ? FAR_UFFD_ARM : 0, &done);
+			uint64_t first = at + from * MEM_PAGE, n_shown = (k - from) * MEM_PAGE;
+			err = m->apart ? far_mem_guarded_fill(m, addr + first, off + first, NULL, n_shown)
+				       : far_uffd_continue(m->c.uffd, addr + first, n_shown, 0, &done);
 			if (err == -EEXIST) /* nobody else fills it; it was there and not seen, by a kernel that had taken it away */
 				err = 0;
 		}
@@ -221,7 +222,7 @@ static int mem_fill_one(struct mem_fill *f, uint64_t addr, uint64_t off, uint64_
 
 	if (!addr) /* the program has unmapped it */
 		return 0;
-	if (f->m->apart)
+	if (f->m->apart && f->m->c.mechanism != FAR_MECH_CONTINUE)
 		err = mem_fill_apart(f, addr, off, len);
 	else if (!atomic_load_explicit(&f->m->drops, memory_order_acquire) || f->m->c.mechanism != FAR_MECH_CONTINUE)
 		err = mem_fill_kept(f, addr, off, len);
@@ -424,12 +425,16 @@ int far_mem_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags
 static int mem_exist(struct far_memory *m, uint64_t addr)
 {
 	uint64_t done, off;
+	int err;
 
 	if (m->c.mechanism == FAR_MECH_CONTINUE) {
 		if (!far_memory_off(m, addr, &off))
 			return 0;
 		(void)*(volatile char *)(m->c.alias + off);
-		return far_uffd_continue(m->c.uffd, addr, MEM_PAGE, m->arms ? FAR_UFFD_ARM : 0, &done);
+		if (!m->apart)
+			return far_uffd_continue(m->c.uffd, addr, MEM_PAGE, 0, &done);
+		err = far_mem_guarded_fill(m, addr, off / MEM_PAGE * MEM_PAGE, NULL, MEM_PAGE);
+		return err ? err : far_uffd_wake(m->c.uffd, addr, MEM_PAGE); /* it may have been passed over: then it is asked for again */
 	}
 	return far_uffd_copy(m->c.uffd, addr, mem_zeros, MEM_PAGE, m->arms ? FAR_UFFD_ARM : 0, &done);
 }

@@ -23,11 +23,11 @@
 #include <stdlib.h>
 
 #define GIVEN_PIECE (64 * FAR_KIB) /* of a fill at once: the reader of events waits so long */
+#define GIVEN_SHOWN (512 * FAR_KIB) /* the same, where pages are only shown */
 
 int far_mem_given_open(struct far_memory *m)
 {
-	/* Shared memory is dropped by us, once what was on its way has come. */
-	m->apart = (m->c.foreign || m->c.tracking != FAR_TRACK_NONE) && m->c.mechanism != FAR_MECH_CONTINUE;
+	m->apart = m->c.foreign || m->c.tracking != FAR_TRACK_NONE;
 	if (!m->c.foreign || !(m->c.have & FAR_UFFD_EVENTS))
 		return 0;
 	m->gone = calloc((size_t)(m->pages_len / MEM_PAGE / 64 + 1), sizeof *m->gone);
@@ -95,16 +95,17 @@ static bool given_kept(struct far_memory *m, uint64_t off, uint64_t end, uint64_
 /* What is gone, or leaves now, is passed over. */
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len)
 {
-	unsigned turns = 0;
+	unsigned turns = 0, flags = FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0);
 	int err = 0;
 
 	for (uint64_t at = 0, from, to, done; at < len && !err; at += done) {
-		done = far_min(len - at, GIVEN_PIECE);
+		done = far_min(len - at, src ? GIVEN_PIECE : GIVEN_SHOWN);
 		far_mem_fill_begin(m);
 		if (given_kept(m, off + at, off + at + done, &from, &to)) {
 			at = from - off;
 			done = to - from;
-			err = far_uffd_copy(m->c.uffd, addr + at, src + at, done, FAR_UFFD_ONCE | (m->arms ? FAR_UFFD_ARM : 0), &done);
+			err = src ? far_uffd_copy(m->c.uffd, addr + at, src + at, done, flags, &done)
+				  : far_uffd_continue(m->c.uffd, addr + at, done, flags, &done);
 		}
 		far_mem_fill_end(m);
 		turns = err == -EAGAIN && !done ? turns : 0;

@@ -133,6 +133,7 @@ int far_mem_given_open(struct far_memory *m);
  * For nothing that waits for an event to be read (with FAR_UFFD_ONCE it does not). */
 void far_mem_fill_begin(struct far_memory *m);
 void far_mem_fill_end(struct far_memory *m);
+/* src NULL: pages of shared memory are shown. */
 int far_mem_guarded_fill(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
 void far_mem_guarded_zeros(struct far_memory *m, uint64_t addr, uint64_t off, const char *zeros, uint64_t len);
 

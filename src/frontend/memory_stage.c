@@ -105,7 +105,15 @@ bool far_mem_fill_huge(struct far_memory *m, uint64_t addr, uint64_t off, const 
 	for (uint64_t at = 0; at < len; at += FAR_STAGE) /* else the kernel would go and make one, for milliseconds */
 		if (!far_uffd_huge(m->c.pagemap, (uint64_t)(uintptr_t)src + at))
 			return false;
-	return far_uffd_show_huge(m->c.uffd, addr, len);
+	uint64_t from, to;
+	bool shown = false;
+	if (m->apart)
+		far_mem_fill_begin(m);
+	if (!m->apart || (far_mem_kept(m, off, off + len, false, &from, &to) && from == off && to == off + len))
+		shown = far_uffd_show_huge(m->c.uffd, addr, len);
+	if (m->apart)
+		far_mem_fill_end(m);
+	return shown;
 }
 
 /*

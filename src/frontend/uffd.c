@@ -492,6 +492,11 @@ int far_uffd_continue(int fd, uint64_t addr, uint64_t len, unsigned flags, uint6
 		if (flags & FAR_UFFD_ARM)
 			c.mode |= FAR_CONTINUE_MODE_WP;
 		r = ioctl(fd, UFFDIO_CONTINUE, &c);
+		if (r && errno == EAGAIN && (flags & FAR_UFFD_ONCE)) {
+			n += c.mapped > 0 ? far_min((uint64_t)c.mapped, len - n) : 0;
+			r = -EAGAIN;
+			break;
+		}
 		r = uffd_step(r, c.mapped, len - n, &n, &turns);
 	}
 	if (done)

@@ -66,7 +66,7 @@ void far_uffd_will_wait(void);
 enum far_uffd_flag {
 	FAR_UFFD_NO_WAKE = 1, /* whoever waits there goes on waiting */
 	FAR_UFFD_ARM = 2,     /* the pages are write-protected as they appear */
-	FAR_UFFD_ONCE = 4,    /* far_uffd_copy(), far_uffd_move(): -EAGAIN rather than wait; *done bytes have been done all the same */
+	FAR_UFFD_ONCE = 4,    /* copy, move, continue: -EAGAIN rather than wait; *done bytes have been done all the same */
 };
 /* What a call that waits out -EAGAIN does in between; *turns is 0 at first. 0, or -ETIMEDOUT at the thread's deadline. */
 int far_uffd_wait(unsigned *turns);
