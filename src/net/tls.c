@@ -382,6 +382,8 @@ static ssize_t tls_writev(struct far_conn *c, const struct iovec *iov, int n)
 		}
 	}
 	far_mutex_unlock(&t->lock);
+	if (r < 0 && r != -EAGAIN)
+		tls_tell_refused(t);
 	return total ? (ssize_t)total : r;
 }
 
@@ -399,6 +401,8 @@ static int tls_wait(struct far_conn *c, bool in, bool out, uint64_t until)
 			tls_flush(t);
 		bool pending = t->out_at < t->out_n;
 		far_mutex_unlock(&t->lock);
+		if (r && r != -EAGAIN)
+			tls_tell_refused(t);
 		if (ready)
 			return 0;
 		/* Somebody else may end the handshake with the bytes that this thread waits for. */
