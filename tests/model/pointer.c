@@ -390,7 +390,7 @@ static const struct setting settings[] = {
 	{ "size no multiple of anything", "copy-hash", ODD, 1111, 16384 },
 	{ "chunks of a huge page", "continue-sync", 2 * ODD, 2 * PAGE, 2 << 20 },
 	{ "64 KiB chunks", "continue-sync", ODD, 1536, 65536 },
-	{ "hardly a CPU", "continue-sync", 2 * SIZE, 2 * PAGE, 16384, .starved = true, .part = 2 },
+	{ "hardly a CPU", "continue-sync", 2 * SIZE, 2 * PAGE, 16384, .starved = true, .part = 10 },
 	{ "64 KiB chunks", "continue-hash", ODD, 1536, 65536 },
 	{ "huge pages, written", "move-hash", 2 * ODD, 1536, 65536 },
 	{ "mapped, not copied", "share", ODD, 1536, 65536 },
