@@ -558,8 +558,11 @@ static void track_put_back(struct far_memory *m, uint64_t off, char *at, uint64_
 		uint64_t len = far_min(to - from, together);
 		n = addr ? 0 : len;
 		int e = addr ? far_uffd_move(m->c.uffd, addr, src + done, len, FAR_UFFD_ONCE, &n) : 0;
-		if (e && e != -EAGAIN && e != -EEXIST && !n) /* nothing may be lost: by copying, which needs no more than memory */
-			e = far_uffd_copy(m->c.uffd, addr, at + done, MEM_PAGE, FAR_UFFD_ONCE, &n);
+		/* Nothing may be lost: by copying, which needs no more than memory. What is not in the attic is not touched there:
+		 * whoever reads events would have to answer. */
+		if (e && e != -EAGAIN && e != -EEXIST && !n)
+			e = far_mem_look(m, src + done) != -EEXIST ? -EEXIST
+								   : far_uffd_copy(m->c.uffd, addr, at + done, MEM_PAGE, FAR_UFFD_ONCE, &n);
 		far_mem_fill_end(m);
 		if (e == -EAGAIN) {
 			turns = n ? 0 : turns;

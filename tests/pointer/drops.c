@@ -343,6 +343,23 @@ static void dropped_while_they_are_evicted(void **state)
 	region_close();
 }
 
+/* Locked pages cannot be moved, so nothing is in the attic: nobody may wait there while events are not read. */
+static void locked_pages_stay(void **state)
+{
+	region_open(false, true);
+	if (mlock(it.p + PAGE, PAGE)) {
+		region_close();
+		skip();
+	}
+	alarm(20);
+	assert_int_equal(far_mem_evict(it.m, 0, CHUNK), -EBUSY);
+	alarm(0);
+	for (unsigned k = 0; k < CHUNK; k++)
+		assert_int_equal(it.p[k], byte_at(k));
+	assert_int_equal(munlock(it.p + PAGE, PAGE), 0);
+	region_close();
+}
+
 int main(void)
 {
 	const unsigned need = FAR_UFFD_ANY | FAR_UFFD_WP_ASYNC | FAR_UFFD_SCAN;
@@ -351,6 +368,7 @@ int main(void)
 		cmocka_unit_test(touched_before),
 		cmocka_unit_test(dropped_in_two_steps), cmocka_unit_test(while_others_drop),
 		cmocka_unit_test(pushed_while_it_is_told), cmocka_unit_test(dropped_while_they_are_evicted),
+		cmocka_unit_test(locked_pages_stay),
 	};
 
 	if ((far_uffd_have() & need) != need) {
