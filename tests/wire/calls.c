@@ -8,6 +8,7 @@
 #include "wire/server.h"
 #include "wire/wire.h"
 
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -303,6 +304,79 @@ static void test_slow_call_stops_nobody(void **state)
 	free(uri);
 }
 
+static void *held_write_run(void *arg)
+{
+	far_write(arg, 0, "x", 1, 0);
+	return NULL;
+}
+
+struct slowly {
+	struct far_thread t;
+	int from, to;
+	size_t piece; /* so many bytes a millisecond; 0: as they come */
+};
+
+static void *slowly_run(void *arg)
+{
+	struct slowly *s = arg;
+	char buf[16384];
+	ssize_t n;
+
+	while ((n = read(s->from, buf, s->piece ? s->piece : sizeof buf)) > 0) {
+		assert_int_equal(write(s->to, buf, (size_t)n), n);
+		if (s->piece)
+			usleep(1000);
+	}
+	shutdown(s->to, SHUT_WR);
+	return NULL;
+}
+
+/* A caller whose reply another one reads, piece by piece, is woken when it is whole, not for each piece. */
+static void test_woken_once(void **state)
+{
+	enum { N = 5, PIECE = 8192, LEN = 40 * PIECE };
+	struct slow slow;
+	struct far_backend *b = slow_open(&slow, LEN), *far;
+	struct far_server *s;
+	struct rusage before, after;
+	struct far_thread t;
+	uint8_t *buf = malloc(LEN);
+	int near[2], away[2];
+
+	assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, near), 0);
+	assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, away), 0);
+	struct slowly up = { .from = near[1], .to = away[0] }, down = { .from = away[0], .to = near[1], .piece = PIECE };
+	assert_int_equal(far_thread_start(&up.t, "up", slowly_run, &up), 0);
+	assert_int_equal(far_thread_start(&down.t, "down", slowly_run, &down), 0);
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
+	assert_int_equal(far_server_serve(s, away[1], NULL), 0);
+	assert_int_equal(far_grpc_open_fd(near[0], "the other end", NULL, &far, NULL), 0);
+	memset(slow.mem, 7, LEN); /* zeros would not be sent */
+	slow.reads_go = true;
+	slow_hold(&slow, true);
+	assert_int_equal(far_thread_start(&t, "writer", held_write_run, far), 0);
+	assert_true(slow_wait_inside(&slow, 1)); /* who wrote reads for all, to the end */
+	assert_int_equal(getrusage(RUSAGE_THREAD, &before), 0);
+	for (unsigned i = 0; i < N; i++)
+		assert_int_equal(far_read(far, 0, buf, LEN, 0), 0);
+	assert_int_equal(getrusage(RUSAGE_THREAD, &after), 0);
+	print_message("woken %ld times for %d reads\n", after.ru_nvcsw - before.ru_nvcsw, N);
+	assert_in_range(after.ru_nvcsw - before.ru_nvcsw, 1, 4 * N); /* and now and then for a lock */
+	slow_hold(&slow, false);
+	far_thread_join(&t);
+	far_close(far);
+	far_server_stop(s);
+	far_server_free(s);
+	far_thread_join(&up.t);
+	far_thread_join(&down.t);
+	close(near[1]);
+	close(away[0]);
+	far_close(b);
+	slow_free(&slow);
+	free(buf);
+}
+
 struct long_read {
 	struct far_thread t;
 	struct far_backend *b;
@@ -576,6 +650,7 @@ int main(void)
 		cmocka_unit_test(test_empty_region),     cmocka_unit_test(test_zeros_travel_as_flag),
 		cmocka_unit_test(test_many_threads),     cmocka_unit_test(test_512_in_flight),
 		cmocka_unit_test(test_slow_call_stops_nobody), cmocka_unit_test(test_unix_and_fd),
+		cmocka_unit_test(test_woken_once),
 		cmocka_unit_test(test_long_reads),
 		cmocka_unit_test(test_names_and_sizes),  cmocka_unit_test(test_read_only),
 		cmocka_unit_test(test_errors_exact),

@@ -80,6 +80,7 @@ struct slow {
 	size_t size;
 	unsigned inside, max_inside, calls;
 	bool hold;
+	bool reads_go; /* although others are held up */
 	int error; /* what calls give instead */
 	bool would_block;
 };

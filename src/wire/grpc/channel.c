@@ -246,6 +246,8 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 		c->dry = 0;
 	}
 	far_mutex_lock(&c->lock);
+	if (pin && --pin->pinned == 0 && pin->done && pin->waiting)
+		channel_wake(c, pin, CHANNEL_LOOK); /* it left meanwhile; what came for it is still fed under the lock */
 	if (k == 0)
 		k = -ECONNRESET;
 	if (k > 0 && !c->dead) {
@@ -263,8 +265,6 @@ static ssize_t channel_read_some(struct far_channel *c, bool spin) FAR_REQUIRES(
 		if (r)
 			k = r;
 	}
-	if (pin && --pin->pinned == 0 && pin->waiting)
-		channel_wake(c, pin, CHANNEL_LOOK);
 	return k;
 }
 
