@@ -5,6 +5,7 @@
  *
  *     bare seq SIZE BYTES same|each       touch every page in order            MiB/s, us a fault
  *     bare single SIZE BYTES N PAUSE_US   touch N random chunks of BYTES       p50 and p99 in us
+ *     bare first SIZE BYTES N PAUSE_US    the same, the touched page first     p50 and p99 in us
  *     bare plain SIZE                     map shared memory, populated; read   MiB/s
  *     bare read SIZE 4k|huge              read private memory again and again  MiB/s
  *     bare store SIZE 4k|huge             store into each page again and again ns a page
@@ -14,6 +15,9 @@
  * A handler is a thread that is pinned to a CPU: a blocking read(2) of the userfaultfd, one UFFDIO_COPY of BYTES around
  * the fault out of memory, and again. "same" has one, on the CPU of the program, which is the fastest there is for one
  * program that stays where it is; "each" has one on every CPU.
+ *
+ * "first" brings the touched page alone, and the rest of its BYTES, as "most" does, when the program goes on: what is left of
+ * the CPU's caches after that is what the next fault finds.
  *
  * "most" is no opponent but the ceiling: a thread on every CPU that does nothing but copy from memory and call UFFDIO_COPY
  * for 256 KiB each, or UFFDIO_MOVE for a huge page that it has filled, or fill a huge page of a tmpfs and have it entered into
@@ -41,6 +45,7 @@
 
 #define BARE_CHUNK 65536
 #define BARE_ROUNDS 5
+#define BARE_PIECE ((uint64_t)256 << 10)
 
 struct bare {
 	int fd;
@@ -48,6 +53,8 @@ struct bare {
 	char *memory, *source;
 	char *alias;        /* "most", continue: the other mapping of what is memory then */
 	size_t size;
+	int first;          /* a page alone, before the rest of `bytes` */
+	size_t brought;     /* chunks, with "first"; atomic */
 	int cpu;            /* of the next handler */
 };
 
@@ -88,6 +95,32 @@ static void bare_pin(int cpu)
 	pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 }
 
+static void bare_bring(const struct bare *b, uint64_t off, uint64_t len)
+{
+	struct uffdio_copy c = { .dst = (uintptr_t)b->memory + off, .src = (uintptr_t)b->source + off, .len = len };
+
+	if (ioctl(b->fd, UFFDIO_COPY, &c) < 0 && errno == EEXIST)
+		ioctl(b->fd, UFFDIO_WAKE, &(struct uffdio_range){ c.dst, c.len });
+}
+
+/* The page at `at`, then what is around it in its chunk, which begins at off. */
+static void bare_bring_first(struct bare *b, uint64_t at, uint64_t off)
+{
+	uint64_t end = off + b->bytes, n;
+
+	bare_bring(b, at, TOUCH_PAGE);
+	sched_yield(); /* the program may have been woken on this CPU */
+	for (; off < end; off += n) {
+		n = (off < at ? at : end) - off;
+		n = n < BARE_PIECE ? n : BARE_PIECE;
+		if (off == at)
+			n = TOUCH_PAGE;
+		else
+			bare_bring(b, off, n);
+	}
+	__atomic_fetch_add(&b->brought, 1, __ATOMIC_RELEASE);
+}
+
 static void *bare_handler(void *arg)
 {
 	struct bare *b = arg;
@@ -97,11 +130,11 @@ static void *bare_handler(void *arg)
 	for (;;) {
 		if (read(b->fd, &msg, sizeof msg) != (ssize_t)sizeof msg || msg.event != UFFD_EVENT_PAGEFAULT)
 			continue;
-		uint64_t off = (msg.arg.pagefault.address - (uintptr_t)b->memory) & ~(b->bytes - 1);
-		struct uffdio_copy c = { .dst = (uintptr_t)b->memory + off, .src = (uintptr_t)b->source + off,
-					 .len = b->bytes < b->size - off ? b->bytes : b->size - off };
-		if (ioctl(b->fd, UFFDIO_COPY, &c) < 0 && errno == EEXIST)
-			ioctl(b->fd, UFFDIO_WAKE, &(struct uffdio_range){ c.dst, c.len });
+		uint64_t at = msg.arg.pagefault.address - (uintptr_t)b->memory, off = at & ~(b->bytes - 1);
+		if (b->first)
+			bare_bring_first(b, at & ~(uint64_t)(TOUCH_PAGE - 1), off);
+		else
+			bare_bring(b, off, b->bytes < b->size - off ? b->bytes : b->size - off);
 	}
 	return NULL;
 }
@@ -212,7 +245,15 @@ static int bare_seq(size_t size, uint64_t bytes, int same)
 	return bare_check(&b);
 }
 
-static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause)
+static void bare_settle(void *arg, size_t i)
+{
+	struct bare *b = arg;
+
+	while (__atomic_load_n(&b->brought, __ATOMIC_ACQUIRE) < i)
+		touch_pause(100000);
+}
+
+static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause, int first)
 {
 	uint32_t *order = touch_shuffled((uint32_t)(size / bytes), 1);
 	uint64_t *ns;
@@ -223,7 +264,8 @@ static int bare_single(size_t size, uint64_t bytes, size_t n, uint64_t pause)
 	ns = calloc(n, sizeof *ns);
 	if (!order || !ns || bare_start(&b, size, bytes, 0))
 		return bare_fail("single");
-	uint64_t wrong = touch_chunks(b.memory, order, n, bytes, pause, 1, ns, bare_word, NULL, NULL);
+	b.first = first; /* no handler has anything to do yet */
+	uint64_t wrong = touch_chunks(b.memory, order, n, bytes, pause, 1, ns, bare_word, first ? bare_settle : NULL, &b);
 	struct touch_times t = touch_times(ns, n);
 	printf("%.2f %.2f\n", (double)t.p50 / 1e3, (double)t.p99 / 1e3);
 	free(order);
@@ -368,8 +410,8 @@ int main(int argc, char **argv)
 
 	if (size && argc == 5 && pages && strcmp(argv[1], "seq") == 0)
 		return bare_seq(size, bytes, strcmp(argv[4], "same") == 0);
-	if (size && argc == 6 && pages && strcmp(argv[1], "single") == 0)
-		return bare_single(size, bytes, strtoull(argv[4], NULL, 10), strtoull(argv[5], NULL, 10) * 1000);
+	if (size && argc == 6 && pages && (strcmp(argv[1], "single") == 0 || strcmp(argv[1], "first") == 0))
+		return bare_single(size, bytes, strtoull(argv[4], NULL, 10), strtoull(argv[5], NULL, 10) * 1000, argv[1][0] == 'f');
 	if (size && argc == 3 && strcmp(argv[1], "plain") == 0)
 		return bare_plain(size);
 	if (size && argc == 4 && (strcmp(argv[1], "read") == 0 || strcmp(argv[1], "store") == 0))
@@ -378,7 +420,7 @@ int main(int argc, char **argv)
 		return bare_hash(size);
 	if (size && argc == 4 && strcmp(argv[1], "most") == 0)
 		return bare_most(size, argv[3]);
-	fprintf(stderr, "usage: bare seq SIZE BYTES same|each, single SIZE BYTES N PAUSE_US, plain SIZE, read SIZE 4k|huge,\n"
-			"       store SIZE 4k|huge, hash SIZE, most SIZE copy|move|continue\n");
+	fprintf(stderr, "usage: bare seq SIZE BYTES same|each, single|first SIZE BYTES N PAUSE_US, plain SIZE,\n"
+			"       read SIZE 4k|huge, store SIZE 4k|huge, hash SIZE, most SIZE copy|move|continue\n");
 	return 2;
 }
