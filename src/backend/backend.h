@@ -42,6 +42,9 @@ bool far_backend_is_memory(const struct far_backend *b);
 /* Where bytes of such memory may be put without a call of it; NULL: write them as ever. What is put there by the kernel (a
  * read of a socket) fails with -EFAULT when there is no memory left. It stays until b is closed. */
 char *far_backend_place(const struct far_backend *b, uint64_t off, size_t len);
+/* Where such memory's bytes can be read without a call of it; NULL: read them as ever. Others may change them meanwhile. It
+ * stays until b is closed. */
+const char *far_backend_bytes(const struct far_backend *b, uint64_t off, size_t len);
 /* Such memory will be read there in a moment, at any offset: begin to bring it from where it is slow. */
 void far_backend_soon(const struct far_backend *b, uint64_t off, size_t len);
 /* Whether far_zero() and far_discard() cost less than writing zeros would, all the way down. */

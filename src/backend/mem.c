@@ -246,14 +246,27 @@ char *far_backend_place(const struct far_backend *b, uint64_t off, size_t len)
 	return m->map + off;
 }
 
+/* What is discarded while it is read so is a page of zeros afterwards, until it is discarded again. */
+const char *far_backend_bytes(const struct far_backend *b, uint64_t off, size_t len)
+{
+	const char *base = far_heap_address(b);
+	uint64_t size = far_size(b);
+
+	if (!len || len > size || off > size - len)
+		return NULL;
+	if (base)
+		return base + off;
+	if (!far_backend_is(b, mem_read))
+		return NULL;
+	const struct mem *m = far_backend_self(b, mem_read);
+	return mem_is_there(m, off, len) ? m->map + off : NULL;
+}
+
 /* Enough for the machine to see that it goes on from there. */
 void far_backend_soon(const struct far_backend *b, uint64_t off, size_t len)
 {
-	if (!far_backend_is(b, mem_read))
-		return;
-	const struct mem *m = far_backend_self(b, mem_read);
-	if (!len || len > m->bytes || off > m->bytes - len || !mem_is_there(m, off, len))
-		return;
-	for (size_t k = 0; k < len && k < MEM_SOON; k += MEM_LINE)
-		__builtin_prefetch(m->map + off + k);
+	const char *p = far_backend_bytes(b, off, len);
+
+	for (size_t k = 0; p && k < len && k < MEM_SOON; k += MEM_LINE)
+		__builtin_prefetch(p + k);
 }

@@ -320,6 +320,36 @@ def writes_after_reads_of_the_same_bytes(w):
         equal(c.read(0, n), mark, 'read')
 
 
+def changes_in_one_message_with_reads(w):
+    """What was asked for first is answered as it was then, wherever the bytes are sent from."""
+    for source in ('mem:8M', 'mem:8M?private=1'):  # of what waits one may overtake another
+        s = serve(w, source)
+        for form in (SIMPLE, CHUNKED):
+            c = Client(s.path).go(form)
+            for n in (512, 4096, 20000, 65536):
+                for kind, length, data, after in ((WRITE, n, b'b' * n, b'b' * n), (TRIM, n, b'', bytes(n)),
+                                                  (ZEROES, n, b'', bytes(n)), (WRITE, 1, b'c', b'a' * (n - 1) + b'c')):
+                    off = n if length == n else 2 * n - 1
+                    equal(c.error(WRITE, 0, 3 * n, 0, b'a' * 3 * n), 0, 'write')
+                    head = lambda what, cookie, at, k: struct.pack('>IHHQQI', 0x25609513, 0, what, cookie, at, k)
+                    c.put(head(READ, 1, n, n) + head(READ, 2, 2 * n, n) + head(kind, 3, off, length) + data + head(READ, 4, n, n))
+                    got = {}
+                    for _ in range(4):
+                        magic = c.s.recv(16, socket.MSG_PEEK | socket.MSG_WAITALL)
+                        cookie = struct.unpack('>Q', magic[8:])[0]
+                        got[cookie] = c.reply(0 if cookie == 3 else n, 2 * n if cookie == 2 else n)
+                    equal((got[1][2], got[2][2]), (b'a' * n, b'a' * n), '%s, %d bytes: reads before %d' % (source, n, kind))
+                    equal(got[3][1], 0, 'change')
+                    equal(got[4][2], after, '%s, %d bytes: the read behind %d' % (source, n, kind))
+        c = Client(s.path).go()
+        equal(c.error(WRITE, 0, 1 << 20, 0, bytes(k >> 12 for k in range(1 << 20))), 0, 'write')
+        c.put(b''.join(struct.pack('>IHHQQI', 0x25609513, 0, READ, k, k % 256 << 12, 4096) for k in range(1000)))
+        for k in range(1000):
+            cookie, error, data = c.reply(4096)
+            equal((error, data), (0, bytes([cookie % 256]) * 4096), 'one of a thousand')
+        s.end()
+
+
 # ------------------------------------------------------------------------------------------------------- hostile
 
 def conversation():
@@ -523,7 +553,7 @@ CASES = [options_are_answered, export_name_the_old_way, nonsense_ends_the_connec
          contexts_are_chosen, every_command_in_every_form, every_error_keeps_the_connection,
          a_refused_write_is_answered_behind_its_bytes, payloads_of_extended_requests,
          zeroes_travel_as_holes, block_status_tells_holes, slow_requests_run_beside_each_other, many_at_once_each_gets_its_own,
-         a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, cut_at_every_byte, one_byte_at_a_time,
+         a_flush_covers_other_connections, writes_after_reads_of_the_same_bytes, changes_in_one_message_with_reads, cut_at_every_byte, one_byte_at_a_time,
          garbage_of_all_kinds, a_peer_that_takes_nothing_costs_little, stop_with_clients_there, both_protocols_on_one_socket,
          sockets_that_systemd_opened, whole_chunks_only]
 

@@ -30,12 +30,13 @@
 
 #define CONN_IN ((size_t)256 << 10)
 #define CONN_INLINE ((size_t)64 << 10)  /* a longer write gets a buffer of its own, a longer read is sent from one */
+#define CONN_POINT ((size_t)2 << 10)    /* a shorter read is cheaper to copy than to send from where it is */
 #define CONN_NEXT (FAR_NBD_REQUEST_EXT_BYTES + 4096)
 #define CONN_CROWD (200 * FAR_USEC)     /* a yield that takes longer: others want this CPU */
 #define CONN_CALM 256
 #define CONN_CALM_MAX 16384
 #define CONN_LINGER (20 * FAR_USEC)     /* a sleep, at first and at most */
-#define CONN_LINGER_MAX (80 * FAR_USEC)
+#define CONN_LINGER_MAX (40 * FAR_USEC)
 #define CONN_MANY 6                     /* so many requests make one worth while */
 #define CONN_SOME 3                     /* so many make a longer one worth while */
 #define CONN_DOUBTS 3                   /* so many sleeps in a row for too little end them */
@@ -135,28 +136,56 @@ static enum nbd_next conn_away_new(struct far_nbd_conn *c, struct far_seat *seat
 	return conn_away(c, seat, j);
 }
 
-/* A read straight from the store's own pages. */
-static bool conn_read_lent(struct far_nbd_conn *c, const struct far_nbd_request *q)
+/* A read whose bytes are sent from where they are in the store; its part of the batch may have them on loan. The head goes
+ * into a part of its own, at p. */
+static void conn_read_from(struct far_nbd_conn *c, const struct far_nbd_request *q, uint8_t *p, const void *bytes)
 {
-	uint8_t *p = far_nbd_out(c, FAR_NBD_HEAD_MAX);
 	struct far_nbd_seg *seg = &c->seg[c->segs + 1];
-	const void *bytes = far_loan_take(c->peer.e->loans, q->off, (size_t)q->len, &seg->loan);
+	size_t n = (size_t)q->len;
 
-	if (!bytes)
-		return false;
-	if (far_nbd_is_hole(&c->peer, bytes, (size_t)q->len)) {
+	if (far_nbd_is_hole(&c->peer, bytes, n)) {
 		far_loan_return(&seg->loan);
 		far_nbd_put(c, far_nbd_put_hole(c->peer.form, p, q));
-		return true;
+		return;
 	}
-	/* The head goes into a part of its own, so that the loan's place in the list is where it was taken. */
 	c->seg[c->segs] = (struct far_nbd_seg){ .p = p, .n = far_nbd_put_data(c->peer.form, p, q) };
 	c->out_n += c->seg[c->segs].n;
 	seg->p = bytes;
-	seg->n = (size_t)q->len;
+	seg->n = n;
 	seg->buf = NULL;
+	seg->points = true;
+	seg->off = q->off;
 	c->segs += 2;
-	c->beside += seg->n;
+	c->beside += n;
+}
+
+/*
+ * A read straight from the store's own pages. Long ones are on loan: nobody changes them before they are sent. What is
+ * shorter may be changed by other connections, as the answer is still on its way; of this one's own changes see
+ * conn_settle().
+ */
+static bool conn_read_there(struct far_nbd_conn *c, const struct far_nbd_request *q)
+{
+	uint8_t *p = far_nbd_out(c, FAR_NBD_HEAD_MAX);
+	struct far_nbd_seg *seg = &c->seg[c->segs + 1];
+	size_t n = (size_t)q->len;
+	const void *bytes = far_loan_take(c->peer.e->loans, q->off, n, &seg->loan); /* its place in the batch stays */
+
+	if (!bytes && c->peer.memory && n >= CONN_POINT && n <= CONN_INLINE)
+		bytes = far_backend_bytes(c->peer.e->b, q->off, n);
+	if (bytes)
+		conn_read_from(c, q, p, bytes);
+	return bytes;
+}
+
+/* Before a change: what the batch points at there is sent as it was when it was read. False: the connection is dead. */
+static bool conn_settle(struct far_nbd_conn *c, const struct far_nbd_request *q)
+{
+	for (unsigned i = 0; i < c->segs; i++) {
+		const struct far_nbd_seg *s = &c->seg[i];
+		if (s->points && s->off < q->off + q->len && q->off < s->off + s->n)
+			return far_nbd_flush(c);
+	}
 	return true;
 }
 
@@ -188,7 +217,7 @@ static enum nbd_next conn_read(struct far_nbd_conn *c, struct far_seat *seat, co
 {
 	size_t n = (size_t)q->len, head = far_nbd_data_head(c->peer.form);
 
-	if (conn_read_lent(c, q))
+	if (conn_read_there(c, q))
 		return NBD_MORE;
 	if (n > CONN_INLINE)
 		return conn_read_long(c, seat, q);
@@ -231,6 +260,8 @@ static enum nbd_next conn_perform(struct far_nbd_conn *c, struct far_seat *seat,
 		return conn_read(c, seat, q);
 	if (q->type == FAR_NBD_BLOCK_STATUS)
 		return conn_status(c, seat, q);
+	if (!conn_settle(c, q))
+		return NBD_END;
 	int err = far_nbd_perform(&c->peer, q, data, FAR_NOWAIT);
 	if (err == -EAGAIN)
 		return conn_away_new(c, seat, q, data);

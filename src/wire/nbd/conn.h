@@ -12,7 +12,7 @@
 #include <stdatomic.h>
 
 #define FAR_NBD_OUT ((size_t)256 << 10)
-#define FAR_NBD_SEGS 64
+#define FAR_NBD_SEGS 256
 #define FAR_NBD_SMALL FAR_MIB              /* so much a connection may hold whatever the others do */
 
 /* A request that would have waited: see conn.c. */
@@ -33,6 +33,8 @@ struct far_nbd_job {
 struct far_nbd_seg {
 	const void *p;
 	size_t n;
+	bool points;          /* p is in the store: its bytes from `off` on */
+	uint64_t off;
 	struct far_loan loan; /* p is on loan */
 	void *buf;            /* p is in this buffer of the pool */
 	size_t cap;
