@@ -86,8 +86,9 @@ bool far_channel_alive(struct far_channel *c);
 void far_channel_keep_alive(struct far_channel *c, uint64_t quiet, uint64_t dead, unsigned max_pings);
 /* Whether new calls may be made on it: neither dead nor told to go away. */
 bool far_channel_usable(const struct far_channel *c);
-/* Bytes that callers said they expect (far_channel_load), for spreading. */
-uint64_t far_channel_load(struct far_channel *c, int64_t change);
+/* For spreading: what callers have asked for and not yet got, so much more or less of it; and how much it is. */
+void far_channel_owe(struct far_channel *c, int calls, int64_t bytes);
+uint64_t far_channel_owed(const struct far_channel *c, int *calls);
 
 /* Why it has failed, if there is more to say than its error; false: there is not. */
 bool far_channel_why(struct far_channel *c, char *buf, size_t n);

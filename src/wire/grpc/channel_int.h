@@ -18,7 +18,8 @@ struct far_channel {
 	bool tls;
 	/* atomic */
 	_Atomic unsigned refs;
-	_Atomic int64_t load;
+	_Atomic int owed_calls;
+	_Atomic int64_t owed;
 	_Atomic uint64_t tag, marks;
 	_Atomic bool gone; /* partner of `dead` and `draining`, for far_channel_usable() */
 

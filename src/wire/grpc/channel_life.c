@@ -79,9 +79,16 @@ uint64_t far_channel_mark(struct far_channel *c, int64_t change)
 	return (uint64_t)(atomic_fetch_add_explicit(&c->marks, change, memory_order_relaxed) + change);
 }
 
-uint64_t far_channel_load(struct far_channel *c, int64_t change)
+void far_channel_owe(struct far_channel *c, int calls, int64_t bytes)
 {
-	return (uint64_t)(atomic_fetch_add_explicit(&c->load, change, memory_order_relaxed) + change);
+	atomic_fetch_add_explicit(&c->owed_calls, calls, memory_order_relaxed);
+	atomic_fetch_add_explicit(&c->owed, bytes, memory_order_relaxed);
+}
+
+uint64_t far_channel_owed(const struct far_channel *c, int *calls)
+{
+	*calls = atomic_load_explicit(&c->owed_calls, memory_order_relaxed);
+	return (uint64_t)atomic_load_explicit(&c->owed, memory_order_relaxed);
 }
 
 int far_channel_new(struct far_conn *conn, const char *authority, struct far_channel **out)

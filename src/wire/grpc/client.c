@@ -22,7 +22,6 @@
 /* Long reads are made in parts, of this size at least; near by with so many on their way. */
 #define CLIENT_LONG ((size_t)FAR_MIB)
 #define CLIENT_PART ((size_t)256 * FAR_KIB)
-#define CLIENT_NEAR (2 * FAR_MSEC)
 #define CLIENT_AHEAD 2
 
 uint64_t far_client_deadline(const struct far_client *c)
@@ -134,7 +133,7 @@ static int client_read_parts(struct far_client *c, uint64_t off, void *buf, size
 	uint64_t deadline = far_client_deadline(c);
 	size_t part = far_max(CLIENT_PART, (size_t)far_div_up(len, FAR_EXCHANGE_READS));
 	size_t chunk = (size_t)c->facts.chunk; /* does not change once it is known, and it is */
-	bool near = atomic_load_explicit(&c->shortest, memory_order_relaxed) <= CLIENT_NEAR;
+	bool near = atomic_load_explicit(&c->lanes.near, memory_order_relaxed);
 	unsigned n = 0;
 
 	part = chunk ? (size_t)far_div_up(part, chunk) * chunk : part;

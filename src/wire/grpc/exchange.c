@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define EXCHANGE_MEMORY (10 * FAR_SEC)
+#define EXCHANGE_NEAR (2 * FAR_MSEC)
 
 static const char *exchange_path(const struct far_exchange *op)
 {
@@ -300,6 +301,7 @@ static void exchange_learn(struct far_client *c, uint64_t took, uint64_t now)
 	    now - atomic_load_explicit(&c->shortest_at, memory_order_relaxed) > EXCHANGE_MEMORY) {
 		atomic_store_explicit(&c->shortest, took, memory_order_relaxed);
 		atomic_store_explicit(&c->shortest_at, now, memory_order_relaxed);
+		atomic_store_explicit(&c->lanes.near, took <= EXCHANGE_NEAR, memory_order_relaxed);
 	}
 }
 
@@ -337,9 +339,9 @@ static int exchange_on(struct far_client *c, struct far_exchange *op, struct far
 	}
 	int64_t bytes = op->m == FAR_M_READ || op->m == FAR_M_WRITE ? (int64_t)op->len : 0;
 	k.began = far_now();
-	far_channel_load(channel, bytes);
+	far_channel_owe(channel, 1, bytes);
 	r = far_channel_call(channel, &k.call, deadline, c->timeout);
-	far_channel_load(channel, -bytes);
+	far_channel_owe(channel, -1, -bytes);
 	return exchange_ended(c, op, channel, &k, r);
 }
 
@@ -365,7 +367,7 @@ static void exchange_begin_read(struct far_client *c, struct far_exchange *op, s
 		exchange_judge(c, op, channel, op->result, false);
 		return;
 	}
-	far_channel_load(channel, (int64_t)op->len);
+	far_channel_owe(channel, 1, (int64_t)op->len);
 	far_channel_begin(channel, &k->call, deadline);
 }
 
@@ -387,7 +389,7 @@ void far_exchange_reads(struct far_client *c, struct far_exchange *op, unsigned 
 		if (k[i].begun) {
 			/* What comes of the later ones waits in the socket while this one's checksum is computed. */
 			int r = far_channel_finish(channel, &k[i].call, deadline, c->timeout);
-			far_channel_load(channel, -(int64_t)op[i].len);
+			far_channel_owe(channel, -1, -(int64_t)op[i].len);
 			op[i].result = exchange_ended(c, &op[i], channel, &k[i], r);
 		}
 		well = well && op[i].result == 0;

@@ -7,8 +7,8 @@
  *       ^_________/                             away makes its slot empty, and the next call dials anew
  *
  * A call goes to the channel of its lane that owes the fewest bytes. Another connection is dialled only when that one
- * owes more than a little, for the caller who finds it so waits for the dial. Each dial looks the host's name up anew:
- * the peer may have moved.
+ * owes more than a little (near by: than a few calls), for the caller who finds it so waits for the dial. Each dial looks
+ * the host's name up anew: the peer may have moved.
  *
  * No storm. A dial includes the greeting. Once one has failed (`failing`), all slots together make one dial at a time, with
  * growing, jittered pauses, until one succeeds. A caller waits for the next one, by whomever it is made, as far as its
@@ -26,6 +26,7 @@
 #include <unistd.h>
 
 #define LANES_BUSY (256 * FAR_KIB) /* a channel that owes more is worth another connection */
+#define LANES_CALLS 3              /* or more calls, near by: two connections are read on two CPUs */
 #define LANES_PAUSE (20 * FAR_MSEC) /* after the first failed dial; doubles */
 #define LANES_PAUSE_MAX (2 * FAR_SEC)
 #define LANES_PINGS 2 /* in a row: grpc-go hangs up at the fourth */
@@ -143,11 +144,13 @@ static void lanes_bury(struct far_lanes *l) FAR_REQUIRES(l->lock)
 	far_mutex_lock(&l->lock);
 }
 
-/* The best channel of a lane, NULL if none is up. *free gets a slot that could be dialled. */
-static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct far_lanes_slot **free_slot, uint64_t *load)
+/* The best channel of a lane, NULL if none is up. *free_slot gets a slot that could be dialled. */
+static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct far_lanes_slot **free_slot, bool *busy)
 	FAR_REQUIRES(l->lock)
 {
 	struct far_lanes_slot *best = NULL;
+	uint64_t least = 0;
+	int calls;
 
 	*free_slot = NULL;
 	for (unsigned i = 0; i < l->n[lane]; i++) {
@@ -157,10 +160,12 @@ static struct far_lanes_slot *lanes_best(struct far_lanes *l, int lane, struct f
 			*free_slot = s;
 		if (!s->channel || s->dialling)
 			continue;
-		uint64_t owes = far_channel_load(s->channel, 0);
-		if (!best || owes < *load) {
+		uint64_t owes = far_channel_owed(s->channel, &calls);
+		if (!best || owes < least) {
 			best = s;
-			*load = owes;
+			least = owes;
+			*busy = owes > LANES_BUSY ||
+				(calls > LANES_CALLS && atomic_load_explicit(&l->near, memory_order_relaxed));
 		}
 	}
 	return best;
@@ -245,13 +250,14 @@ int far_lanes_pick(struct far_lanes *l, int lane, uint64_t deadline, struct far_
 	uint64_t round = l->round;
 	for (;;) {
 		struct far_lanes_slot *free_slot;
-		uint64_t load = 0, until = deadline;
+		uint64_t until = deadline;
+		bool busy = false;
 		if (l->stopped) {
 			r = -ESHUTDOWN;
 			break;
 		}
-		struct far_lanes_slot *best = lanes_best(l, lane, &free_slot, &load);
-		if (free_slot && !l->once && (!best || (load > LANES_BUSY && !l->failing))) {
+		struct far_lanes_slot *best = lanes_best(l, lane, &free_slot, &busy);
+		if (free_slot && !l->once && (!best || (busy && !l->failing))) {
 			r = lanes_patience(l, round, deadline, &until);
 			if (r < 0) {
 				text = l->text;

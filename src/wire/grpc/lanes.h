@@ -31,6 +31,7 @@ struct far_lanes {
 	unsigned n[FAR_LANES];
 	int cancel;             /* eventfd, readable once stopped */
 	uint64_t quiet, patience; /* signs of life, see far_channel_keep_alive() */
+	_Atomic bool near;        /* told by the caller: calls take no time to speak of, nor does a dial */
 	/* The first words on a new connection, said by whoever dialled, before anybody else may use it. 0 or -errno: the
 	 * connection is closed and the dial has failed. */
 	int (*greet)(void *opaque, struct far_channel *channel, uint64_t deadline, struct far_error *err);
