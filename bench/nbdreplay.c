@@ -72,23 +72,33 @@ static double busy(void)
 	return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-/* Negotiate with EXPORT_NAME, in simple replies; the export's size. */
+/* Negotiate with GO, in simple replies; the export's size. */
 static uint64_t hello(int fd, const char *export)
 {
-	uint8_t buf[18], head[20];
-	uint64_t magic = htobe64(0x49484156454f5054), size;
-	uint32_t flags = htobe32(3), option = htobe32(1), len = htobe32((uint32_t)strlen(export));
+	static uint8_t buf[4096], out[4 + 16 + 4 + 256 + 2];
+	uint64_t magic = htobe64(0x49484156454f5054), size = 0;
+	uint32_t n = (uint32_t)strlen(export), v[] = { htobe32(3), htobe32(7), htobe32(4 + n + 2), htobe32(n) };
 
+	memcpy(out, &v[0], 4); /* the client's flags; then the option */
+	memcpy(out + 4, &magic, 8);
+	memcpy(out + 12, &v[1], 12);
+	memcpy(out + 24, export, n); /* no information is asked for */
 	get(fd, buf, 18);
-	memcpy(head, &flags, 4);
-	memcpy(head + 4, &magic, 8);
-	memcpy(head + 12, &option, 4);
-	memcpy(head + 16, &len, 4);
-	put(fd, head, sizeof head);
-	put(fd, export, strlen(export));
-	get(fd, buf, 10);
-	memcpy(&size, buf, 8);
-	return be64toh(size);
+	put(fd, out, 24 + n + 2);
+	for (;;) {
+		uint32_t head[5];
+		get(fd, head, sizeof head);
+		uint32_t kind = be32toh(head[3]), len = be32toh(head[4]);
+		if (kind == 1)
+			return be64toh(size);
+		if (kind != 3 || len > sizeof buf)
+			break;
+		get(fd, buf, len);
+		if (len == 12 && !buf[0] && !buf[1])
+			memcpy(&size, buf + 2, 8);
+	}
+	fprintf(stderr, "nbdreplay: no such export\n");
+	exit(1);
 }
 
 int main(int argc, char **argv)
@@ -97,7 +107,7 @@ int main(int argc, char **argv)
 	static char in[BATCH_MAX * REPLY];
 	struct sockaddr_un a = { .sun_family = AF_UNIX };
 
-	if (argc < 5 || strlen(argv[1]) >= sizeof a.sun_path || atoi(argv[3]) < 1 || atoi(argv[3]) > BATCH_MAX) {
+	if (argc < 5 || strlen(argv[1]) >= sizeof a.sun_path || strlen(argv[2]) > 255 || atoi(argv[3]) < 1 || atoi(argv[3]) > BATCH_MAX) {
 		fprintf(stderr, "usage: nbdreplay SOCKET EXPORT BATCH SECONDS [SEED]\n");
 		return 2;
 	}
