@@ -408,6 +408,20 @@ static void long_read(struct long_read *l, struct slow *slow, unsigned parts, in
 	slow->error = 0;
 }
 
+/* Let it see how near the peer is. */
+static void come_near(struct far_backend *far)
+{
+	uint64_t took = FAR_NEVER, end = far_now() + LIMIT;
+	char c;
+
+	while (took > FAR_MSEC && far_now() < end) {
+		uint64_t began = far_now();
+		assert_int_equal(far_read(far, 0, &c, 1, 0), 0);
+		took = far_now() - began;
+	}
+	assert_true(took <= FAR_MSEC);
+}
+
 /* Long reads are made in parts: all at once far away, near by two at a time; both give the right bytes, or the error. */
 static void test_long_reads(void **state)
 {
@@ -417,7 +431,6 @@ static void test_long_reads(void **state)
 	struct far_server *s;
 	uint8_t *buf = malloc(LEN);
 	struct long_read l = { .buf = buf, .len = 100 };
-	uint64_t took = FAR_NEVER, end = far_now() + LIMIT;
 	char *uri;
 
 	for (size_t i = 0; i < LEN; i++)
@@ -428,14 +441,9 @@ static void test_long_reads(void **state)
 	assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
 	l.b = far;
 	l.len = LEN;
-	long_read(&l, &slow, 8, 0); /* how far it is is not known yet */
+	long_read(&l, &slow, 9, 0); /* how far it is is not known yet: one is over the demand lane */
 	assert_memory_equal(buf, slow.mem, LEN);
-	while (took > FAR_MSEC && far_now() < end) {
-		uint64_t began = far_now();
-		assert_int_equal(far_read(far, 0, buf, 1, 0), 0);
-		took = far_now() - began;
-	}
-	assert_true(took <= FAR_MSEC);
+	come_near(far);
 	memset(buf, 0, LEN);
 	long_read(&l, &slow, 2, 0);
 	assert_memory_equal(buf, slow.mem, LEN);
@@ -498,6 +506,54 @@ static void test_unix_and_fd(void **state)
 	far_close(mem);
 	free(bound);
 	assert_int_equal(rmdir(dir), 0); /* the socket's name is gone */
+}
+
+/* Far away a little of what is pulled is read as if somebody waited, now and then: it keeps that connection's window open. */
+static void test_kept_warm(void **state)
+{
+	enum { N = 40, LEN = 192 << 10 };
+	struct slow slow;
+	struct far_backend *b = slow_open(&slow, LEN), *far;
+	struct far_server *s;
+	uint8_t *buf = malloc(LEN);
+	char *uri;
+
+	for (unsigned i = 0; i < LEN; i++)
+		slow.mem[i] = (uint8_t)(i * 7 + (i >> 12));
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
+	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
+	for (unsigned distant = 0; distant < 2; distant++) {
+		slow.delay = distant ? 10 * FAR_MSEC : 0;
+		assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
+		if (distant)
+			assert_int_equal(far_read(far, 0, buf, 1, 0), 0);
+		else
+			come_near(far);
+		slow.demand = 0;
+		uint64_t began = far_now();
+		for (unsigned i = 0; i < N; i++) {
+			memset(buf, 0, LEN);
+			assert_int_equal(far_read(far, 0, buf, LEN, FAR_BULK), 0);
+			assert_memory_equal(buf, slow.mem, LEN);
+		}
+		uint64_t took = far_now() - began, most = 1 + took / (100 * FAR_MSEC);
+		print_message("%zu KiB of %d in %" PRIu64 " ms\n", slow.demand >> 10, N * LEN >> 10, took / FAR_MSEC);
+		assert_in_range(slow.demand, distant ? 2 * 65536 : 0, distant ? most * 65536 : 0);
+		/* Who waits keeps it warm by himself. */
+		began = far_now();
+		assert_int_equal(far_read(far, 0, buf, 65536, 0), 0);
+		slow.demand = 0;
+		assert_int_equal(far_read(far, 0, buf, LEN, FAR_BULK), 0);
+		assert_true(!slow.demand || far_now() - began > 100 * FAR_MSEC);
+		far_close(far);
+	}
+	far_server_stop(s);
+	far_server_free(s);
+	far_close(b);
+	slow_free(&slow);
+	free(uri);
+	free(buf);
 }
 
 static void open_fails(const char *base, const char *suffix, int code, const char *text)
@@ -651,6 +707,7 @@ int main(void)
 		cmocka_unit_test(test_many_threads),     cmocka_unit_test(test_512_in_flight),
 		cmocka_unit_test(test_slow_call_stops_nobody), cmocka_unit_test(test_unix_and_fd),
 		cmocka_unit_test(test_woken_once),
+		cmocka_unit_test(test_kept_warm),
 		cmocka_unit_test(test_long_reads),
 		cmocka_unit_test(test_names_and_sizes),  cmocka_unit_test(test_read_only),
 		cmocka_unit_test(test_errors_exact),

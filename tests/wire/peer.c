@@ -353,10 +353,16 @@ static int slow_enter(struct slow *s, unsigned flags)
 static int slow_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct slow *s = self;
-	int r = s->reads_go ? s->error : slow_enter(s, flags);
+	int r = s->delay && (flags & FAR_NOWAIT) ? -EAGAIN : s->reads_go ? s->error : slow_enter(s, flags);
 
-	if (r == 0)
-		memcpy(buf, s->mem + off, len);
+	if (r)
+		return r;
+	if (s->delay)
+		far_sleep_until(far_now() + s->delay, false);
+	memcpy(buf, s->mem + off, len);
+	far_mutex_lock(&s->lock);
+	s->demand += flags & FAR_BULK ? 0 : len;
+	far_mutex_unlock(&s->lock);
 	return r;
 }
 

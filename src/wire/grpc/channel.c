@@ -646,6 +646,14 @@ void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t de
 	far_chan_unlock(c);
 }
 
+void far_channel_push(struct far_channel *c)
+{
+	far_mutex_lock(&c->lock);
+	if (channel_wants_sender(c))
+		channel_send(c);
+	far_chan_unlock(c);
+}
+
 int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence)
 {
 	far_mutex_lock(&c->lock);

@@ -72,8 +72,9 @@ void far_channel_put(struct far_channel *c);
 int far_channel_call(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence);
 /* The same in two steps, for a caller with several calls: begin() only puts the request together, finish() sends it and
  * whatever else there is, and waits. Whoever has begun calls finishes them one by one and waits for nothing else
- * meanwhile. */
+ * meanwhile, but for calls on another channel if these were pushed: sent, as far as there was room. */
 void far_channel_begin(struct far_channel *c, struct far_call *call, uint64_t deadline);
+void far_channel_push(struct far_channel *c);
 int far_channel_finish(struct far_channel *c, struct far_call *call, uint64_t deadline, uint64_t silence);
 /* Every pending and later call gets err. */
 void far_channel_kill(struct far_channel *c, int err);

@@ -23,6 +23,7 @@
 #define CLIENT_LONG ((size_t)FAR_MIB)
 #define CLIENT_PART ((size_t)256 * FAR_KIB)
 #define CLIENT_AHEAD 2
+#define CLIENT_COOL (100 * FAR_MSEC) /* TCP begins anew after 200 ms or more */
 
 uint64_t far_client_deadline(const struct far_client *c)
 {
@@ -125,19 +126,38 @@ int far_client_write_again(struct far_client *c, uint64_t off, const void *buf, 
 
 /* -------------------------------------------------------------------------------------------- the operations */
 
+/*
+ * A connection that has carried little of late begins slowly (RFC 5681, 4.1): what does not fit its first flight takes one or
+ * two round trips more. Far away that is what a fault would pay that comes after a pause. So of what is pulled a little goes
+ * over the demand lane now and then. So much of a read of len bytes: 0 mostly.
+ */
+static size_t client_warms(struct far_client *c, size_t len, unsigned flags)
+{
+	size_t chunk = (size_t)c->facts.chunk, n = chunk ? (size_t)far_div_up(FAR_WARM, chunk) * chunk : FAR_WARM;
+	uint64_t at = atomic_load_explicit(&c->warmed, memory_order_relaxed);
+
+	if (!(flags & FAR_BULK) || len < n || n > 2 * FAR_WARM || atomic_load_explicit(&c->lanes.near, memory_order_relaxed))
+		return 0;
+	uint64_t now = far_now();
+	return now - at >= CLIENT_COOL && atomic_compare_exchange_strong(&c->warmed, &at, now) ? n : 0;
+}
+
 /* A long read in parts: while one part is checked the next one is on its way, and near by each stays in a CPU's cache from
  * the store through the socket and both checksums. Far away all parts are asked for at once. */
-static int client_read_parts(struct far_client *c, uint64_t off, void *buf, size_t len, unsigned flags)
+static int client_read_parts(struct far_client *c, uint64_t off, void *buf, size_t len, unsigned flags, size_t warm)
 {
 	struct far_exchange op[FAR_EXCHANGE_READS];
 	uint64_t deadline = far_client_deadline(c);
-	size_t part = far_max(CLIENT_PART, (size_t)far_div_up(len, FAR_EXCHANGE_READS));
+	size_t part = far_max(CLIENT_PART, (size_t)far_div_up(len, FAR_EXCHANGE_READS - 1));
 	size_t chunk = (size_t)c->facts.chunk; /* does not change once it is known, and it is */
 	bool near = atomic_load_explicit(&c->lanes.near, memory_order_relaxed);
 	unsigned n = 0;
 
 	part = chunk ? (size_t)far_div_up(part, chunk) * chunk : part;
-	for (size_t at = 0; at < len; at += part)
+	if (warm)
+		op[n++] = (struct far_exchange){ .m = FAR_M_READ, .off = off, .len = warm, .dst = buf,
+						 .flags = flags & ~(unsigned)FAR_BULK };
+	for (size_t at = warm; at < len; at += part)
 		op[n++] = (struct far_exchange){ .m = FAR_M_READ, .off = off + at, .len = far_min(part, len - at),
 						 .dst = (char *)buf + at, .flags = flags };
 	/* What was not made, or failed, is made by itself, with all that belongs to that. */
@@ -155,8 +175,11 @@ static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned
 
 	if (flags & FAR_NOWAIT)
 		return -EAGAIN;
-	if (len >= CLIENT_LONG && far_client_kind(c) == FAR_CLIENT_REGION)
-		return client_read_parts(c, off, buf, len, flags);
+	if (far_client_kind(c) == FAR_CLIENT_REGION) {
+		size_t warm = client_warms(c, len, flags);
+		if (len >= CLIENT_LONG || warm)
+			return client_read_parts(c, off, buf, len, flags, warm);
+	}
 	return client_ask(c, &op);
 }
 

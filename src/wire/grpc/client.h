@@ -48,6 +48,7 @@ struct far_client {
 	_Atomic bool sums, sessions;
 	_Atomic uint64_t checksum_errors;
 	_Atomic uint64_t shortest, shortest_at; /* time that a call took, of late; FAR_NEVER: none was made yet */
+	_Atomic uint64_t warmed;        /* when much was read on demand, or is */
 
 	struct far_mutex lock;
 	struct far_cond cond;

@@ -305,6 +305,11 @@ static void exchange_learn(struct far_client *c, uint64_t took, uint64_t now)
 	}
 }
 
+static int exchange_lane(const struct far_exchange *op)
+{
+	return (op->flags & FAR_BULK) ? FAR_LANE_BULK : FAR_LANE_DEMAND;
+}
+
 /* The call has ended with r: look at what came. Returns the operation's outcome. */
 static int exchange_ended(struct far_client *c, struct far_exchange *op, struct far_channel *channel,
 			  struct exchange_call *k, int r)
@@ -314,6 +319,8 @@ static int exchange_ended(struct far_client *c, struct far_exchange *op, struct 
 	op->reply_n = k->call.buf_n;
 	if (r == 0)
 		exchange_learn(c, took, now);
+	if (r == 0 && op->m == FAR_M_READ && op->len >= FAR_WARM && exchange_lane(op) == FAR_LANE_DEMAND)
+		atomic_store_explicit(&c->warmed, now, memory_order_relaxed);
 	if (r == 0)
 		r = exchange_check(c, op, k);
 	op->fate = exchange_fate(c, op, channel, &k->call, r);
@@ -348,7 +355,7 @@ static int exchange_on(struct far_client *c, struct far_exchange *op, struct far
 /* A connection for it, with a reference. */
 static int exchange_pick(struct far_client *c, struct far_exchange *op, uint64_t deadline, struct far_channel **channel)
 {
-	int r = far_lanes_pick(&c->lanes, (op->flags & FAR_BULK) ? FAR_LANE_BULK : FAR_LANE_DEMAND, deadline, channel, NULL);
+	int r = far_lanes_pick(&c->lanes, exchange_lane(op), deadline, channel, NULL);
 
 	op->fate = FAR_FATE_DONE;
 	if (r && r != -ESTALE && r != -ESHUTDOWN && (r == -EBADMSG || !far_error_is_transient(r)))
@@ -371,30 +378,46 @@ static void exchange_begin_read(struct far_client *c, struct far_exchange *op, s
 	far_channel_begin(channel, &k->call, deadline);
 }
 
+/* The connections for them, which may have to be made: before any call is begun. False: one has its result. */
+static bool exchange_pick_all(struct far_client *c, struct far_exchange *op, unsigned n, uint64_t deadline,
+			      struct far_channel **channel)
+{
+	for (unsigned i = 0; i < n; i++) {
+		if (channel[exchange_lane(&op[i])])
+			continue;
+		op[i].result = exchange_pick(c, &op[i], deadline, &channel[exchange_lane(&op[i])]);
+		op[i].made = op[i].result != 0;
+		if (op[i].made)
+			return false;
+	}
+	return true;
+}
+
 void far_exchange_reads(struct far_client *c, struct far_exchange *op, unsigned n, unsigned ahead, uint64_t deadline)
 {
 	struct exchange_call k[FAR_EXCHANGE_READS];
-	struct far_channel *channel;
+	struct far_channel *channel[FAR_LANES] = { NULL }, *on;
 	unsigned begun = 0;
 
 	FAR_ASSERT(n <= FAR_EXCHANGE_READS);
-	op->result = exchange_pick(c, op, deadline, &channel);
-	op->made = op->result != 0;
-	if (op->made)
-		return;
-	bool well = true;
+	bool well = exchange_pick_all(c, op, n, deadline, channel);
 	for (unsigned i = 0; i < n && (well || i < begun); i++) {
 		for (; well && begun < far_min(n, i + ahead); begun++)
-			exchange_begin_read(c, &op[begun], channel, &k[begun], deadline);
+			exchange_begin_read(c, &op[begun], channel[exchange_lane(&op[begun])], &k[begun], deadline);
+		on = channel[exchange_lane(&op[i])];
+		for (int lane = 0; lane < FAR_LANES; lane++)
+			if (channel[lane] && channel[lane] != on)
+				far_channel_push(channel[lane]);
 		if (k[i].begun) {
 			/* What comes of the later ones waits in the socket while this one's checksum is computed. */
-			int r = far_channel_finish(channel, &k[i].call, deadline, c->timeout);
-			far_channel_owe(channel, -1, -(int64_t)op[i].len);
-			op[i].result = exchange_ended(c, &op[i], channel, &k[i], r);
+			int r = far_channel_finish(on, &k[i].call, deadline, c->timeout);
+			far_channel_owe(on, -1, -(int64_t)op[i].len);
+			op[i].result = exchange_ended(c, &op[i], on, &k[i], r);
 		}
 		well = well && op[i].result == 0;
 	}
-	far_channel_put(channel);
+	for (int lane = 0; lane < FAR_LANES; lane++)
+		far_channel_put(channel[lane]);
 }
 
 int far_exchange(struct far_client *c, struct far_exchange *op, uint64_t deadline)
