@@ -508,6 +508,51 @@ static void test_unix_and_fd(void **state)
 	assert_int_equal(rmdir(dir), 0); /* the socket's name is gone */
 }
 
+/* A few calls share one connection. More get a second one, where that is quickly made. */
+static void test_second_connection(void **state)
+{
+	struct slow slow;
+	struct far_backend *b = slow_open(&slow, 16 * 512), *far;
+	struct far_counters sum;
+	struct far_server *s;
+	struct worker w[8];
+	char *uri, c;
+
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
+	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
+	for (unsigned distant = 0; distant < 2; distant++) {
+		slow.delay = distant ? 10 * FAR_MSEC : 0;
+		assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
+		if (distant)
+			assert_int_equal(far_read(far, 0, &c, 1, 0), 0);
+		else
+			come_near(far);
+		for (unsigned n = 3; n <= 8; n += 5) {
+			slow_hold(&slow, true);
+			for (unsigned i = 0; i < n; i++) {
+				w[i] = (struct worker){ .b = far, .id = 2 * i, .rounds = 1, .len = 512 };
+				assert_int_equal(far_thread_start(&w[i].t, "worker", worker_run, &w[i]), 0);
+			}
+			assert_true(slow_wait_inside(&slow, n));
+			sum = (struct far_counters){ .size = sizeof sum };
+			far_counters(far, &sum);
+			assert_int_equal(sum.connects, n > 3 && !distant ? 2 : 1);
+			slow_hold(&slow, false);
+			for (unsigned i = 0; i < n; i++) {
+				far_thread_join(&w[i].t);
+				assert_int_equal(w[i].failed, 0);
+			}
+		}
+		far_close(far);
+	}
+	far_server_stop(s);
+	far_server_free(s);
+	far_close(b);
+	slow_free(&slow);
+	free(uri);
+}
+
 /* Far away a little of what is pulled is read as if somebody waited, now and then: it keeps that connection's window open. */
 static void test_kept_warm(void **state)
 {
@@ -707,6 +752,7 @@ int main(void)
 		cmocka_unit_test(test_many_threads),     cmocka_unit_test(test_512_in_flight),
 		cmocka_unit_test(test_slow_call_stops_nobody), cmocka_unit_test(test_unix_and_fd),
 		cmocka_unit_test(test_woken_once),
+		cmocka_unit_test(test_second_connection),
 		cmocka_unit_test(test_kept_warm),
 		cmocka_unit_test(test_long_reads),
 		cmocka_unit_test(test_names_and_sizes),  cmocka_unit_test(test_read_only),

@@ -332,7 +332,7 @@ static int slow_enter(struct slow *s, unsigned flags)
 {
 	far_mutex_lock(&s->lock);
 	s->calls++;
-	if ((s->hold || s->would_block) && (flags & FAR_NOWAIT)) {
+	if ((s->hold || s->would_block || s->delay) && (flags & FAR_NOWAIT)) {
 		far_mutex_unlock(&s->lock);
 		return -EAGAIN;
 	}
@@ -347,18 +347,18 @@ static int slow_enter(struct slow *s, unsigned flags)
 	int r = in_time ? s->error : -ETIMEDOUT;
 	far_cond_broadcast(&s->cond);
 	far_mutex_unlock(&s->lock);
+	if (s->delay)
+		far_sleep_until(far_now() + s->delay, false);
 	return r;
 }
 
 static int slow_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
 {
 	struct slow *s = self;
-	int r = s->delay && (flags & FAR_NOWAIT) ? -EAGAIN : s->reads_go ? s->error : slow_enter(s, flags);
+	int r = s->reads_go ? s->error : slow_enter(s, flags);
 
 	if (r)
 		return r;
-	if (s->delay)
-		far_sleep_until(far_now() + s->delay, false);
 	memcpy(buf, s->mem + off, len);
 	far_mutex_lock(&s->lock);
 	s->demand += flags & FAR_BULK ? 0 : len;

@@ -81,7 +81,7 @@ struct slow {
 	unsigned inside, max_inside, calls;
 	bool hold;
 	bool reads_go; /* although others are held up */
-	uint64_t delay; /* of reads */
+	uint64_t delay; /* of each call */
 	size_t demand; /* bytes that were read for somebody who waits */
 	int error; /* what calls give instead */
 	bool would_block;
