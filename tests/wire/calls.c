@@ -196,19 +196,30 @@ static void *worker_run(void *arg)
 	return NULL;
 }
 
-static void workers(struct far_backend *b, unsigned n, unsigned rounds, size_t len)
+/* Numbered 0, step, 2 step ... */
+static struct worker *workers_start(struct far_backend *b, unsigned n, unsigned step, unsigned rounds, size_t len)
 {
 	struct worker *w = calloc(n, sizeof *w);
 
 	for (unsigned i = 0; i < n; i++) {
-		w[i] = (struct worker){ .b = b, .id = i, .rounds = rounds, .len = len };
+		w[i] = (struct worker){ .b = b, .id = i * step, .rounds = rounds, .len = len };
 		assert_int_equal(far_thread_start(&w[i].t, "worker", worker_run, &w[i]), 0);
 	}
+	return w;
+}
+
+static void workers_end(struct worker *w, unsigned n)
+{
 	for (unsigned i = 0; i < n; i++) {
 		far_thread_join(&w[i].t);
 		assert_int_equal(w[i].failed, 0);
 	}
 	free(w);
+}
+
+static void workers(struct far_backend *b, unsigned n, unsigned rounds, size_t len)
+{
+	workers_end(workers_start(b, n, 1, rounds, len), n);
 }
 
 static void test_many_threads(void **state)
@@ -227,40 +238,49 @@ static void test_many_threads(void **state)
 	}
 }
 
+/* A server of a backend whose calls can be held up, and a client. */
+struct slow_rig {
+	struct slow slow;
+	struct far_backend *b, *far;
+	struct far_server *s;
+	char *uri;
+};
+
+static void slow_rig_open(struct slow_rig *r, size_t size, unsigned threads)
+{
+	struct far_server_opts opts = FAR_SERVER_OPTS_INIT;
+
+	opts.max_threads = threads;
+	r->b = slow_open(&r->slow, size);
+	assert_int_equal(far_server_new(&opts, &r->s, NULL), 0);
+	assert_int_equal(far_server_export(r->s, "disk", r->b, NULL), 0);
+	assert_int_equal(far_server_listen(r->s, "grpc://127.0.0.1:0", &r->uri, NULL), 0);
+	assert_int_equal(far_open(r->uri, NULL, &r->far, NULL), 0);
+}
+
+static void slow_rig_close(struct slow_rig *r)
+{
+	far_close(r->far);
+	far_server_stop(r->s);
+	far_server_free(r->s);
+	far_close(r->b);
+	slow_free(&r->slow);
+	free(r->uri);
+}
+
 /* 512 calls that are all in flight at once: the backend lets none go before the last is in. */
 static void test_512_in_flight(void **state)
 {
 	enum { N = 512 };
-	struct slow slow;
-	struct far_backend *b = slow_open(&slow, N * 4096), *far;
-	struct far_server_opts opts = FAR_SERVER_OPTS_INIT;
-	struct far_server *s;
-	char *uri;
-	struct worker *w = calloc(N, sizeof *w);
+	struct slow_rig r;
 
-	opts.max_threads = N + 16;
-	assert_int_equal(far_server_new(&opts, &s, NULL), 0);
-	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
-	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
-	assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
-	slow_hold(&slow, true);
-	for (unsigned i = 0; i < N; i++) {
-		w[i] = (struct worker){ .b = far, .id = i, .rounds = 1, .len = 4096 };
-		assert_int_equal(far_thread_start(&w[i].t, "worker", worker_run, &w[i]), 0);
-	}
-	assert_true(slow_wait_inside(&slow, N));
-	slow_hold(&slow, false);
-	for (unsigned i = 0; i < N; i++) {
-		far_thread_join(&w[i].t);
-		assert_int_equal(w[i].failed, 0);
-	}
-	far_close(far);
-	far_server_stop(s);
-	far_server_free(s);
-	far_close(b);
-	slow_free(&slow);
-	free(uri);
-	free(w);
+	slow_rig_open(&r, N * 4096, N + 16);
+	slow_hold(&r.slow, true);
+	struct worker *w = workers_start(r.far, N, 1, 1, 4096);
+	assert_true(slow_wait_inside(&r.slow, N));
+	slow_hold(&r.slow, false);
+	workers_end(w, N);
+	slow_rig_close(&r);
 }
 
 /* A call that waits in the backend holds up no other of its connection. */
@@ -426,37 +446,24 @@ static void come_near(struct far_backend *far)
 static void test_long_reads(void **state)
 {
 	enum { LEN = (4 << 20) + 77 };
-	struct slow slow;
-	struct far_backend *b = slow_open(&slow, LEN), *far;
-	struct far_server *s;
+	struct slow_rig r;
 	uint8_t *buf = malloc(LEN);
-	struct long_read l = { .buf = buf, .len = 100 };
-	char *uri;
 
+	slow_rig_open(&r, LEN, 0);
 	for (size_t i = 0; i < LEN; i++)
-		slow.mem[i] = (uint8_t)(rnd() >> 24);
-	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
-	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
-	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
-	assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
-	l.b = far;
-	l.len = LEN;
-	long_read(&l, &slow, 9, 0); /* how far it is is not known yet: one is over the demand lane */
-	assert_memory_equal(buf, slow.mem, LEN);
-	come_near(far);
+		r.slow.mem[i] = (uint8_t)(rnd() >> 24);
+	struct long_read l = { .b = r.far, .buf = buf, .len = LEN };
+	long_read(&l, &r.slow, 9, 0); /* how far it is is not known yet: one is over the demand lane */
+	assert_memory_equal(buf, r.slow.mem, LEN);
+	come_near(r.far);
 	memset(buf, 0, LEN);
-	long_read(&l, &slow, 2, 0);
-	assert_memory_equal(buf, slow.mem, LEN);
-	long_read(&l, &slow, 2, -ENOSPC);
+	long_read(&l, &r.slow, 2, 0);
+	assert_memory_equal(buf, r.slow.mem, LEN);
+	long_read(&l, &r.slow, 2, -ENOSPC);
 	memset(buf, 0, LEN);
-	assert_int_equal(far_read(far, 0, buf, LEN, 0), 0);
-	assert_memory_equal(buf, slow.mem, LEN);
-	far_close(far);
-	far_server_stop(s);
-	far_server_free(s);
-	far_close(b);
-	slow_free(&slow);
-	free(uri);
+	assert_int_equal(far_read(r.far, 0, buf, LEN, 0), 0);
+	assert_memory_equal(buf, r.slow.mem, LEN);
+	slow_rig_close(&r);
 	free(buf);
 }
 
@@ -508,96 +515,72 @@ static void test_unix_and_fd(void **state)
 	assert_int_equal(rmdir(dir), 0); /* the socket's name is gone */
 }
 
+/* Another client, which knows how far the peer is: calls take `delay`. */
+static void slow_rig_anew(struct slow_rig *r, uint64_t delay)
+{
+	char c;
+
+	far_close(r->far);
+	r->slow.delay = delay;
+	assert_int_equal(far_open(r->uri, NULL, &r->far, NULL), 0);
+	if (delay)
+		assert_int_equal(far_read(r->far, 0, &c, 1, 0), 0);
+	else
+		come_near(r->far);
+}
+
 /* A few calls share one connection. More get a second one, where that is quickly made. */
 static void test_second_connection(void **state)
 {
-	struct slow slow;
-	struct far_backend *b = slow_open(&slow, 16 * 512), *far;
-	struct far_counters sum;
-	struct far_server *s;
-	struct worker w[8];
-	char *uri, c;
+	struct slow_rig r;
 
-	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
-	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
-	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
+	slow_rig_open(&r, 16 * 512, 0);
 	for (unsigned distant = 0; distant < 2; distant++) {
-		slow.delay = distant ? 10 * FAR_MSEC : 0;
-		assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
-		if (distant)
-			assert_int_equal(far_read(far, 0, &c, 1, 0), 0);
-		else
-			come_near(far);
+		slow_rig_anew(&r, distant ? 10 * FAR_MSEC : 0);
 		for (unsigned n = 3; n <= 8; n += 5) {
-			slow_hold(&slow, true);
-			for (unsigned i = 0; i < n; i++) {
-				w[i] = (struct worker){ .b = far, .id = 2 * i, .rounds = 1, .len = 512 };
-				assert_int_equal(far_thread_start(&w[i].t, "worker", worker_run, &w[i]), 0);
-			}
-			assert_true(slow_wait_inside(&slow, n));
-			sum = (struct far_counters){ .size = sizeof sum };
-			far_counters(far, &sum);
+			struct far_counters sum = { .size = sizeof sum };
+			slow_hold(&r.slow, true);
+			struct worker *w = workers_start(r.far, n, 2, 1, 512); /* whose first call is no bulk */
+			assert_true(slow_wait_inside(&r.slow, n));
+			far_counters(r.far, &sum);
 			assert_int_equal(sum.connects, n > 3 && !distant ? 2 : 1);
-			slow_hold(&slow, false);
-			for (unsigned i = 0; i < n; i++) {
-				far_thread_join(&w[i].t);
-				assert_int_equal(w[i].failed, 0);
-			}
+			slow_hold(&r.slow, false);
+			workers_end(w, n);
 		}
-		far_close(far);
 	}
-	far_server_stop(s);
-	far_server_free(s);
-	far_close(b);
-	slow_free(&slow);
-	free(uri);
+	slow_rig_close(&r);
 }
 
 /* Far away a little of what is pulled is read as if somebody waited, now and then: it keeps that connection's window open. */
 static void test_kept_warm(void **state)
 {
 	enum { N = 40, LEN = 192 << 10 };
-	struct slow slow;
-	struct far_backend *b = slow_open(&slow, LEN), *far;
-	struct far_server *s;
+	struct slow_rig r;
 	uint8_t *buf = malloc(LEN);
-	char *uri;
 
+	slow_rig_open(&r, LEN, 0);
 	for (unsigned i = 0; i < LEN; i++)
-		slow.mem[i] = (uint8_t)(i * 7 + (i >> 12));
-	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
-	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
-	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
+		r.slow.mem[i] = (uint8_t)(i * 7 + (i >> 12));
 	for (unsigned distant = 0; distant < 2; distant++) {
-		slow.delay = distant ? 10 * FAR_MSEC : 0;
-		assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
-		if (distant)
-			assert_int_equal(far_read(far, 0, buf, 1, 0), 0);
-		else
-			come_near(far);
-		slow.demand = 0;
+		slow_rig_anew(&r, distant ? 10 * FAR_MSEC : 0);
+		r.slow.demand = 0;
 		uint64_t began = far_now();
 		for (unsigned i = 0; i < N; i++) {
 			memset(buf, 0, LEN);
-			assert_int_equal(far_read(far, 0, buf, LEN, FAR_BULK), 0);
-			assert_memory_equal(buf, slow.mem, LEN);
+			assert_int_equal(far_read(r.far, 0, buf, LEN, FAR_BULK), 0);
+			assert_memory_equal(buf, r.slow.mem, LEN);
 		}
 		uint64_t took = far_now() - began, most = 1 + took / (100 * FAR_MSEC);
-		print_message("%zu KiB of %d in %" PRIu64 " ms\n", slow.demand >> 10, N * LEN >> 10, took / FAR_MSEC);
-		assert_in_range(slow.demand, distant ? 2 * 65536 : 0, distant ? most * 65536 : 0);
+		print_message("%zu KiB of %d in %" PRIu64 " ms\n", r.slow.demand >> 10, N * LEN >> 10, took / FAR_MSEC);
+		assert_in_range(r.slow.demand, distant ? 2 * 65536 : 0, distant ? most * 65536 : 0);
 		/* Who waits keeps it warm by himself. */
 		began = far_now();
-		assert_int_equal(far_read(far, 0, buf, 65536, 0), 0);
-		slow.demand = 0;
-		assert_int_equal(far_read(far, 0, buf, LEN, FAR_BULK), 0);
-		assert_true(!slow.demand || far_now() - began > 100 * FAR_MSEC);
-		far_close(far);
+		assert_int_equal(far_read(r.far, 0, buf, 65536, 0), 0);
+		r.slow.demand = 0;
+		assert_int_equal(far_read(r.far, 0, buf, LEN, FAR_BULK), 0);
+		assert_true(!r.slow.demand || far_now() - began > 100 * FAR_MSEC);
 	}
-	far_server_stop(s);
-	far_server_free(s);
-	far_close(b);
-	slow_free(&slow);
-	free(uri);
+	slow_rig_close(&r);
 	free(buf);
 }
 
