@@ -427,3 +427,50 @@ void slow_free(struct slow *s)
 	far_mutex_fini(&s->lock);
 	far_cond_fini(&s->cond);
 }
+
+/* Each has its own stripe; neighbours' bytes in it are an error. */
+static void *worker_run(void *arg)
+{
+	struct worker *w = arg;
+	uint8_t *buf = malloc(w->len), *back = malloc(w->len);
+
+	for (unsigned i = 0; i < w->rounds && !w->failed; i++) {
+		memset(buf, (int)(w->id * 7 + i + 1), w->len);
+		memset(back, 0, w->len);
+		uint64_t off = (uint64_t)w->id * w->len;
+		unsigned flags = (w->id + i) & 1 ? FAR_BULK : 0;
+		w->failed = far_write(w->b, off, buf, w->len, flags);
+		if (!w->failed)
+			w->failed = far_read(w->b, off, back, w->len, flags);
+		if (!w->failed && memcmp(buf, back, w->len))
+			w->failed = -EILSEQ;
+	}
+	free(buf);
+	free(back);
+	return NULL;
+}
+
+struct worker *workers_start(struct far_backend *b, unsigned n, unsigned step, unsigned rounds, size_t len)
+{
+	struct worker *w = calloc(n, sizeof *w);
+
+	for (unsigned i = 0; i < n; i++) {
+		w[i] = (struct worker){ .b = b, .id = i * step, .rounds = rounds, .len = len };
+		assert_int_equal(far_thread_start(&w[i].t, "worker", worker_run, &w[i]), 0);
+	}
+	return w;
+}
+
+void workers_end(struct worker *w, unsigned n)
+{
+	for (unsigned i = 0; i < n; i++) {
+		far_thread_join(&w[i].t);
+		assert_int_equal(w[i].failed, 0);
+	}
+	free(w);
+}
+
+void workers(struct far_backend *b, unsigned n, unsigned rounds, size_t len)
+{
+	workers_end(workers_start(b, n, 1, rounds, len), n);
+}

@@ -91,4 +91,17 @@ void slow_hold(struct slow *s, bool hold);
 bool slow_wait_inside(struct slow *s, unsigned n);
 void slow_free(struct slow *s);
 
+/* A thread that writes and reads back a stripe of its own, again and again; every second one says that it is bulk. */
+struct worker {
+	struct far_thread t;
+	struct far_backend *b;
+	unsigned id, rounds;
+	size_t len;
+	int failed;
+};
+/* Numbered 0, step, 2 step ... */
+struct worker *workers_start(struct far_backend *b, unsigned n, unsigned step, unsigned rounds, size_t len);
+void workers_end(struct worker *w, unsigned n); /* all went well; w is freed */
+void workers(struct far_backend *b, unsigned n, unsigned rounds, size_t len); /* both */
+
 #endif
