@@ -96,6 +96,10 @@ static inline uint64_t far_mem_chunk(const struct far_memory *m)
 {
 	return (uint64_t)1 << m->c.shift;
 }
+static inline uint64_t far_mem_chunk_len(const struct far_memory *m, uint64_t i)
+{
+	return far_min(far_mem_chunk(m), m->c.bytes - (i << m->c.shift));
+}
 /* memory_stage.c */
 /* Bytes that lie in the second mapping are shown as the huge pages they are; false: they are not, show them one by one. */
 bool far_mem_fill_huge(struct far_memory *m, uint64_t addr, uint64_t off, const char *src, uint64_t len);
@@ -142,8 +146,11 @@ void far_mem_guarded_zeros(struct far_memory *m, uint64_t addr, uint64_t off, co
 void far_mem_whole(struct far_memory *m, uint64_t off, uint64_t len);
 void far_mem_not_whole(struct far_memory *m, uint64_t off, uint64_t len);
 void far_mem_track_open(struct far_memory *m);
+uint64_t far_mem_hash(const void *buf, uint64_t len); /* as in m->hash: never 0 */
 /* The chunk of `off` holds something else than the remote, or nobody knows. */
 void far_mem_differs(struct far_memory *m, uint64_t off);
+
+/* memory_evict.c */
 /* 0: [off, off+len), one chunk, is gone. -EBUSY: a store into it may not have been seen yet; the next collect tells. */
 int far_mem_evict(struct far_memory *m, uint64_t off, uint64_t len);
 
