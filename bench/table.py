@@ -615,7 +615,7 @@ def row_nbd_server(o):
         return
     requests('NBD, fio 4 KiB random reads, depth 32, go-nbd', lambda s: nbd_fio(s, 'randread', 4096, 32, seconds), ours, go, 1.8,
              'NBD <- memory, unix socket, against go-nbd over memory')
-    requests('the same, 32 reads a message', lambda s: nbd_replay(s, seconds), ours, go, 1.8, 'bench/nbdreplay, which costs no CPU')
+    requests('the same, 32 reads a message', lambda s: nbd_replay(s, seconds), ours, go, 1.8, 'bench/nbdreplay, which costs little CPU')
     a, b = pairs(o.pairs, lambda: nbd_copy(nbd_uri(ours), 'null:'), lambda: nbd_copy(nbd_uri(go), 'null:'))
     show('NBD, nbdcopy of 1 GiB out of it, go-nbd', a / b, 'x', 1.1, rates(a, b), None)
 

@@ -44,7 +44,7 @@ int far_exchange(struct far_client *c, struct far_exchange *op, uint64_t deadlin
 
 /* Several reads over one connection of each lane; `ahead` of them are asked for before the answer of the first is taken.
  * Those that were made are marked and have their result; after one that failed the rest may be left. */
-#define FAR_EXCHANGE_READS 9
+#define FAR_EXCHANGE_READS 9 /* eight parts, and one over the other lane */
 #define FAR_WARM ((size_t)64 * FAR_KIB) /* a demand read of so much keeps its connection warm, see client.c */
 void far_exchange_reads(struct far_client *c, struct far_exchange *op, unsigned n, unsigned ahead, uint64_t deadline);
 

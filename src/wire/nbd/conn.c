@@ -30,7 +30,7 @@
 
 #define CONN_IN ((size_t)256 << 10)
 #define CONN_INLINE ((size_t)64 << 10)  /* a longer write gets a buffer of its own, a longer read is sent from one */
-#define CONN_POINT ((size_t)2 << 10)    /* a shorter read is cheaper to copy than to send from where it is */
+#define CONN_POINT ((size_t)2 << 10)    /* a shorter read is copied into the batch */
 #define CONN_NEXT (FAR_NBD_REQUEST_EXT_BYTES + 4096)
 #define CONN_CROWD (200 * FAR_USEC)     /* a yield that takes longer: others want this CPU */
 #define CONN_CALM 256
