@@ -44,6 +44,7 @@ struct fuse_call {
 	void *mem;        /* a receive buffer, given back after the answer */
 	/* under f->lock */
 	struct fuse_call *next, **link; /* among the killable */
+	bool asking, killed;            /* fuse_killable() is at it, and has to answer by itself */
 	bool answered;                  /* by fuse_killed(): the request is gone */
 };
 
@@ -192,10 +193,11 @@ static void fuse_killed(fuse_req_t req, void *arg)
 		return;
 	far_mutex_lock(&f->lock);
 	for (struct fuse_call *c = f->killable; c; c = c->next) {
-		if (c->req == req) {
-			ours = c->answered = true;
-			break;
-		}
+		if (c->req != req)
+			continue;
+		c->killed = true;
+		ours = c->answered = !c->asking;
+		break;
 	}
 	far_mutex_unlock(&f->lock);
 	if (ours)
@@ -203,12 +205,15 @@ static void fuse_killed(fuse_req_t req, void *arg)
 }
 
 /* Between these two the call may be answered by fuse_killed(). Writes may not: one that lands after its answer could
- * undo a later one. False: it has been. */
-static void fuse_killable(struct fuse_call *c)
+ * undo a later one. False of the first: its program is dead already, there is nothing to carry out (libfuse has called
+ * fuse_killed() in here, with the request's lock held, so that one did not answer). False of the second: it has been
+ * answered. */
+static bool fuse_killable(struct fuse_call *c)
 {
 	struct far_fuse *f = c->f;
 
 	far_mutex_lock(&f->lock);
+	c->asking = true;
 	c->next = f->killable;
 	c->link = &f->killable;
 	if (c->next)
@@ -216,6 +221,11 @@ static void fuse_killable(struct fuse_call *c)
 	f->killable = c;
 	far_mutex_unlock(&f->lock);
 	fuse_req_interrupt_func(c->req, fuse_killed, f);
+	far_mutex_lock(&f->lock);
+	c->asking = false;
+	bool alive = !c->killed;
+	far_mutex_unlock(&f->lock);
+	return alive;
 }
 
 static bool fuse_still_wanted(struct fuse_call *c)
@@ -234,9 +244,12 @@ static bool fuse_still_wanted(struct fuse_call *c)
 static void fuse_answer_read(struct fuse_call *c)
 {
 	void *buf = far_buf_get(c->len);
+	int r = buf ? 0 : -ENOMEM;
 
-	fuse_killable(c);
-	int r = buf ? far_read(c->f->b, c->off, buf, c->len, 0) : -ENOMEM;
+	if (!fuse_killable(c))
+		r = -EINTR;
+	else if (!r)
+		r = far_read(c->f->b, c->off, buf, c->len, 0);
 	if (!fuse_still_wanted(c))
 		;
 	else if (r)
@@ -268,8 +281,7 @@ static void fuse_answer(struct fuse_call *c)
 		fuse_seek(c);
 		break;
 	case FUSE_CALL_FLUSH:
-		fuse_killable(c);
-		r = far_flush(f->b);
+		r = fuse_killable(c) ? far_flush(f->b) : -EINTR;
 		if (fuse_still_wanted(c))
 			fuse_reply_err(c->req, r ? fuse_errno(r) : 0);
 		break;

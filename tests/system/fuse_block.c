@@ -5,7 +5,9 @@
 #include "fuse_serve.h"
 
 #include "base/thread.h"
+#include "frontend/fuse_int.h"
 
+#include <dlfcn.h>
 #include <sys/mount.h>
 
 #define READERS 64
@@ -303,6 +305,65 @@ static void test_kill(void **state)
 	serve_end(&s);
 }
 
+/* In place of libfuse's: with `kill_asking` the program is killed, and the request known to be interrupted, before the
+ * server says what to call then. libfuse calls it at once, with the request's lock held: answering frees both. */
+static bool kill_asking;
+static _Thread_local bool kill_inside;
+
+void fuse_req_interrupt_func(fuse_req_t req, fuse_interrupt_func_t func, void *data)
+{
+	void (*real)(fuse_req_t, fuse_interrupt_func_t, void *);
+	uint64_t until = far_now() + SERVE_LIMIT;
+
+	*(void **)&real = dlsym(RTLD_NEXT, "fuse_req_interrupt_func");
+	if (kill_asking) {
+		kill(fuse_req_ctx(req)->pid, SIGKILL);
+		while (!fuse_req_interrupted(req) && far_now() < until)
+			far_sleep_until(far_now() + FAR_MSEC, false);
+	}
+	kill_inside = true;
+	real(req, func, data);
+	kill_inside = false;
+}
+
+int fuse_reply_err(fuse_req_t req, int e)
+{
+	int (*real)(fuse_req_t, int);
+
+	*(void **)&real = dlsym(RTLD_NEXT, "fuse_reply_err");
+	if (kill_inside) {
+		fprintf(stderr, "a request is answered, and so freed, with its lock held\n");
+		_exit(1);
+	}
+	return real(req, e);
+}
+
+/* A program that is dead before its call could be answered early: the call is not carried out, and it goes at once. */
+static void test_killed_before(void **state)
+{
+	struct serve s;
+	int status;
+
+	for (int flush = 0; flush < 2; flush++) {
+		kill_asking = true;
+		start(&s, 0, 0);
+		kill_asking = false;
+		fflush(stdout);
+		pid_t pid = fork();
+		if (pid == 0) {
+			char c;
+			int fd = open(s.path, O_RDWR);
+			posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+			_exit(flush ? fsync(fd) : pread(fd, &c, 1, LOCAL) == 1);
+		}
+		assert_int_equal(waitpid(pid, &status, 0), pid);
+		assert_true(WIFSIGNALED(status));
+		assert_int_equal(atomic_load(&s.sh->waiting_max), 0);
+		atomic_store(&s.sh->open, true); /* the flush that comes with the last close */
+		serve_end(&s);
+	}
+}
+
 static void test_busy(void **state)
 {
 	struct serve s;
@@ -488,7 +549,8 @@ int main(void)
 		cmocka_unit_test(test_at_once),	    cmocka_unit_test(test_limit),
 		cmocka_unit_test(test_parked_write), cmocka_unit_test(test_stop),
 		cmocka_unit_test(test_deadline),
-		cmocka_unit_test(test_kill),	    cmocka_unit_test(test_busy),
+		cmocka_unit_test(test_kill),	    cmocka_unit_test(test_killed_before),
+		cmocka_unit_test(test_busy),
 		cmocka_unit_test(test_detach),	    cmocka_unit_test(test_abort),
 		cmocka_unit_test(test_unmounted),   cmocka_unit_test(test_dead_server),
 		cmocka_unit_test(test_open_errors), cmocka_unit_test(test_loop),
