@@ -548,6 +548,7 @@ def nbd_replay(server, seconds, batch=32):
 
 def nbd_copy(*where):
     """MiB/s of nbdcopy, its start counted."""
+    time.sleep(0.2)  # the server of the copy before this one takes its threads down meanwhile (nbdkit has 64)
     begin = time.monotonic()
     out = subprocess.run(['nbdcopy', *where], capture_output=True, text=True)
     if out.returncode:
