@@ -155,11 +155,39 @@ static void test_no_socket(void **state)
 	assert_non_null(strstr(err.text, "no.such.host.invalid"));
 }
 
+/* Of so many waits, each this long, how many are spun through? */
+static unsigned spun(struct far_spin *s, unsigned waits, uint64_t each)
+{
+	unsigned n = 0;
+
+	for (unsigned i = 0; i < waits; i++) {
+		n += far_spin_wanted(s);
+		far_spin_learn(s, each);
+	}
+	return n;
+}
+
+/* Short waits are spun through, long ones slept through; and those that are over as soon as we sleep, because the peer needs
+ * this CPU, soon are, too, but for a few, which find out when that has changed. */
+static void test_spin(void **state)
+{
+	struct far_spin s = { 0 };
+
+	assert_int_equal(spun(&s, 100, FAR_SPIN / 3), 100);
+	assert_int_equal(spun(&s, 100, FAR_MSEC), 1);
+	assert_int_equal(spun(&s, 100, FAR_SPIN / 3), 99);
+	assert_int_equal(spun(&s, 3, 2 * FAR_SPIN), 3); /* now and then */
+	assert_int_equal(spun(&s, 100, FAR_SPIN / 3), 100);
+	assert_in_range(spun(&s, 1000, FAR_SPIN + FAR_SPIN / 5), 1000 / FAR_SPIN_TRIAL, 1000 / FAR_SPIN_TRIAL + FAR_SPIN_DOUBTS);
+	assert_in_range(spun(&s, 100, FAR_SPIN / 3), 1, 99);
+	assert_int_equal(spun(&s, 100, FAR_SPIN / 3), 100);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_loopback_only), cmocka_unit_test(test_bytes),   cmocka_unit_test(test_connect_waits),
-		cmocka_unit_test(test_unix_names),    cmocka_unit_test(test_no_socket),
+		cmocka_unit_test(test_unix_names),    cmocka_unit_test(test_no_socket),     cmocka_unit_test(test_spin),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
