@@ -36,7 +36,7 @@ FARPAGE = os.path.join(BUILD, 'farpage')
 RAWTCP = os.path.join(BUILD, 'bench', 'rawtcp')
 MIB, GIB = 1 << 20, 1 << 30
 ROOT = os.geteuid() == 0
-HUGE = 'mem:%d?private=1'  # what a user serves from who wants speed: no page table that is larger than the CPU's caches
+HUGE = 'mem:%d?private=1'  # huge pages: what a user serves from who wants speed
 
 # The Go family's engine (r3map v0.1.1, pull over gRPC on loopback, 64 KiB chunks, one connection) as it was measured on
 # two shared cores: MiB/s, and CPU seconds a GiB of both ends. It is quoted, not run.
@@ -619,7 +619,7 @@ def row_nbd_server(o):
         print('%-44s skip: %s' % ('NBD against go-nbd', e))
         return
     requests('NBD, fio 4 KiB random reads, depth 32, go-nbd', lambda s: nbd_fio(s, 'randread', 4096, 32, seconds), ours, go, 1.8,
-             'NBD <- memory, unix socket, against go-nbd over memory')
+             'NBD <- memory in huge pages, unix socket, against go-nbd over memory')
     requests('the same, 32 reads a message', lambda s: nbd_replay(s, seconds), ours, go, 1.8, 'bench/nbdreplay, which costs little CPU')
     a, b = pairs(o.pairs, lambda: nbd_copy(nbd_uri(ours), 'null:'), lambda: nbd_copy(nbd_uri(go), 'null:'))
     show('NBD, nbdcopy of 1 GiB out of it, go-nbd', a / b, 'x', 1.1, rates(a, b), None)

@@ -263,6 +263,20 @@ static void kill_handler(int sig)
 {
 }
 
+/* A program that reads an absent byte, or flushes. */
+static pid_t start_program(struct serve *s, bool flush)
+{
+	fflush(stdout);
+	pid_t pid = fork();
+	if (pid == 0) {
+		char c;
+		int fd = open(s->path, O_RDWR);
+		posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+		_exit(flush ? fsync(fd) : pread(fd, &c, 1, LOCAL) == 1);
+	}
+	return pid;
+}
+
 /* A program that is killed while it waits for a page or for a flush goes at once; other signals do not cut a call short. */
 static void test_kill(void **state)
 {
@@ -271,14 +285,7 @@ static void test_kill(void **state)
 
 	for (int flush = 0; flush < 2; flush++) {
 		start(&s, 0, 0);
-		fflush(stdout);
-		pid_t pid = fork();
-		if (pid == 0) {
-			char c;
-			int fd = open(s.path, O_RDWR);
-			posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
-			_exit(flush ? fsync(fd) : pread(fd, &c, 1, LOCAL) == 1);
-		}
+		pid_t pid = start_program(&s, flush);
 		assert_true(serve_until(&s.sh->waiting, 1));
 		kill(pid, SIGKILL);
 		assert_int_equal(waitpid(pid, &status, 0), pid);
@@ -348,14 +355,7 @@ static void test_killed_before(void **state)
 		kill_asking = true;
 		start(&s, 0, 0);
 		kill_asking = false;
-		fflush(stdout);
-		pid_t pid = fork();
-		if (pid == 0) {
-			char c;
-			int fd = open(s.path, O_RDWR);
-			posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
-			_exit(flush ? fsync(fd) : pread(fd, &c, 1, LOCAL) == 1);
-		}
+		pid_t pid = start_program(&s, flush);
 		assert_int_equal(waitpid(pid, &status, 0), pid);
 		assert_true(WIFSIGNALED(status));
 		assert_int_equal(atomic_load(&s.sh->waiting_max), 0);
