@@ -75,8 +75,11 @@ struct far_memory {
 	struct far_mutex heal_lock; /* held while mappings of poisoned pages are replaced; taken before `lock` */
 
 	struct far_mutex attic_lock;
-	char *attic FAR_GUARDED_BY(attic_lock);        /* where evicted pages go before they are let go */
-	uint64_t attic_len, attic_at FAR_GUARDED_BY(attic_lock);
+	/* Where evicted pages go before they are let go: made once, under the lock, its length first. Who reads events looks at
+	 * both without it. */
+	_Atomic(char *) attic;
+	uint64_t attic_len;
+	uint64_t attic_at FAR_GUARDED_BY(attic_lock);
 
 	struct far_mutex stage_lock;
 	char *stage[64] FAR_GUARDED_BY(stage_lock);    /* free staging buffers of MEM_STAGE bytes */
