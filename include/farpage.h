@@ -144,6 +144,14 @@ struct far_counters {
 
 #define FAR_RECORD_MAX 512
 
+/* One of several reads or writes that are made together. */
+struct far_io {
+	uint64_t off;
+	void *buf;  /* a write only reads it */
+	size_t len;
+	int result; /* the answer: 0 or -errno */
+};
+
 /*
  * The operations of a backend. read, write and flush are required (write may be NULL without FAR_CAP_WRITE); the rest
  * are optional. Rules for all of them:
@@ -195,6 +203,10 @@ struct far_ops {
 	/* With record_write(): a number that changes when the content is changed, by this program or another (a file's time
 	 * of change). 0: cannot tell. NULL: so. */
 	int (*record_mark)(void *self, uint64_t *mark);
+	/* Several reads, or several writes, n > 1: sets the result of each; one that fails ends none of the others. flags: what
+	 * read or write take, without FAR_NOWAIT and FAR_FLUSH. NULL: they are made one after another. */
+	void (*read_many)(void *self, struct far_io *io, size_t n, unsigned flags);
+	void (*write_many)(void *self, struct far_io *io, size_t n, unsigned flags);
 };
 #define FAR_OPS_INIT .size = sizeof(struct far_ops)
 
@@ -240,6 +252,12 @@ FAR_API uint64_t far_size(const struct far_backend *b);
  * longer than max_io are cut into several. Outside the region: reads -EINVAL, writes -ENOSPC. */
 FAR_API int far_read(struct far_backend *b, uint64_t off, void *buf, size_t len, unsigned flags);
 FAR_API int far_write(struct far_backend *b, uint64_t off, const void *buf, size_t len, unsigned flags);
+/* Several at once, each as by far_read() or far_write(): on their way together where the backend can (network schemes: in
+ * few packets, and the caller is woken seldom), else one after another. Each gets its result, whatever becomes of the
+ * others; returns the first of them, as the list goes, that is not 0. Ranges of writes must not overlap. With FAR_FLUSH
+ * one flush follows if all were written; its error is returned, their results stay. */
+FAR_API int far_read_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags);
+FAR_API int far_write_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags);
 FAR_API int far_flush(struct far_backend *b);
 FAR_API int far_discard(struct far_backend *b, uint64_t off, uint64_t len, unsigned flags);
 FAR_API int far_zero(struct far_backend *b, uint64_t off, uint64_t len, unsigned flags);

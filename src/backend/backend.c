@@ -198,6 +198,49 @@ int far_write(struct far_backend *b, uint64_t off, const void *buf, size_t len, 
 	return r || !flush ? r : far_flush(b);
 }
 
+/* Whether each of them is one call of the backend. */
+static bool backend_many_ok(struct far_backend *b, const struct far_io *io, size_t n, bool write)
+{
+	uint64_t most = b->facts.max_io ? b->facts.max_io : UINT64_MAX;
+
+	for (size_t i = 0; i < n; i++)
+		if (!io[i].len || io[i].len > most || backend_check(b, io[i].off, io[i].len, write))
+			return false;
+	return true;
+}
+
+int far_read_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags)
+{
+	int r = 0;
+
+	if (n > 1 && b->ops.read_many && !(flags & FAR_NOWAIT) && backend_many_ok(b, io, n, false)) {
+		b->ops.read_many(b->self, io, n, flags);
+	} else {
+		for (size_t i = 0; i < n; i++)
+			io[i].result = far_read(b, io[i].off, io[i].buf, io[i].len, flags);
+	}
+	for (size_t i = 0; i < n && !r; i++)
+		r = backend_code(io[i].result);
+	return r;
+}
+
+int far_write_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags)
+{
+	bool flush = flags & FAR_FLUSH;
+	int r = 0;
+
+	flags &= ~(unsigned)FAR_FLUSH;
+	if (n > 1 && b->ops.write_many && !(flags & FAR_NOWAIT) && backend_many_ok(b, io, n, true)) {
+		b->ops.write_many(b->self, io, n, flags);
+	} else {
+		for (size_t i = 0; i < n; i++)
+			io[i].result = far_write(b, io[i].off, io[i].buf, io[i].len, flags);
+	}
+	for (size_t i = 0; i < n && !r; i++)
+		r = backend_code(io[i].result);
+	return r || !flush ? r : far_flush(b);
+}
+
 int far_flush(struct far_backend *b)
 {
 	if (backend_stopped(b))

@@ -133,28 +133,53 @@ static bool delay_none(const struct delay *d)
 	return !d->conf.rtt && !d->conf.jitter && !d->conf.rate;
 }
 
-static int delay_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+static uint64_t delay_bytes(const struct far_io *io, size_t n)
+{
+	uint64_t bytes = 0;
+
+	for (size_t i = 0; i < n; i++)
+		bytes += io[i].len;
+	return bytes;
+}
+
+static void delay_refuse(struct far_io *io, size_t n, int r)
+{
+	for (size_t i = 0; i < n; i++)
+		io[i].result = r;
+}
+
+/* Those of a list share one round trip. */
+static void delay_read_many(void *self, struct far_io *io, size_t n, unsigned flags)
 {
 	struct delay *d = self;
 	uint64_t start = far_now();
 
-	if (delay_none(d))
-		return far_read(d->inner, off, buf, len, flags);
-	if (flags & FAR_NOWAIT)
-		return -EAGAIN;
-	int r = delay_wait(d, start + delay_trip(d), flags);
-	if (r)
-		return r;
-	uint64_t begin = far_now(), done = delay_place(d, DELAY_DOWN, begin, len);
-	r = far_read(d->inner, off, buf, len, flags);
-	if (r)
-		return r;
+	if (delay_none(d)) {
+		far_read_many(d->inner, io, n, flags);
+		return;
+	}
+	int r = flags & FAR_NOWAIT ? -EAGAIN : delay_wait(d, start + delay_trip(d), flags);
+	if (r) {
+		delay_refuse(io, n, r);
+		return;
+	}
+	uint64_t begin = far_now(), done = delay_place(d, DELAY_DOWN, begin, delay_bytes(io, n));
+	if (far_read_many(d->inner, io, n, flags))
+		return;
 	uint64_t after = far_now();
-	if (done > after)
-		r = delay_wait(d, done, flags);
-	if (!r)
+	r = done > after ? delay_wait(d, done, flags) : 0;
+	if (r)
+		delay_refuse(io, n, r);
+	else
 		delay_count(d, begin - start + (far_now() - after));
-	return r;
+}
+
+static int delay_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
+{
+	struct far_io one = { .off = off, .buf = buf, .len = len };
+
+	delay_read_many(self, &one, 1, flags);
+	return one.result;
 }
 
 /* Wait as a call does that sends `up` bytes. */
@@ -177,6 +202,17 @@ static int delay_write(void *self, uint64_t off, const void *buf, size_t len, un
 	struct delay *d = self;
 	int r = delay_send(d, len, flags);
 	return r ? r : far_write(d->inner, off, buf, len, flags);
+}
+
+static void delay_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct delay *d = self;
+	int r = delay_send(d, delay_bytes(io, n), flags);
+
+	if (r)
+		delay_refuse(io, n, r);
+	else
+		far_write_many(d->inner, io, n, flags);
 }
 
 static int delay_flush(void *self)
@@ -247,6 +283,8 @@ static const struct far_ops delay_ops = {
 	.discard = delay_discard,
 	.zero = delay_zero,
 	.extents = delay_extents,
+	.read_many = delay_read_many,
+	.write_many = delay_write_many,
 	.stop = delay_stop,
 	.close = delay_close,
 	.inner = delay_inner,

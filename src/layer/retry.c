@@ -143,6 +143,14 @@ static int retry_once(struct retry *t, const struct retry_call *c)
 	}
 }
 
+/* Its first try has ended with r. */
+static int retry_on(struct retry *t, const struct retry_call *c, int r)
+{
+	for (unsigned tried = 1; r && !(r = retry_again(t, tried, r)); tried++)
+		r = retry_once(t, c);
+	return r;
+}
+
 static int retry_do(void *self, const struct retry_call *c)
 {
 	struct retry *t = self;
@@ -154,11 +162,7 @@ static int retry_do(void *self, const struct retry_call *c)
 		return r && far_error_is_transient(r) ? -EAGAIN : r;
 	}
 	uint64_t old = far_deadline_limit(far_now() + t->conf.deadline);
-	for (unsigned tried = 1;; tried++) {
-		r = retry_once(t, c);
-		if (!r || (r = retry_again(t, tried, r)))
-			break;
-	}
+	r = retry_on(t, c, retry_once(t, c));
 	far_deadline_restore(old);
 	return r;
 }
@@ -191,6 +195,30 @@ static int retry_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
 static int retry_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
 {
 	return retry_do(self, &(struct retry_call){ RETRY_EXTENTS, off, len, .extents = out, .max = max, .n = n });
+}
+
+/* The first try of all together, the others one by one. */
+static void retry_many(void *self, bool write, struct far_io *io, size_t n, unsigned flags)
+{
+	struct retry *t = self;
+	uint64_t old = far_deadline_limit(far_now() + t->conf.deadline);
+
+	(write ? far_write_many : far_read_many)(t->inner, io, n, flags);
+	for (size_t i = 0; i < n; i++) {
+		struct retry_call c = { write ? RETRY_WRITE : RETRY_READ, io[i].off, io[i].len, io[i].buf, io[i].buf, flags };
+		io[i].result = retry_on(t, &c, io[i].result);
+	}
+	far_deadline_restore(old);
+}
+
+static void retry_read_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	retry_many(self, false, io, n, flags);
+}
+
+static void retry_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	retry_many(self, true, io, n, flags);
 }
 
 static void retry_stop(void *self)
@@ -233,6 +261,8 @@ static const struct far_ops retry_ops = {
 	.discard = retry_discard,
 	.zero = retry_zero,
 	.extents = retry_extents,
+	.read_many = retry_read_many,
+	.write_many = retry_write_many,
 	.stop = retry_stop,
 	.close = retry_close,
 	.inner = retry_inner,

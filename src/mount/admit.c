@@ -134,6 +134,32 @@ static int admit_extents(void *self, uint64_t off, uint64_t len, struct far_exte
 	return ADMIT(a, 0, far_extents(a->inner, off, len, out, max, n));
 }
 
+static void admit_many(void *self, bool write, struct far_io *io, size_t n, unsigned flags)
+{
+	struct far_admit *a = self;
+	int refused = admit_enter(a, flags);
+
+	if (!refused)
+		(write ? far_write_many : far_read_many)(a->inner, io, n, flags);
+	for (size_t i = 0; i < n; i++) {
+		if (refused)
+			io[i].result = refused;
+		else if (admit_again(a, io[i].result))
+			io[i].result = write ? admit_write(a, io[i].off, io[i].buf, io[i].len, flags)
+					     : admit_read(a, io[i].off, io[i].buf, io[i].len, flags);
+	}
+}
+
+static void admit_read_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	admit_many(self, false, io, n, flags);
+}
+
+static void admit_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	admit_many(self, true, io, n, flags);
+}
+
 static void admit_stop(void *self)
 {
 	struct far_admit *a = self;
@@ -169,6 +195,8 @@ static const struct far_ops admit_ops = {
 	.discard = admit_discard,
 	.zero = admit_zero,
 	.extents = admit_extents,
+	.read_many = admit_read_many,
+	.write_many = admit_write_many,
 	.stop = admit_stop,
 	.close = admit_close,
 	.inner = admit_inner,

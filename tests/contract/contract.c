@@ -204,13 +204,80 @@ static void check_edges(void **state)
 	}
 }
 
+/* A list of random reads, or of writes next to each other, on the region and on `model`. */
+static void random_list(struct region *r, unsigned char *model, unsigned char *buf, uint64_t *rng)
+{
+	struct far_io io[5];
+	size_t n = next(rng) % 6;
+	uint64_t part = r->bytes / 5 - r->bytes / 5 % r->unit;
+	bool write = next(rng) % 2 && part;
+
+	for (size_t i = 0; i < n; i++) {
+		uint64_t at = next(rng) % r->bytes, len = 1 + next(rng) % far_min(r->bytes - at, 5000);
+		uint64_t off = write ? i * part : fit(r, at, &len);
+		io[i] = (struct far_io){ .off = off, .len = write ? part : len, .buf = write ? buf + off : room(len), .result = 1 };
+	}
+	if (write)
+		fill(buf, n * part, rng);
+	if (write)
+		assert_int_equal(far_write_many(r->b, io, n, next(rng) % 4 ? FAR_BULK : FAR_FLUSH), 0);
+	else
+		assert_int_equal(far_read_many(r->b, io, n, next(rng) % 4 ? 0 : FAR_BULK), 0);
+	for (size_t i = 0; i < n; i++) {
+		assert_int_equal(io[i].result, 0);
+		if (write)
+			memcpy(model + io[i].off, io[i].buf, io[i].len);
+		else if (!forgets(r))
+			assert_memory_equal(io[i].buf, model + io[i].off, io[i].len);
+		if (!write)
+			free(io[i].buf);
+	}
+}
+
+/* One that lies outside ends none of the others. */
+static void check_list_with_errors(void **state)
+{
+	SUBJECT;
+	struct region r;
+	unsigned char *a, *b, *c;
+
+	region_open(&r, s, 70001, false);
+	uint64_t unit = far_div_up(512, r.unit) * r.unit;
+	a = room(unit);
+	b = room(unit);
+	c = room(unit);
+	memset(a, 1, unit);
+	memset(b, 2, unit);
+	struct far_io io[] = { { 0, a, unit, 7 }, { 70001, b, 1, 7 }, { 2 * unit, b, unit, 7 }, { 0, c, 0, 7 } };
+	assert_int_equal(far_write_many(r.b, io, FAR_ARRAY_LEN(io), FAR_FLUSH), -ENOSPC);
+	assert_true(io[0].result == 0 && io[1].result == -ENOSPC && io[2].result == 0 && io[3].result == 0);
+	io[0].buf = c;
+	assert_int_equal(far_read_many(r.b, io, FAR_ARRAY_LEN(io), 0), -EINVAL);
+	assert_true(io[0].result == 0 && io[1].result == -EINVAL && io[2].result == 0 && io[3].result == 0);
+	if (!forgets(&r))
+		assert_memory_equal(a, c, unit);
+	assert_int_equal(far_read_many(r.b, NULL, 0, 0), 0);
+	far_stop(r.b);
+	assert_int_equal(far_read_many(r.b, io, 1, 0), -ESHUTDOWN);
+	assert_int_equal(far_read_many(r.b, io, 3, 0), -ESHUTDOWN);
+	assert_true(io[0].result == -ESHUTDOWN && io[2].result == -ESHUTDOWN);
+	free(a);
+	free(b);
+	free(c);
+	region_close(&r);
+}
+
 /* One random operation on the region and on `model`. */
 static void random_op(struct region *r, unsigned char *model, unsigned char *buf, uint64_t *rng)
 {
 	uint64_t at = next(rng) % r->bytes, len = 1 + next(rng) % far_min(r->bytes - at, next(rng) % 4 ? 5000 : 70000);
 	uint64_t off = fit(r, at, &len);
 
-	switch (next(rng) % 8) {
+	switch (next(rng) % 10) {
+	case 8:
+	case 9:
+		random_list(r, model, buf, rng);
+		break;
 	case 0:
 	case 1:
 	case 2:
@@ -819,6 +886,7 @@ static const struct {
 	{ "zero-reads", check_zero_reads },
 	{ "edges", check_edges },
 	{ "model", check_model },
+	{ "list-with-errors", check_list_with_errors },
 	{ "overlap-and-tail", check_overlap_and_tail },
 	{ "misaligned", check_misaligned },
 	{ "parallel", check_parallel },

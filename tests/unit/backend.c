@@ -70,7 +70,7 @@ struct scribe {
 	int clear_answer;
 	struct far_extent extents[4];
 	size_t n_extents;
-	int closed, stopped;
+	int closed, stopped, flushes;
 };
 
 static void scribe_note(struct scribe *s, const char *what, uint64_t off, uint64_t len)
@@ -97,6 +97,7 @@ static int scribe_write(void *self, uint64_t off, const void *buf, size_t len, u
 static int scribe_flush(void *self)
 {
 	struct scribe *s = self;
+	s->flushes++;
 	return s->answer;
 }
 
@@ -231,6 +232,64 @@ static void long_requests_are_cut(void **state)
 	s.answer = -EIO;
 	assert_int_equal(far_read(b, 0, buf, 1000, 0), -EIO);
 	assert_string_equal(s.log, "r0+300 ");
+	far_close(b);
+}
+
+static void scribe_read_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct scribe *s = self;
+
+	scribe_note(s, "R", n, flags);
+	for (size_t i = 0; i < n; i++)
+		io[i].result = i == 1 ? s->answer : 0;
+}
+
+static void scribe_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct scribe *s = self;
+
+	scribe_note(s, "W", n, flags);
+	for (size_t i = 0; i < n; i++)
+		io[i].result = i == 1 ? s->answer : 0;
+}
+
+/* A list goes down whole if each of it is one call there, else piece by piece. */
+static void lists_go_down_whole(void **state)
+{
+	struct far_facts f = { .size = sizeof f, .bytes = 1000, .chunk = 100, .max_io = 300, .caps = FAR_CAP_WRITE };
+	struct far_ops ops = scribe_ops;
+	struct scribe s = { .answer = 0 };
+	struct far_backend *b;
+	char buf[1000] = "";
+	struct far_io io[] = { { 0, buf, 100, 5 }, { 200, buf, 300, 5 }, { 500, buf, 100, 5 } };
+
+	ops.read_many = scribe_read_many;
+	ops.write_many = scribe_write_many;
+	assert_int_equal(far_backend_new(&ops, &s, &f, &b), 0);
+	assert_int_equal(far_read_many(b, io, 3, FAR_BULK), 0);
+	assert_int_equal(far_write_many(b, io, 3, 0), 0);
+	assert_int_equal(far_read_many(b, io, 1, 0), 0);
+	assert_string_equal(s.log, "R3+2 W3+0 r0+100 ");
+	s.log[0] = 0;
+	assert_int_equal(far_read_many(b, io, 2, FAR_NOWAIT), 0);
+	io[1].len = 400;
+	assert_int_equal(far_write_many(b, io, 3, 0), 0);
+	assert_string_equal(s.log, "r0+100 r200+300 w0+100 w200+300 w500+100 w500+100 ");
+	s.log[0] = 0;
+	io[1].off = 150; /* no chunk begins there */
+	assert_int_equal(far_read_many(b, io, 3, 0), -EINVAL);
+	assert_string_equal(s.log, "r0+100 r500+100 ");
+	assert_true(io[0].result == 0 && io[1].result == -EINVAL && io[2].result == 0);
+	io[1].off = 200;
+	io[1].len = 100;
+	/* The flush comes after all of it, and only then. */
+	s.log[0] = 0;
+	assert_int_equal(far_write_many(b, io, 3, FAR_FLUSH), 0);
+	s.answer = -ENOSPC;
+	assert_int_equal(far_write_many(b, io, 3, FAR_FLUSH), -ENOSPC);
+	assert_true(io[0].result == 0 && io[1].result == -ENOSPC && io[2].result == 0);
+	assert_string_equal(s.log, "W3+0 W3+0 ");
+	assert_int_equal(s.flushes, 1);
 	far_close(b);
 }
 
@@ -612,7 +671,7 @@ int main(void)
 		cmocka_unit_test(memory_is_foreseen_anywhere),
 		cmocka_unit_test(contradictions_are_refused),
 		cmocka_unit_test(older_structs_are_taken),
-		cmocka_unit_test(long_requests_are_cut),
+		cmocka_unit_test(long_requests_are_cut), cmocka_unit_test(lists_go_down_whole),
 		cmocka_unit_test(clearing_falls_back),
 		cmocka_unit_test(extents_are_checked),
 		cmocka_unit_test(short_counts_abort),

@@ -793,6 +793,38 @@ static void delay_shares_only_the_pipe(void **state)
 	far_close(b);
 }
 
+/* Those of a list share the round trip, but not the pipe. */
+static void delay_waits_once_for_a_list(void **state)
+{
+	struct far_backend *b = wrap("delay:rtt=200ms", memory("mem:1M"));
+	char buf[8][4096];
+	struct far_delay_stats st;
+	struct far_io io[8];
+	uint64_t start = far_now();
+
+	for (size_t i = 0; i < 8; i++)
+		io[i] = (struct far_io){ .off = i * 8192, .buf = buf[i], .len = sizeof buf[i] };
+	memset(buf, 3, sizeof buf);
+	assert_int_equal(far_write_many(b, io, 8, 0), 0);
+	memset(buf, 4, sizeof buf);
+	assert_int_equal(far_read_many(b, io, 8, 0), 0);
+	uint64_t took = far_now() - start;
+	assert_true(buf[0][0] == 3 && buf[7][4095] == 3);
+	far_delay_stats(b, &st);
+	assert_int_equal(st.calls, 2);
+	assert_true(took >= 400 * FAR_MSEC && took < 8 * 200 * FAR_MSEC);
+	far_close(b);
+	b = wrap("delay:rate=1M", memory("mem:1M"));
+	start = far_now();
+	assert_int_equal(far_read_many(b, io, 8, 0), 0);
+	assert_true(far_now() - start >= 8 * FAR_SEC / 256);
+	uint64_t old = far_deadline_limit(far_now() + FAR_MSEC);
+	assert_int_equal(far_write_many(b, io, 8, 0), -ETIMEDOUT);
+	far_deadline_restore(old);
+	assert_int_equal(io[7].result, -ETIMEDOUT);
+	far_close(b);
+}
+
 /* A write that gave up has not changed anything. */
 static void delay_gives_up_before_the_write(void **state)
 {
@@ -1008,6 +1040,31 @@ static void retry_tries_again(void **state)
 	far_close(b);
 }
 
+/* Of a list that is tried again which has failed, and no more. */
+static void retry_tries_what_failed_of_a_list(void **state)
+{
+	struct far_backend *b = wrap("retry:backoff=10us,max-backoff=20us", wrap("fault:every=3", memory("mem:1M")));
+	struct far_retry_stats st;
+	char buf[5][100];
+	struct far_io io[5];
+
+	for (size_t i = 0; i < 5; i++)
+		io[i] = (struct far_io){ .off = i * 1000, .buf = buf[i], .len = sizeof buf[i] };
+	memset(buf, 7, sizeof buf);
+	assert_int_equal(far_write_many(b, io, 5, 0), 0); /* calls 1 to 5 and 6, which fails, too, and 7 */
+	far_retry_stats(b, &st);
+	assert_true(st.failed == 2 && st.retries == 2 && st.gave_up == 0);
+	memset(buf, 0, sizeof buf);
+	assert_int_equal(far_read_many(b, io, 5, 0), 0);
+	for (size_t i = 0; i < 5; i++)
+		assert_true(io[i].result == 0 && buf[i][99] == 7);
+	far_close(b);
+	b = wrap("retry:tries=2,backoff=1us", wrap("fault:every=1", memory("mem:1M")));
+	assert_int_equal(far_read_many(b, io, 5, 0), -EIO);
+	assert_true(io[4].result == -EIO);
+	far_close(b);
+}
+
 static void retry_gives_up(void **state)
 {
 	static const struct {
@@ -1082,6 +1139,7 @@ int main(void)
 		cmocka_unit_test(gated_opens_by_itself),
 		cmocka_unit_test(delay_waits_a_round_trip),
 		cmocka_unit_test(delay_shares_only_the_pipe),
+		cmocka_unit_test(delay_waits_once_for_a_list),
 		cmocka_unit_test(delay_gives_up_before_the_write),
 		cmocka_unit_test(fault_picks_calls),
 		cmocka_unit_test(fault_gives_the_error_it_was_told),
@@ -1091,6 +1149,7 @@ int main(void)
 		cmocka_unit_test(fault_disconnects_and_comes_back),
 		cmocka_unit_test(retry_tries_again),
 		cmocka_unit_test(window_joins_parts),
+		cmocka_unit_test(retry_tries_what_failed_of_a_list),
 		cmocka_unit_test(retry_gives_up),
 		cmocka_unit_test(retry_has_a_deadline),
 	};

@@ -181,6 +181,79 @@ static void test_many_threads(void **state)
 	}
 }
 
+#define LIST 300 /* more than are ever on their way together */
+
+/* Lists of pieces that do not touch each other, against a plain array. */
+static void lists(struct far_backend *b, uint64_t size, bool writes)
+{
+	uint8_t *truth = malloc(size), *buf = malloc(size);
+	struct far_io *io = calloc(LIST, sizeof *io);
+	size_t n = 1 + rnd() % LIST, part = size / n;
+
+	assert_int_equal(far_read(b, 0, truth, size, 0), 0);
+	for (size_t k = 0; k < size; k++)
+		buf[k] = (uint8_t)(rnd() >> 24);
+	for (size_t i = 0; i < n; i++) {
+		size_t len = 1 + rnd() % part, at = i * part + rnd() % (part - len + 1);
+		io[i] = (struct far_io){ .off = at, .buf = buf + at, .len = len, .result = 1 };
+		if (writes)
+			memcpy(truth + at, buf + at, len);
+	}
+	assert_int_equal((writes ? far_write_many : far_read_many)(b, io, n, rnd() & 1 ? FAR_BULK : 0), 0);
+	for (size_t i = 0; i < n; i++) {
+		assert_int_equal(io[i].result, 0);
+		assert_memory_equal(io[i].buf, truth + io[i].off, io[i].len);
+	}
+	assert_int_equal(far_read(b, 0, buf, size, 0), 0);
+	assert_memory_equal(buf, truth, size);
+	free(io);
+	free(truth);
+	free(buf);
+}
+
+static void test_lists(void **state)
+{
+	for (int plain = 0; plain < 2; plain++) {
+		struct rig r;
+		rig_open(&r, "mem:3000001", plain, plain ? "?size=3000001" : "");
+		for (int i = 0; i < 60; i++)
+			lists(r.far, i % 3 ? 3000001 : 20000, i & 1);
+		rig_close(&r);
+	}
+}
+
+/* They are on their way together: a server that takes its time takes it once. */
+static void test_list_takes_one_trip(void **state)
+{
+	struct far_io io[32];
+	struct far_backend *mem, *slow, *far;
+	struct far_server *s;
+	uint8_t buf[32][100];
+	char *uri;
+
+	assert_int_equal(far_open("mem:1M", NULL, &mem, NULL), 0);
+	assert_int_equal(far_layer_open("delay:rtt=100ms", mem, &slow, NULL), 0);
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", slow, NULL), 0);
+	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
+	assert_int_equal(far_open(uri, NULL, &far, NULL), 0);
+	for (size_t i = 0; i < 32; i++)
+		io[i] = (struct far_io){ .off = i * 5000, .buf = buf[i], .len = sizeof buf[i] };
+	memset(buf, 9, sizeof buf);
+	uint64_t began = far_now();
+	assert_int_equal(far_write_many(far, io, 32, 0), 0);
+	memset(buf, 0, sizeof buf);
+	assert_int_equal(far_read_many(far, io, 32, 0), 0);
+	uint64_t took = far_now() - began;
+	assert_true(buf[0][0] == 9 && buf[31][99] == 9);
+	assert_true(took >= 200 * FAR_MSEC && took < 64 * 100 * FAR_MSEC / 2);
+	far_close(far);
+	far_server_stop(s);
+	far_server_free(s);
+	far_close(slow);
+	free(uri);
+}
+
 static void test_unix_and_fd(void **state)
 {
 	char dir[] = "/tmp/far-wire-XXXXXX", uri[200], *bound;
@@ -360,6 +433,11 @@ static void test_errors_exact(void **state)
 		assert_int_equal(far_read(far, 0, &c, 1, 0), -codes[i]);
 		assert_int_equal(far_write(far, 0, &c, 1, 0), -codes[i]);
 		assert_int_equal(far_flush(far), -codes[i]);
+		struct far_io io[] = { { 0, &c, 1, 1 }, { 1, &c, 1, 1 }, { 2, &c, 1, 1 } };
+		assert_int_equal(far_read_many(far, io, 3, 0), -codes[i]);
+		assert_true(io[1].result == -codes[i] && io[2].result == -codes[i]);
+		assert_int_equal(far_write_many(far, io, 3, 0), -codes[i]);
+		assert_true(io[1].result == -codes[i] && io[2].result == -codes[i]);
 	}
 	slow.error = -ESHUTDOWN; /* theirs, not ours: another try may help */
 	assert_true(far_error_is_transient(far_read(far, 0, &c, 1, 0)));
@@ -378,6 +456,7 @@ int main(void)
 		cmocka_unit_test(test_region_service),   cmocka_unit_test(test_plain_service),
 		cmocka_unit_test(test_empty_region),     cmocka_unit_test(test_zeros_travel_as_flag),
 		cmocka_unit_test(test_many_threads),     cmocka_unit_test(test_unix_and_fd),
+		cmocka_unit_test(test_lists),            cmocka_unit_test(test_list_takes_one_trip),
 		cmocka_unit_test(test_names_and_sizes),  cmocka_unit_test(test_read_only),
 		cmocka_unit_test(test_errors_exact),
 	};

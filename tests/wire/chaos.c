@@ -49,12 +49,35 @@ static void actor_result(struct actor *a, const char *what, int r, uint64_t bega
 			 (double)(far_now() - began) / (double)FAR_SEC);
 }
 
+/* Several at once: parts of [off, off+len), every other one of them. */
+static void actor_list(struct actor *a, bool write, uint64_t off, size_t len, unsigned flags)
+{
+	uint64_t began = far_now();
+	size_t n = 2 + next(&a->rng) % 40, part = len / (2 * n);
+	struct far_io io[41];
+
+	for (size_t i = 0; i < n; i++) {
+		uint64_t at = off + 2 * i * part;
+		for (size_t k = 0; write && k < part; k++)
+			a->want[at + k] = (uint8_t)next(&a->rng);
+		io[i] = (struct far_io){ .off = a->base + at, .len = part, .buf = (write ? a->want : a->buf) + at };
+	}
+	if (write) {
+		actor_result(a, "write", far_write_many(a->c->far, io, n, flags), began);
+		return;
+	}
+	actor_result(a, "read", far_read_many(a->c->far, io, n, flags), began);
+	for (size_t i = 0; i < n; i++)
+		if (!a->fail[0] && memcmp(io[i].buf, a->want + io[i].off - a->base, part))
+			snprintf(a->fail, sizeof a->fail, "%zu of a list gave something else", i);
+}
+
 static void actor_step(struct actor *a)
 {
 	uint64_t off = next(&a->rng) % PART, began = far_now();
 	size_t len = 1 + next(&a->rng) % far_min(PART - off, 20000);
 	unsigned flags = next(&a->rng) % 2 ? FAR_BULK : 0;
-	uint32_t what = next(&a->rng) % 16;
+	uint32_t what = next(&a->rng) % 20;
 
 	if (what < 7) {
 		for (size_t i = 0; i < len; i++)
@@ -69,6 +92,8 @@ static void actor_step(struct actor *a)
 		actor_result(a, "read", far_read(a->c->far, a->base + off, a->buf, len, flags), began);
 		if (!a->fail[0] && memcmp(a->buf, a->want + off, len))
 			snprintf(a->fail, sizeof a->fail, "a read at %" PRIu64 " of %zu gave something else", off, len);
+	} else if (what < 19) {
+		actor_list(a, what < 17, off, len, flags);
 	} else {
 		actor_result(a, "flush", far_flush(a->c->far), began);
 	}

@@ -94,6 +94,25 @@ static void scene_read(struct scene *s, uint64_t off, size_t len, unsigned flags
 	free(buf);
 }
 
+/* Three at once, one page each. */
+static void scene_list(struct scene *s, bool write, uint64_t off)
+{
+	uint8_t *buf = calloc(3, PAGE);
+	struct far_io io[3];
+
+	for (size_t i = 0; i < 3; i++) {
+		uint64_t at = off + 2 * i * PAGE;
+		if (write)
+			memset(s->want + at, (int)(s->rng >> 8) + (int)i, PAGE);
+		io[i] = (struct far_io){ .off = at, .len = PAGE, .buf = write ? s->want + at : buf + i * PAGE };
+	}
+	CALL_OK(s, "list", write ? far_write_many(s->far, io, 3, 0) : far_read_many(s->far, io, 3, 0));
+	for (size_t i = 0; i < 3 && !s->fail[0]; i++)
+		if (memcmp(io[i].buf, s->want + io[i].off, PAGE))
+			scene_fail(s, "a list of reads gave something else than was written", -EBADMSG);
+	free(buf);
+}
+
 static int scene_open(struct scene *s)
 {
 	struct far_open_opts o = FAR_OPEN_OPTS_INIT;
@@ -159,6 +178,8 @@ static void scene_writer(struct scene *s)
 	CALL_OK(s, "zero", far_zero(s->far, 2 * PAGE, PAGE, 0));
 	CALL_OK(s, "flush", far_flush(s->far));
 	scene_write(s, 0, PAGE);
+	scene_list(s, true, 0);
+	scene_list(s, false, PAGE);
 	scene_read(s, 0, SIZE, FAR_BULK);
 	CALL_OK(s, "extents", far_extents(s->far, 0, SIZE, x, FAR_ARRAY_LEN(x), &n));
 	CALL_OK(s, "flush", far_flush(s->far));

@@ -23,6 +23,9 @@
 #define CLIENT_LONG ((size_t)FAR_MIB)
 #define CLIENT_PART ((size_t)256 * FAR_KIB)
 #define CLIENT_AHEAD 2
+#define CLIENT_FAR 256 /* so many calls of a list on their way, far away and near by */
+#define CLIENT_NEAR 32
+#define CLIENT_REPLY 64 /* to a change, at most */
 #define CLIENT_COOL (100 * FAR_MSEC) /* TCP begins anew after 200 ms or more */
 
 uint64_t far_client_deadline(const struct far_client *c)
@@ -88,17 +91,19 @@ static bool client_change_again(struct far_client *c, struct far_exchange *op, u
 	}
 }
 
-/* A call that belongs to a generation; `change`: done again later it would undo something. */
+/* A call that belongs to a generation; `change`: done again later it would undo something. It may have been made for the
+ * first time already. */
 static int client_ordered(struct far_client *c, struct far_exchange *op, bool change)
 {
 	uint64_t deadline = far_client_deadline(c);
 	unsigned tries = 0, rounds = 0;
 
 	for (;;) {
-		int r = far_fence_enter(c, deadline, &op->generation);
+		int r = op->made ? 0 : far_fence_enter(c, deadline, &op->generation);
 		if (r)
 			return client_error(r);
-		r = far_exchange(c, op, deadline);
+		r = op->made ? op->result : far_exchange(c, op, deadline);
+		op->made = false;
 		if (op->fate == FAR_FATE_FENCED || (change && (op->fate == FAR_FATE_LOST || op->fate == FAR_FATE_GARBLED)))
 			far_fence_break(c, op->generation);
 		if (r == 0 && change && far_client_flag(&c->sessions))
@@ -117,7 +122,7 @@ int far_client_read_back(struct far_client *c, uint64_t off, void *buf, size_t l
 
 int far_client_write_again(struct far_client *c, uint64_t off, const void *buf, size_t len)
 {
-	uint8_t reply[64];
+	uint8_t reply[CLIENT_REPLY];
 	struct far_exchange op = { .m = FAR_M_WRITE, .off = off, .src = buf, .len = len, .reply = reply,
 				.reply_cap = sizeof reply };
 
@@ -161,11 +166,17 @@ static int client_read_parts(struct far_client *c, uint64_t off, void *buf, size
 		op[n++] = (struct far_exchange){ .m = FAR_M_READ, .off = off + at, .len = far_min(part, len - at),
 						 .dst = (char *)buf + at, .flags = flags };
 	/* What was not made, or failed, is made by itself, with all that belongs to that. */
-	far_exchange_reads(c, op, n, near ? CLIENT_AHEAD : n, deadline);
+	far_exchange_many(c, op, n, near ? CLIENT_AHEAD : n, deadline);
 	int r = 0;
 	for (unsigned i = 0; i < n && r == 0; i++)
 		r = client_ask_until(c, &op[i], deadline);
 	return r;
+}
+
+/* How many calls of a list are on their way. */
+static size_t client_ahead(struct far_client *c)
+{
+	return atomic_load_explicit(&c->lanes.near, memory_order_relaxed) ? CLIENT_NEAR : CLIENT_FAR;
 }
 
 static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned flags)
@@ -183,23 +194,46 @@ static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned
 	return client_ask(c, &op);
 }
 
+/* The first try of several is made together; what that did not settle is made by itself, with all that belongs to that. */
+static void client_read_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct far_client *c = self;
+	struct far_exchange *op = malloc(n * sizeof *op);
+
+	for (size_t i = 0; op && i < n; i++)
+		op[i] = (struct far_exchange){ .m = FAR_M_READ, .off = io[i].off, .len = io[i].len, .dst = io[i].buf,
+					       .flags = flags };
+	if (op)
+		far_exchange_many(c, op, n, client_ahead(c), far_deadline());
+	for (size_t i = 0; i < n; i++)
+		io[i].result = op ? client_ask(c, &op[i]) : client_read(c, io[i].off, io[i].buf, io[i].len, flags);
+	free(op);
+}
+
+static int client_change_op(struct far_client *c, struct far_exchange *op)
+{
+	bool entered = false;
+	int r = op->made ? 0 : far_plain_begin(c, op->off, op->src, op->len, far_client_deadline(c), &entered);
+
+	if (r)
+		return r;
+	r = client_ordered(c, op, true);
+	bool lost = op->m == FAR_M_WRITE && (op->fate == FAR_FATE_LOST || op->fate == FAR_FATE_GARBLED);
+	int p = far_plain_end(c, op->off, op->src, op->len, lost && r ? 1 : r, entered);
+	return r ? r : p;
+}
+
 static int client_change(struct far_client *c, enum far_grpc_method m, uint64_t off, const void *src, uint64_t len,
 			 unsigned flags, uint64_t *told_by)
 {
-	uint8_t reply[64];
+	uint8_t reply[CLIENT_REPLY];
 	struct far_exchange op = { .m = m, .off = off, .src = src, .len = len, .flags = flags, .reply = reply,
 				.reply_cap = sizeof reply };
+	int r = flags & FAR_NOWAIT ? -EAGAIN : client_change_op(c, &op);
 
-	bool entered;
-	int r = flags & FAR_NOWAIT ? -EAGAIN : far_plain_begin(c, off, src, len, far_client_deadline(c), &entered);
-	if (r)
-		return r;
-	r = client_ordered(c, &op, true);
-	bool lost = m == FAR_M_WRITE && (op.fate == FAR_FATE_LOST || op.fate == FAR_FATE_GARBLED);
-	int p = far_plain_end(c, off, src, len, lost && r ? 1 : r, entered);
 	if (told_by)
 		*told_by = op.told_by;
-	return r ? r : p;
+	return r;
 }
 
 static int client_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
@@ -312,6 +346,26 @@ static int client_write(void *self, uint64_t off, const void *buf, size_t len, u
 		return client_flush(c);
 	struct far_grpc_flushed f = { .instance = told_by };
 	return far_hello_flushed(c, &f, changes + 1);
+}
+
+static void client_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct far_client *c = self;
+	struct far_exchange *op = malloc(n * (sizeof *op + CLIENT_REPLY));
+	uint8_t *reply = (uint8_t *)(op + n);
+	uint64_t generation = 0;
+
+	for (size_t i = 0; op && i < n; i++)
+		op[i] = (struct far_exchange){ .m = FAR_M_WRITE, .off = io[i].off, .src = io[i].buf, .len = io[i].len, .flags = flags,
+					       .reply = reply + i * CLIENT_REPLY, .reply_cap = CLIENT_REPLY };
+	if (op && far_plain_sound(c) && far_fence_enter(c, far_client_deadline(c), &generation) == 0) {
+		for (size_t i = 0; i < n; i++)
+			op[i].generation = generation;
+		far_exchange_many(c, op, n, client_ahead(c), far_deadline());
+	}
+	for (size_t i = 0; i < n; i++)
+		io[i].result = op ? client_change_op(c, &op[i]) : client_write(c, io[i].off, io[i].buf, io[i].len, flags);
+	free(op);
 }
 
 static int client_extents(void *self, uint64_t off, uint64_t len, struct far_extent *out, size_t max, size_t *n)
@@ -436,6 +490,8 @@ const struct far_ops far_client_ops = {
 	.origin = client_origin,
 	.lease = client_lease,
 	.watch = client_watch,
+	.read_many = client_read_many,
+	.write_many = client_write_many,
 	.counters = client_counters,
 	.stop = client_stop,
 	.close = client_close,

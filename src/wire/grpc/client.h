@@ -130,6 +130,7 @@ void far_fence_break(struct far_client *c, uint64_t generation);
  * plain.c: for peers without sessions. Around each change: begin (0 or why it cannot be made now), then end with what
  * became of it: 0 acknowledged, 1 unknown, -errno it was not made.
  */
+bool far_plain_sound(struct far_client *c); /* there are no such ranges now */
 int far_plain_begin(struct far_client *c, uint64_t off, const void *src, uint64_t len, uint64_t deadline, bool *entered);
 int far_plain_end(struct far_client *c, uint64_t off, const void *src, uint64_t len, int fate, bool entered);
 /* Before a flush: what was acknowledged last in those ranges is there, or is written again. */

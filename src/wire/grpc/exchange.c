@@ -11,6 +11,7 @@
 
 #include "backend/backend.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define EXCHANGE_MEMORY (10 * FAR_SEC)
@@ -41,7 +42,8 @@ struct exchange_call {
 	uint64_t kinds_n;
 	uint8_t sum[FAR_GRPC_SUM]; /* came with a read, or is expected from a change */
 	bool has_sum;
-	bool begun; /* of several that are made at once */
+	bool begun; /* of several that are made at once, as the next */
+	uint64_t deadline;
 	uint64_t began;
 	uint8_t head[FAR_H2_HEAD - FAR_GRPC_PREFIX];
 	uint8_t body[FAR_H2_HEAD + 512]; /* of a request that does not fit the head */
@@ -363,11 +365,22 @@ static int exchange_pick(struct far_client *c, struct far_exchange *op, uint64_t
 	return r;
 }
 
-static void exchange_begin_read(struct far_client *c, struct far_exchange *op, struct far_channel *channel,
-				struct exchange_call *k, uint64_t deadline)
+static bool exchange_is_change(const struct far_exchange *op)
 {
-	op->result = exchange_prepare(c, op, channel, k);
+	return op->m == FAR_M_WRITE || op->m == FAR_M_ZERO || op->m == FAR_M_DISCARD;
+}
+
+static void exchange_begin(struct far_client *c, struct far_exchange *op, struct far_channel *channel, struct exchange_call *k,
+			   uint64_t deadline)
+{
 	op->made = true;
+	op->fate = FAR_FATE_DONE;
+	k->begun = false;
+	op->result = exchange_is_change(op) && far_hello_fenced(c) ? -ESTALE : 0;
+	if (op->result)
+		return;
+	op->result = exchange_prepare(c, op, channel, k);
+	k->deadline = far_min(deadline, far_client_deadline(c));
 	k->began = far_now();
 	k->begun = op->result == 0;
 	if (!k->begun) {
@@ -375,17 +388,17 @@ static void exchange_begin_read(struct far_client *c, struct far_exchange *op, s
 		return;
 	}
 	far_channel_owe(channel, 1, (int64_t)op->len);
-	far_channel_begin(channel, &k->call, deadline);
+	far_channel_begin(channel, &k->call, k->deadline);
 }
 
 /* The connections for them, which may have to be made: before any call is begun. False: one has its result. */
-static bool exchange_pick_all(struct far_client *c, struct far_exchange *op, unsigned n, uint64_t deadline,
+static bool exchange_pick_all(struct far_client *c, struct far_exchange *op, size_t n, uint64_t deadline,
 			      struct far_channel **channel)
 {
-	for (unsigned i = 0; i < n; i++) {
+	for (size_t i = 0; i < n; i++) {
 		if (channel[exchange_lane(&op[i])])
 			continue;
-		op[i].result = exchange_pick(c, &op[i], deadline, &channel[exchange_lane(&op[i])]);
+		op[i].result = exchange_pick(c, &op[i], far_min(deadline, far_client_deadline(c)), &channel[exchange_lane(&op[i])]);
 		op[i].made = op[i].result != 0;
 		if (op[i].made)
 			return false;
@@ -393,36 +406,37 @@ static bool exchange_pick_all(struct far_client *c, struct far_exchange *op, uns
 	return true;
 }
 
-void far_exchange_reads(struct far_client *c, struct far_exchange *op, unsigned n, unsigned ahead, uint64_t deadline)
+void far_exchange_many(struct far_client *c, struct far_exchange *op, size_t n, size_t ahead, uint64_t deadline)
 {
-	struct exchange_call k[FAR_EXCHANGE_READS];
 	struct far_channel *channel[FAR_LANES] = { NULL }, *on;
-	unsigned begun = 0;
+	struct exchange_call *calls = malloc(far_min(n, ahead) * sizeof *calls);
+	size_t begun = 0;
 
-	FAR_ASSERT(n <= FAR_EXCHANGE_READS);
-	bool well = exchange_pick_all(c, op, n, deadline, channel);
-	for (unsigned i = 0; i < n && (well || i < begun); i++) {
+	bool well = calls && exchange_pick_all(c, op, n, deadline, channel);
+	for (size_t i = 0; i < n && (well || i < begun); i++) {
 		for (; well && begun < far_min(n, i + ahead); begun++)
-			exchange_begin_read(c, &op[begun], channel[exchange_lane(&op[begun])], &k[begun], deadline);
+			exchange_begin(c, &op[begun], channel[exchange_lane(&op[begun])], &calls[begun % ahead],
+				       deadline);
+		struct exchange_call *k = &calls[i % ahead];
 		on = channel[exchange_lane(&op[i])];
 		for (int lane = 0; lane < FAR_LANES; lane++)
 			if (channel[lane] && channel[lane] != on)
 				far_channel_push(channel[lane]);
-		if (k[i].begun) {
+		if (k->begun) {
 			/* What comes of the later ones waits in the socket while this one's checksum is computed. */
-			int r = far_channel_finish(on, &k[i].call, deadline, c->timeout);
+			int r = far_channel_finish(on, &k->call, k->deadline, c->timeout);
 			far_channel_owe(on, -1, -(int64_t)op[i].len);
-			op[i].result = exchange_ended(c, &op[i], on, &k[i], r);
+			op[i].result = exchange_ended(c, &op[i], on, k, r);
 		}
 		well = well && op[i].result == 0;
 	}
 	for (int lane = 0; lane < FAR_LANES; lane++)
 		far_channel_put(channel[lane]);
+	free(calls);
 }
 
 int far_exchange(struct far_client *c, struct far_exchange *op, uint64_t deadline)
 {
-	bool change = op->m == FAR_M_WRITE || op->m == FAR_M_ZERO || op->m == FAR_M_DISCARD;
 	struct far_channel *channel = op->channel;
 	int r = 0;
 
@@ -433,7 +447,7 @@ int far_exchange(struct far_client *c, struct far_exchange *op, uint64_t deadlin
 		r = exchange_pick(c, op, deadline, &channel);
 	if (r)
 		return r;
-	r = change && far_hello_fenced(c) ? -ESTALE : exchange_on(c, op, channel, deadline);
+	r = exchange_is_change(op) && far_hello_fenced(c) ? -ESTALE : exchange_on(c, op, channel, deadline);
 	far_channel_put(channel);
 	return r;
 }

@@ -35,17 +35,18 @@ struct far_exchange {
 	uint64_t told_by; /* the instance, 0: unknown */
 	struct far_hello_seen seen; /* when it was asked, of calls whose reply describes the peer */
 	enum far_fate fate;
-	int result; /* set by far_exchange_reads() only, as the next */
+	int result; /* set by far_exchange_many() only, as the next */
 	bool made;
 };
 
 /* 0 or -errno; op->fate says what that means. */
 int far_exchange(struct far_client *c, struct far_exchange *op, uint64_t deadline);
 
-/* Several reads over one connection of each lane; `ahead` of them are asked for before the answer of the first is taken.
- * Those that were made are marked and have their result; after one that failed the rest may be left. */
+/* Several reads or writes over one connection of each lane; `ahead` of them are asked for before the answer of the first is
+ * taken. Those that were made are marked and have their result; after one that failed the rest may be left. Each ends at
+ * `deadline`, and at its own far_client_deadline(), at the latest. */
 #define FAR_EXCHANGE_READS 9 /* eight parts, and one over the other lane */
 #define FAR_WARM ((size_t)64 * FAR_KIB) /* a demand read of so much keeps its connection warm, see client.c */
-void far_exchange_reads(struct far_client *c, struct far_exchange *op, unsigned n, unsigned ahead, uint64_t deadline);
+void far_exchange_many(struct far_client *c, struct far_exchange *op, size_t n, size_t ahead, uint64_t deadline);
 
 #endif

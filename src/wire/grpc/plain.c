@@ -168,13 +168,18 @@ static int plain_look(struct far_client *c, const struct far_plain_doubt *d)
 	return r;
 }
 
+bool far_plain_sound(struct far_client *c)
+{
+	return !atomic_load_explicit(&c->plain.n, memory_order_acquire);
+}
+
 int far_plain_begin(struct far_client *c, uint64_t off, const void *src, uint64_t len, uint64_t deadline, bool *entered)
 {
 	uint8_t sum[FAR_GRPC_SUM];
 	int r;
 
 	*entered = false;
-	if (!atomic_load_explicit(&c->plain.n, memory_order_acquire))
+	if (far_plain_sound(c))
 		return 0;
 	r = plain_enter(c, deadline);
 	if (r)
