@@ -228,40 +228,51 @@ static int push_job_locked(struct far_push *p, struct push_job *j, unsigned flag
 	return err;
 }
 
-/* Bytes [from, to) of the chunk at `base`. */
-static int push_range(struct far_region *r, uint64_t base, uint64_t from, uint64_t to, unsigned flags, bool *local)
+/* Write them together; the last one by itself and after the others, if it carries a flush. */
+static int push_list(struct far_region *r, struct far_io *io, size_t n, unsigned flags, bool flush)
 {
-	size_t len = (size_t)(to - from);
-	char *buf = far_buf_get(len);
-	int err = buf ? push_read(r, base + from, buf, len) : -ENOMEM;
+	struct far_io *last = &io[n - 1];
+	uint64_t len = 0;
+	int err = 0;
 
-	*local = err && err != -ENOMEM;
-	if (!err) {
-		atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
-		err = far_write(r->remote, base + from, buf, len, flags);
-		if (err == -EREMOTEIO)
-			err = 0; /* done, see flush.c */
-		atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
-		if (err)
-			far_push_refused(r, err);
-		else
-			atomic_fetch_add_explicit(&r->pushed, len, memory_order_relaxed);
-	}
-	far_buf_put(buf, len);
+	for (size_t k = 0; k < n; k++)
+		len += io[k].len;
+	atomic_fetch_add_explicit(&r->inflight, len, memory_order_relaxed);
+	if (n > flush)
+		err = far_write_many(r->remote, io, n - flush, flags);
+	if (!err && flush)
+		err = far_write(r->remote, last->off, last->buf, last->len, flags | FAR_FLUSH);
+	if (err == -EREMOTEIO)
+		err = 0; /* done, see flush.c */
+	atomic_fetch_sub_explicit(&r->inflight, len, memory_order_relaxed);
+	if (err)
+		far_push_refused(r, err);
+	else
+		atomic_fetch_add_explicit(&r->pushed, len, memory_order_relaxed);
 	return err;
 }
 
-/* What is here of a half-written chunk, range by range; the last one with the flush, if it carries one. */
+/* What is here of a half-written chunk, a few ranges at a time; the last one with the flush, if it carries one. */
 static int push_ranges(struct far_region *r, struct push_job *j, const struct far_partial *e, unsigned flags, bool flush)
 {
-	uint64_t base = j->first << r->shift, from = 0, to = 0, next, next_to;
+	uint64_t base = j->first << r->shift, from = 0, to = 0;
+	bool more = far_partial_present(e, &from, &to);
 	int err = 0;
 
-	far_partial_present(e, &from, &to);
-	for (bool more = true; more && !err; from = next, to = next_to) {
-		next = to;
-		more = far_partial_present(e, &next, &next_to);
-		err = push_range(r, base, from, to, !more && flush ? flags | FAR_FLUSH : flags, &j->local);
+	while (more && !err) {
+		struct far_io io[PUSH_RANGES_MAX];
+		size_t n = 0;
+		while (more && !err && n < PUSH_RANGES_MAX) {
+			struct far_io *one = &io[n++];
+			*one = (struct far_io){ .off = base + from, .len = (size_t)(to - from), .buf = far_buf_get((size_t)(to - from)) };
+			err = one->buf ? push_read(r, one->off, one->buf, one->len) : -ENOMEM;
+			j->local = err && err != -ENOMEM;
+			from = to;
+			more = far_partial_present(e, &from, &to);
+		}
+		err = err ? err : push_list(r, io, n, flags, flush && !more);
+		while (n--)
+			far_buf_put(io[n].buf, io[n].len);
 	}
 	if (j->local)
 		far_cache_unreadable(r, j->first, err, true);

@@ -34,7 +34,7 @@ struct remote {
 	bool tells;               /* of its instance */
 	bool instant;             /* FAR_NOWAIT is no obstacle */
 	uint64_t instance;
-	_Atomic unsigned reads, writes, flushes;
+	_Atomic unsigned reads, writes, flushes, lists;
 	_Atomic bool hold_reads, hold_writes;
 	_Atomic uint64_t hold_from; /* hold_reads concerns reads from here on */
 	struct far_mutex lock;
@@ -101,6 +101,15 @@ static int remote_write(void *self, uint64_t off, const void *buf, size_t len, u
 	s->durable = false;
 	far_mutex_unlock(&s->lock);
 	return 0;
+}
+
+static void remote_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct remote *s = self;
+
+	s->lists++;
+	for (size_t i = 0; i < n; i++)
+		io[i].result = remote_write(s, io[i].off, io[i].buf, io[i].len, flags);
 }
 
 static int remote_zero(void *self, uint64_t off, uint64_t len, unsigned flags)
@@ -201,7 +210,7 @@ static struct far_mount_opts quiet(void)
 
 static struct far_backend *remote_open(struct remote *s, uint64_t bytes)
 {
-	const struct far_ops ops = { FAR_OPS_INIT, .read = remote_read, .write = remote_write, .zero = remote_zero,
+	const struct far_ops ops = { FAR_OPS_INIT, .read = remote_read, .write = remote_write, .write_many = remote_write_many, .zero = remote_zero,
 				     .flush = remote_flush, .origin = remote_origin, .counters = remote_counters, .stop = remote_stop,
 				     .close = remote_close };
 	struct far_facts facts = FAR_FACTS_INIT;

@@ -633,6 +633,8 @@ static void many_ranges_are_fetched_first(void **state)
 			assert_int_equal(far_write(f.face, c * CHUNK + k * 1024, buf, 100 + (k > 1) * 412, 0), 0);
 	assert_int_equal(far_region_flush(f.r), 0);
 	assert_int_equal(f.s.reads, 0); /* four ranges at most */
+	assert_int_equal(f.s.writes, 11);
+	assert_int_equal(f.s.lists, 3); /* those of a chunk go out together */
 	teardown(&f);
 
 	o.chunk = 4 * CHUNK;
