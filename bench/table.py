@@ -454,6 +454,10 @@ def go_serve(size):
 GRPC_TARGETS = {(4, 1): 2, (4, 32): 3, (64, 1): 4, (64, 32): 4, (1024, 1): 4, (1024, 32): 3}
 
 
+# How so many blocks are kept on their way: by one caller, or by two who each have a list of 16 (far_read_many).
+GRPC_CALLERS = {1: '1', 32: '2x16'}
+
+
 @row('grpc')
 def row_grpc(o):
     """Reads and writes of every combination of the two clients and the two servers, checked byte by byte."""
@@ -465,27 +469,33 @@ def row_grpc(o):
     binary, backend = go_peer(), os.path.join(BUILD, 'bench', 'backend')
     address, plain = go_serve(size), uri.split('/')[2]
 
-    def run(client, at, *job):
+    def run(client, at, kib, depth, act_, callers=None):
         if client == 'go':
             argv = [binary, 'grpc-bench', address if at == 'go' else plain]
         else:
             argv = [backend, {'go': 'grpc://%s/?size=%d' % (address, size), 'ours': uri + '?sums=0', 'sums': uri}[at]]
-        return numbers(*argv, size, *job)
+        how = depth if client == 'go' else callers or GRPC_CALLERS[depth]
+        return numbers(*argv, size, kib << 10, how, ms, act_)
 
     def one(kib, depth, act_, ours, target, name):
-        alone, sums = ours == ('ours', 'ours'), []
+        beside = {'with checksums': ('sums', None), 'of %d callers' % depth: ('ours', str(depth))}
+        if depth == 1:
+            del beside['of 1 callers']
+        if ours != ('ours', 'ours'):
+            beside = {}
+        more = {what: [] for what in beside}
 
         def we():
-            if alone:
-                sums.append(run('ours', 'sums', kib << 10, depth, ms, act_)[0])
-            return run(*ours, kib << 10, depth, ms, act_)
-        a, b = both(o.pairs, we, lambda: run('go', 'go', kib << 10, depth, ms, act_), key=lambda r: -r[0])
-        more = 'p50 %.0f against %.0f us (%.1f x), %s' % (a[1], b[1], b[1] / a[1], rates(a[0] * kib / 1024, b[0] * kib / 1024))
-        if alone:
-            more += '; with checksums %.2f x' % (max(sums) / b[0])
-        show('%s, %d KiB %s, depth %d' % (name, kib, act_, depth), a[0] / b[0], 'x', target, more, None)
+            for what, (at, callers) in beside.items():
+                more[what].append(run('ours', at, kib, depth, act_, callers)[0])
+            return run(*ours, kib, depth, act_)
+        a, b = both(o.pairs, we, lambda: run('go', 'go', kib, depth, act_), key=lambda r: -r[0])
+        text = 'p50 %.0f against %.0f us (%.1f x), %s' % (a[1], b[1], b[1] / a[1], rates(a[0] * kib / 1024, b[0] * kib / 1024))
+        text += ''.join('; %s %.2f x' % (what, max(all_) / b[0]) for what, all_ in more.items())
+        show('%s, %d KiB %s, depth %d' % (name, kib, act_, depth), a[0] / b[0], 'x', target, text, None)
     print('%-44s   far_read and far_write <- gRPC <- memory in huge pages, all bytes compared, against r3map\'s services on grpc-go,\n%-44s   '
-          'which have no checksums: the ratio is without ours too' % ('gRPC Backend', ''))
+          'which have no checksums: the ratio is without ours too. Depth 32: two callers with lists of 16 (far_read_many) against 32\n%-44s   '
+          'goroutines; beside it 32 callers with one each' % ('gRPC Backend', '', ''))
     for (kib, depth), target in GRPC_TARGETS.items():
         for act_ in ('read', 'write'):
             one(kib, depth, act_, ('ours', 'ours'), target, 'gRPC')
