@@ -195,6 +195,15 @@ static void calls_make(struct calls *t)
 		rig_model_wrote(&t->m, off, buf, k ? sizeof buf : 100, e);
 		calls_result("a write", e);
 	}
+	struct far_io io[3];
+	for (unsigned k = 0; k < 3; k++)
+		io[k] = (struct far_io){ .off = 60000 + k * 70000, .buf = buf + k * 20000, .len = 20000 };
+	rig_fill(buf, 60000, sizeof buf, ++t->version);
+	far_write_many(t->far, io, 3, 0);
+	for (unsigned k = 0; k < 3; k++) {
+		rig_model_wrote(&t->m, io[k].off, io[k].buf, io[k].len, io[k].result);
+		calls_result("one of a list of writes", io[k].result);
+	}
 	e = far_zero(t->far, 150000, 5000, 0);
 	rig_model_wrote(&t->m, 150000, NULL, 5000, e);
 	calls_result("a zero", e);
@@ -218,6 +227,12 @@ static void calls_make(struct calls *t)
 		if (!e)
 			rig_model_read(&t->m, 99000, buf, sizeof buf, "over the wire");
 		calls_result("a read", e);
+	}
+	far_read_many(t->far, io, 3, 0);
+	for (unsigned k = 0; k < 3; k++) {
+		if (!io[k].result)
+			rig_model_read(&t->m, io[k].off, io[k].buf, io[k].len, "in a list over the wire");
+		calls_result("one of a list of reads", io[k].result);
 	}
 }
 
