@@ -254,8 +254,10 @@ FAR_API int far_read(struct far_backend *b, uint64_t off, void *buf, size_t len,
 FAR_API int far_write(struct far_backend *b, uint64_t off, const void *buf, size_t len, unsigned flags);
 /* Several at once, each as by far_read() or far_write(): on their way together where the backend can (network schemes: in
  * few packets, and the caller is woken seldom), else one after another. Each gets its result, whatever becomes of the
- * others; returns the first of them, as the list goes, that is not 0. Ranges of writes must not overlap. With FAR_FLUSH
- * one flush follows if all were written; its error is returned, their results stay. */
+ * others, except that once one ran out of time (-ETIMEDOUT), or the connection cannot be had again, those that were not
+ * begun end in the same way. Returns the first of them, as the list goes, that is not 0. Ranges of writes must not overlap.
+ * With FAR_FLUSH one flush follows if all were written; its error is returned, their results stay. A long list is handed
+ * down 8 MiB at a time, each with its own deadline. */
 FAR_API int far_read_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags);
 FAR_API int far_write_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags);
 FAR_API int far_flush(struct far_backend *b);

@@ -20,6 +20,9 @@
 
 /* Zeros are written this much at a time where a backend cannot zero. */
 #define BACKEND_ZERO_RUN ((uint64_t)1 << 20)
+/* Of a list so many, and hardly more than so many bytes, are handed down at a time. */
+#define BACKEND_LIST 1024
+#define BACKEND_LIST_BYTES ((uint64_t)8 << 20)
 
 struct far_backend {
 	/* fixed after open */
@@ -199,46 +202,72 @@ int far_write(struct far_backend *b, uint64_t off, const void *buf, size_t len, 
 }
 
 /* Whether each of them is one call of the backend. */
-static bool backend_many_ok(struct far_backend *b, const struct far_io *io, size_t n, bool write)
+static bool backend_many_ok(struct far_backend *b, const struct far_io *io, size_t n, unsigned flags, bool write)
 {
 	uint64_t most = b->facts.max_io ? b->facts.max_io : UINT64_MAX;
 
+	if (n < 2 || (flags & FAR_NOWAIT) || !(write ? b->ops.write_many : b->ops.read_many))
+		return false;
 	for (size_t i = 0; i < n; i++)
 		if (!io[i].len || io[i].len > most || backend_check(b, io[i].off, io[i].len, write))
 			return false;
 	return true;
 }
 
-int far_read_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags)
+/* How many of them: so much that one deadline will do for it. */
+static size_t backend_part(const struct far_io *io, size_t n)
 {
-	int r = 0;
+	uint64_t bytes = 0;
+	size_t i = 0;
 
-	if (n > 1 && b->ops.read_many && !(flags & FAR_NOWAIT) && backend_many_ok(b, io, n, false)) {
-		b->ops.read_many(b->self, io, n, flags);
-	} else {
-		for (size_t i = 0; i < n; i++)
+	while (i < n && i < BACKEND_LIST && bytes < BACKEND_LIST_BYTES)
+		bytes += far_min(io[i++].len, BACKEND_LIST_BYTES);
+	return i;
+}
+
+static void backend_each(struct far_backend *b, struct far_io *io, size_t n, unsigned flags, bool write)
+{
+	for (size_t i = 0; i < n; i++) {
+		if (i && io[i - 1].result == -ETIMEDOUT)
+			io[i].result = -ETIMEDOUT;
+		else if (write)
+			io[i].result = far_write(b, io[i].off, io[i].buf, io[i].len, flags);
+		else
 			io[i].result = far_read(b, io[i].off, io[i].buf, io[i].len, flags);
 	}
-	for (size_t i = 0; i < n && !r; i++)
-		r = backend_code(io[i].result);
+}
+
+static int backend_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags, bool write)
+{
+	bool late = false;
+	int r = 0;
+
+	for (size_t part; n; io += part, n -= part) {
+		part = backend_part(io, n);
+		if (!late && backend_many_ok(b, io, part, flags, write))
+			(write ? b->ops.write_many : b->ops.read_many)(b->self, io, part, flags);
+		else if (!late)
+			backend_each(b, io, part, flags, write);
+		for (size_t i = 0; i < part; i++) {
+			io[i].result = late ? -ETIMEDOUT : backend_code(io[i].result);
+			r = r ? r : io[i].result;
+		}
+		for (size_t i = 0; i < part; i++)
+			late = late || io[i].result == -ETIMEDOUT;
+	}
 	return r;
+}
+
+int far_read_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags)
+{
+	return backend_many(b, io, n, flags, false);
 }
 
 int far_write_many(struct far_backend *b, struct far_io *io, size_t n, unsigned flags)
 {
-	bool flush = flags & FAR_FLUSH;
-	int r = 0;
+	int r = backend_many(b, io, n, flags & ~(unsigned)FAR_FLUSH, true);
 
-	flags &= ~(unsigned)FAR_FLUSH;
-	if (n > 1 && b->ops.write_many && !(flags & FAR_NOWAIT) && backend_many_ok(b, io, n, true)) {
-		b->ops.write_many(b->self, io, n, flags);
-	} else {
-		for (size_t i = 0; i < n; i++)
-			io[i].result = far_write(b, io[i].off, io[i].buf, io[i].len, flags);
-	}
-	for (size_t i = 0; i < n && !r; i++)
-		r = backend_code(io[i].result);
-	return r || !flush ? r : far_flush(b);
+	return r || !(flags & FAR_FLUSH) ? r : far_flush(b);
 }
 
 int far_flush(struct far_backend *b)

@@ -143,14 +143,6 @@ static int retry_once(struct retry *t, const struct retry_call *c)
 	}
 }
 
-/* Its first try has ended with r. */
-static int retry_on(struct retry *t, const struct retry_call *c, int r)
-{
-	for (unsigned tried = 1; r && !(r = retry_again(t, tried, r)); tried++)
-		r = retry_once(t, c);
-	return r;
-}
-
 static int retry_do(void *self, const struct retry_call *c)
 {
 	struct retry *t = self;
@@ -162,7 +154,11 @@ static int retry_do(void *self, const struct retry_call *c)
 		return r && far_error_is_transient(r) ? -EAGAIN : r;
 	}
 	uint64_t old = far_deadline_limit(far_now() + t->conf.deadline);
-	r = retry_on(t, c, retry_once(t, c));
+	for (unsigned tried = 1;; tried++) {
+		r = retry_once(t, c);
+		if (!r || (r = retry_again(t, tried, r)))
+			break;
+	}
 	far_deadline_restore(old);
 	return r;
 }
@@ -197,16 +193,37 @@ static int retry_extents(void *self, uint64_t off, uint64_t len, struct far_exte
 	return retry_do(self, &(struct retry_call){ RETRY_EXTENTS, off, len, .extents = out, .max = max, .n = n });
 }
 
-/* The first try of all together, the others one by one. */
-static void retry_many(void *self, bool write, struct far_io *io, size_t n, unsigned flags)
+/* [io, end) has failed: again, together, until one of them has succeeded; what stands behind that is another run, whose tries
+ * are counted anew. Returns where the run ended. */
+static struct far_io *retry_run(struct retry *t, bool write, struct far_io *io, struct far_io *end, unsigned flags)
 {
-	struct retry *t = self;
+	for (unsigned tried = 1; io < end; tried++) {
+		int r = retry_again(t, tried, io->result);
+		if (r) {
+			(io++)->result = r;
+			tried--;
+			continue;
+		}
+		(write ? far_write_many : far_read_many)(t->inner, io, (size_t)(end - io), flags);
+		while (io < end && !io->result)
+			io++;
+		for (struct far_io *k = io; k < end; k++)
+			if (!k->result)
+				end = k;
+	}
+	return io;
+}
+
+static void retry_many(struct retry *t, bool write, struct far_io *io, size_t n, unsigned flags)
+{
 	uint64_t old = far_deadline_limit(far_now() + t->conf.deadline);
+	struct far_io *end = io + n, *to;
 
 	(write ? far_write_many : far_read_many)(t->inner, io, n, flags);
-	for (size_t i = 0; i < n; i++) {
-		struct retry_call c = { write ? RETRY_WRITE : RETRY_READ, io[i].off, io[i].len, io[i].buf, io[i].buf, flags };
-		io[i].result = retry_on(t, &c, io[i].result);
+	while (io < end) {
+		for (to = io; to < end && to->result; to++)
+			;
+		io = to > io ? retry_run(t, write, io, to, flags) : io + 1;
 	}
 	far_deadline_restore(old);
 }

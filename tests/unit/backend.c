@@ -293,6 +293,41 @@ static void lists_go_down_whole(void **state)
 	far_close(b);
 }
 
+/* A long list goes down in parts; once one has run out of time the rest is not begun. */
+static void long_lists_are_cut(void **state)
+{
+	struct far_facts f = { .size = sizeof f, .bytes = FAR_SIZE_MAX, .caps = FAR_CAP_WRITE };
+	struct far_ops ops = scribe_ops;
+	struct scribe s = { .answer = 0 };
+	struct far_backend *b;
+	struct far_io *io = calloc(2500, sizeof *io);
+	static char buf[3 << 20];
+
+	ops.read_many = scribe_read_many;
+	assert_int_equal(far_backend_new(&ops, &s, &f, &b), 0);
+	for (size_t i = 0; i < 2500; i++)
+		io[i] = (struct far_io){ .off = i << 22, .buf = buf, .len = 4096, .result = 1 };
+	assert_int_equal(far_read_many(b, io, 2500, 0), 0);
+	assert_string_equal(s.log, "R1024+0 R1024+0 R452+0 ");
+	assert_true(io[0].result == 0 && io[2499].result == 0);
+	for (size_t i = 0; i < 2500; i++)
+		io[i].len = sizeof buf;
+	s.log[0] = 0;
+	assert_int_equal(far_read_many(b, io, 7, 0), 0);
+	assert_string_equal(s.log, "R3+0 R3+0 r25165824+3145728 ");
+	s.log[0] = 0;
+	s.answer = -ETIMEDOUT;
+	assert_int_equal(far_read_many(b, io, 7, 0), -ETIMEDOUT);
+	assert_string_equal(s.log, "R3+0 ");
+	assert_true(io[0].result == 0 && io[1].result == -ETIMEDOUT && io[2].result == 0 && io[3].result == -ETIMEDOUT &&
+		    io[6].result == -ETIMEDOUT);
+	s.log[0] = 0;
+	assert_int_equal(far_write_many(b, io, 7, 0), -ETIMEDOUT);
+	assert_string_equal(s.log, "w0+3145728 "); /* one by one, and so the first was the last */
+	far_close(b);
+	free(io);
+}
+
 static void clearing_falls_back(void **state)
 {
 	struct far_facts f = { .size = sizeof f, .bytes = 3 << 20, .caps = FAR_CAP_WRITE };
@@ -671,7 +706,7 @@ int main(void)
 		cmocka_unit_test(memory_is_foreseen_anywhere),
 		cmocka_unit_test(contradictions_are_refused),
 		cmocka_unit_test(older_structs_are_taken),
-		cmocka_unit_test(long_requests_are_cut), cmocka_unit_test(lists_go_down_whole),
+		cmocka_unit_test(long_requests_are_cut), cmocka_unit_test(lists_go_down_whole), cmocka_unit_test(long_lists_are_cut),
 		cmocka_unit_test(clearing_falls_back),
 		cmocka_unit_test(extents_are_checked),
 		cmocka_unit_test(short_counts_abort),

@@ -254,6 +254,44 @@ static void test_list_takes_one_trip(void **state)
 	free(uri);
 }
 
+/* A peer that goes silent under a long list: it ends in about the time of one call, not of each. */
+static void test_list_to_a_silent_peer(void **state)
+{
+	struct far_io io[LIST];
+	struct slow slow;
+	struct far_backend *b = slow_open(&slow, 1 << 20), *far, *again;
+	struct far_server *s;
+	char *uri, name[200], buf[64];
+
+	assert_int_equal(far_server_new(NULL, &s, NULL), 0);
+	assert_int_equal(far_server_export(s, "disk", b, NULL), 0);
+	assert_int_equal(far_server_listen(s, "grpc://127.0.0.1:0", &uri, NULL), 0);
+	snprintf(name, sizeof name, "%s?timeout=500ms", uri);
+	for (size_t i = 0; i < LIST; i++)
+		io[i] = (struct far_io){ .off = i * 1000, .buf = buf, .len = sizeof buf };
+	for (int write = 0; write < 2; write++) {
+		assert_int_equal(far_open(name, NULL, &far, NULL), 0);
+		slow_hold(&slow, true);
+		uint64_t began = far_now();
+		assert_int_equal((write ? far_write_many : far_read_many)(far, io, LIST, 0), -ETIMEDOUT);
+		assert_true(far_now() - began < 10 * FAR_SEC);
+		assert_int_equal(io[0].result, -ETIMEDOUT);
+		assert_int_equal(io[LIST - 1].result, -ETIMEDOUT);
+		assert_int_equal(far_layer_open("retry:deadline=1s", far, &again, NULL), 0);
+		began = far_now();
+		assert_int_equal((write ? far_write_many : far_read_many)(again, io, LIST, 0), -ETIMEDOUT);
+		assert_true(far_now() - began < 5 * FAR_SEC);
+		slow_hold(&slow, false);
+		assert_int_equal((write ? far_write_many : far_read_many)(again, io, LIST, 0), 0);
+		far_close(again);
+	}
+	far_server_stop(s);
+	far_server_free(s);
+	far_close(b);
+	slow_free(&slow);
+	free(uri);
+}
+
 static void test_unix_and_fd(void **state)
 {
 	char dir[] = "/tmp/far-wire-XXXXXX", uri[200], *bound;
@@ -457,6 +495,7 @@ int main(void)
 		cmocka_unit_test(test_empty_region),     cmocka_unit_test(test_zeros_travel_as_flag),
 		cmocka_unit_test(test_many_threads),     cmocka_unit_test(test_unix_and_fd),
 		cmocka_unit_test(test_lists),            cmocka_unit_test(test_list_takes_one_trip),
+		cmocka_unit_test(test_list_to_a_silent_peer),
 		cmocka_unit_test(test_names_and_sizes),  cmocka_unit_test(test_read_only),
 		cmocka_unit_test(test_errors_exact),
 	};

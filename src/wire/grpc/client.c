@@ -14,6 +14,8 @@
  */
 #include "wire/grpc/exchange.h"
 
+#include "backend/backend.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -194,22 +196,6 @@ static int client_read(void *self, uint64_t off, void *buf, size_t len, unsigned
 	return client_ask(c, &op);
 }
 
-/* The first try of several is made together; what that did not settle is made by itself, with all that belongs to that. */
-static void client_read_many(void *self, struct far_io *io, size_t n, unsigned flags)
-{
-	struct far_client *c = self;
-	struct far_exchange *op = malloc(n * sizeof *op);
-
-	for (size_t i = 0; op && i < n; i++)
-		op[i] = (struct far_exchange){ .m = FAR_M_READ, .off = io[i].off, .len = io[i].len, .dst = io[i].buf,
-					       .flags = flags };
-	if (op)
-		far_exchange_many(c, op, n, client_ahead(c), far_deadline());
-	for (size_t i = 0; i < n; i++)
-		io[i].result = op ? client_ask(c, &op[i]) : client_read(c, io[i].off, io[i].buf, io[i].len, flags);
-	free(op);
-}
-
 static int client_change_op(struct far_client *c, struct far_exchange *op)
 {
 	bool entered = false;
@@ -348,23 +334,71 @@ static int client_write(void *self, uint64_t off, const void *buf, size_t len, u
 	return far_hello_flushed(c, &f, changes + 1);
 }
 
-static void client_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+/* The first try of several, together; nothing of it where changes are in doubt. */
+static void client_try(struct far_client *c, struct far_exchange *op, size_t n)
 {
-	struct far_client *c = self;
-	struct far_exchange *op = malloc(n * (sizeof *op + CLIENT_REPLY));
-	uint8_t *reply = (uint8_t *)(op + n);
-	uint64_t generation = 0;
+	uint64_t generation;
 
-	for (size_t i = 0; op && i < n; i++)
-		op[i] = (struct far_exchange){ .m = FAR_M_WRITE, .off = io[i].off, .src = io[i].buf, .len = io[i].len, .flags = flags,
-					       .reply = reply + i * CLIENT_REPLY, .reply_cap = CLIENT_REPLY };
-	if (op && far_plain_sound(c) && far_fence_enter(c, far_client_deadline(c), &generation) == 0) {
+	if (op->m == FAR_M_WRITE) {
+		if (!far_plain_sound(c) || far_fence_enter(c, far_client_deadline(c), &generation))
+			return;
 		for (size_t i = 0; i < n; i++)
 			op[i].generation = generation;
-		far_exchange_many(c, op, n, client_ahead(c), far_deadline());
 	}
-	for (size_t i = 0; i < n; i++)
-		io[i].result = op ? client_change_op(c, &op[i]) : client_write(c, io[i].off, io[i].buf, io[i].len, flags);
+	far_exchange_many(c, op, n, client_ahead(c), far_deadline());
+}
+
+/* What the first try did not settle is made by itself, with all that belongs to that; what it did not begin is tried together
+ * again, unless there is no time or no connection any more. */
+static void client_many(struct far_client *c, struct far_exchange *op, struct far_io *io, size_t n)
+{
+	int lost = 0;
+
+	for (size_t i = 0; i < n && !lost;) {
+		client_try(c, op + i, n - i);
+		uint64_t old = far_deadline_limit(far_client_deadline(c));
+		do {
+			int r = op[i].m == FAR_M_WRITE ? client_change_op(c, &op[i]) : client_ask(c, &op[i]);
+			io[i].result = r;
+			if (r != -EIO && far_error_is_transient(r))
+				lost = r;
+		} while (++i < n && op[i].made);
+		far_deadline_restore(old);
+		for (size_t k = i; lost && k < n; k++)
+			io[k].result = lost;
+	}
+}
+
+static void client_read_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct far_exchange *op = malloc(n * sizeof *op);
+
+	for (size_t i = 0; i < n; i++) {
+		if (op)
+			op[i] = (struct far_exchange){ .m = FAR_M_READ, .off = io[i].off, .len = io[i].len, .dst = io[i].buf,
+						       .flags = flags };
+		else
+			io[i].result = client_read(self, io[i].off, io[i].buf, io[i].len, flags);
+	}
+	if (op)
+		client_many(self, op, io, n);
+	free(op);
+}
+
+static void client_write_many(void *self, struct far_io *io, size_t n, unsigned flags)
+{
+	struct far_exchange *op = malloc(n * (sizeof *op + CLIENT_REPLY));
+	uint8_t *reply = (uint8_t *)(op + n);
+
+	for (size_t i = 0; i < n; i++) {
+		if (op)
+			op[i] = (struct far_exchange){ .m = FAR_M_WRITE, .off = io[i].off, .src = io[i].buf, .len = io[i].len,
+						       .flags = flags, .reply = reply + i * CLIENT_REPLY, .reply_cap = CLIENT_REPLY };
+		else
+			io[i].result = client_write(self, io[i].off, io[i].buf, io[i].len, flags);
+	}
+	if (op)
+		client_many(self, op, io, n);
 	free(op);
 }
 
