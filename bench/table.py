@@ -768,12 +768,12 @@ def row_path(o):
     link = iperf_on(10, 1000)
     for chunk, kib in (('64K', 64), ('4K', 4)):
         seconds = size * 0.6 / 125e6
-        best, trips = None, []
+        runs, trips = [], []
         for _ in range(1 if o.quick else 5):
             trips.append(exchange_on(10, 1000, 1))
-            got = faults_on(10, 1000, 0, 'file:' + source, size, chunk, seconds)
-            best = min(best, got) if best else got
-        p50, p99, used = best
+            runs.append(faults_on(10, 1000, 0, 'file:' + source, size, chunk, seconds))
+        fair = [run for run in runs if run[2] >= 0.85] or [max(runs, key=lambda run: run[2])] # with an idle link it is easy
+        p50, p99, used = (min(run[k] for run in fair) for k in range(3))
         trip = min(trips) # of the path as it is: the forwarder and both hosts have to wake up, too
         at = 'above the round trip of one byte on the idle path (%.2f ms), %.2f of the link in use' % (trip, used)
         show('fault over 10 ms while pulling, %s: p50' % chunk, p50 - trip, 'ms', 1,
