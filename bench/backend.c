@@ -3,8 +3,9 @@
 /*
  * backend URI SIZE BLOCK CALLERS[xLIST] MILLISECONDS read|write: CALLERS threads at random blocks of a remote region, each
  * with one call going, or with a list of so many blocks at a time (far_read_many, far_write_many; the time of a block is that
- * of its list). Prints blocks a second, p50 and p99 in microseconds. The region holds the pattern of `farpage bench`. Every byte that is read is
- * compared; what was written (the same bytes inverted) is read back and compared when the clock has stopped, and put back.
+ * of its list). Prints blocks a second, p50 and p99 in microseconds. The region holds the pattern of `farpage bench`. Every
+ * byte that is read is compared; what was written (the same bytes inverted) is read back and compared when the clock has
+ * stopped, and put back.
  * tests/interop/go/bench.go is the same job on the Go family's client.
  */
 #include <farpage.h>
@@ -74,12 +75,8 @@ static void choose(struct caller *c, struct far_io *io)
 
 static int carry_out(struct far_io *io)
 {
-	int r;
+	int r = writing ? far_write_many(remote, io, list, 0) : far_read_many(remote, io, list, 0);
 
-	if (list > 1)
-		r = writing ? far_write_many(remote, io, list, 0) : far_read_many(remote, io, list, 0);
-	else
-		r = writing ? far_write(remote, io->off, io->buf, block, 0) : far_read(remote, io->off, io->buf, block, 0);
 	for (size_t i = 0; i < list && !r && !writing; i++)
 		r = check(&io[i]);
 	return r;

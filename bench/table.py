@@ -478,11 +478,9 @@ def row_grpc(o):
         return numbers(*argv, size, kib << 10, how, ms, act_)
 
     def one(kib, depth, act_, ours, target, name):
-        beside = {'with checksums': ('sums', None), 'of %d callers' % depth: ('ours', str(depth))}
-        if depth == 1:
-            del beside['of 1 callers']
-        if ours != ('ours', 'ours'):
-            beside = {}
+        beside = {'with checksums': ('sums', None)} if ours == ('ours', 'ours') else {}
+        if beside and depth > 1:
+            beside['of %d callers' % depth] = ('ours', str(depth))
         more = {what: [] for what in beside}
 
         def we():

@@ -203,8 +203,8 @@ struct far_ops {
 	/* With record_write(): a number that changes when the content is changed, by this program or another (a file's time
 	 * of change). 0: cannot tell. NULL: so. */
 	int (*record_mark)(void *self, uint64_t *mark);
-	/* Several reads, or several writes, n > 1: sets the result of each; one that fails ends none of the others. flags: what
-	 * read or write take, without FAR_NOWAIT and FAR_FLUSH. NULL: they are made one after another. */
+	/* Several reads, or several writes, n > 1: sets the result of each, as far_read_many() says. flags: what read or write
+	 * take, without FAR_NOWAIT and FAR_FLUSH. NULL: they are made one after another. */
 	void (*read_many)(void *self, struct far_io *io, size_t n, unsigned flags);
 	void (*write_many)(void *self, struct far_io *io, size_t n, unsigned flags);
 };

@@ -25,8 +25,8 @@
 #define CLIENT_LONG ((size_t)FAR_MIB)
 #define CLIENT_PART ((size_t)256 * FAR_KIB)
 #define CLIENT_AHEAD 2
-#define CLIENT_FAR 256 /* so many calls of a list on their way, far away and near by */
-#define CLIENT_NEAR 32
+#define CLIENT_FAR 256 /* calls of a list that are on their way at a time, far away */
+#define CLIENT_NEAR 32 /* and near by */
 #define CLIENT_REPLY 64 /* to a change, at most */
 #define CLIENT_COOL (100 * FAR_MSEC) /* TCP begins anew after 200 ms or more */
 
